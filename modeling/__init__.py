@@ -1,0 +1,33 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""LearnPruner: Hugging Face vision-language models that answer from a fraction of their vision tokens."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from .auto import FAMILIES, LearnPrunerForConditionalGeneration
+from .cache_learnpruner import PrunedCache
+from .configuration_learnpruner import LearnPrunerLlavaConfig, LearnPrunerLlavaNextConfig, __version__
+from .cuts_learnpruner import Cut, LearnedScore, TextAttention, learnpruner_schedule
+from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration, LearnPrunerLlavaModel
+from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration, LearnPrunerLlavaNextModel
+
+for family in FAMILIES:
+    AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
+    AutoModel.register(family.config_class, family, exist_ok=True)
+    AutoModelForImageTextToText.register(family.config_class, family, exist_ok=True)
+del family
+
+__all__ = [
+    "Cut",
+    "LearnPrunerForConditionalGeneration",
+    "LearnPrunerLlavaConfig",
+    "LearnPrunerLlavaForConditionalGeneration",
+    "LearnPrunerLlavaModel",
+    "LearnPrunerLlavaNextConfig",
+    "LearnPrunerLlavaNextForConditionalGeneration",
+    "LearnPrunerLlavaNextModel",
+    "LearnedScore",
+    "PrunedCache",
+    "TextAttention",
+    "__version__",
+    "learnpruner_schedule",
+]

@@ -1,0 +1,39 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""The factory: any supported checkpoint, stock or pruned, by its configuration."""
+
+from transformers import PreTrainedConfig
+
+from .hub_learnpruner import PLACE
+from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration
+from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration
+
+FAMILIES = (LearnPrunerLlavaForConditionalGeneration, LearnPrunerLlavaNextForConditionalGeneration)
+
+
+class LearnPrunerForConditionalGeneration:
+    """Picks the class for a checkpoint. Not to be instantiated: call [`from_pretrained`]."""
+
+    @staticmethod
+    def from_pretrained(pretrained_model_name_or_path, **kwargs):
+        """Loads a stock base with a fresh pruner, or a pruned checkpoint, full or pruner-only.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A Hub id or a folder.
+            kwargs: As in the class's own method, for example `pruner_ratio=0.1`, `dtype`, `device_map`.
+
+        Raises:
+            `ValueError`: where no class fits the checkpoint.
+        """
+        place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+        classes = {
+            model_type: family
+            for family in FAMILIES
+            for model_type in (family.config_class.base_model_type, family.config_class.model_type)
+        }
+        model_type = config.get("model_type")
+        if model_type not in classes:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is of type {model_type!r}; LearnPruner supports {sorted(classes)}."
+            )
+        return classes[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)

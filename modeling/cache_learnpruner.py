@@ -1,0 +1,152 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""The KV cache whose layers hold fewer keys (physical) than tokens were seen (logical)."""
+
+import torch
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+
+class PrunedCacheLayer(DynamicLayer):
+    """One decoder layer's keys and values after cuts.
+
+    Outside, a cache counts in the caller's tokens: generate, positions, slicing of a next turn and crop all read
+    `get_seq_length`. So that is the logical length, and only the mask learns the physical one.
+
+    Attributes:
+        num_pruned (`int`): Logical minus physical length.
+        prefix_length (`int`): Physical length at the last cut. Behind it, keys map one to one to the last tokens seen.
+        prefix_valid (`torch.Tensor` of shape `(batch, prefix_length)`, bool, or `None` for all valid):
+            Shorter samples of a batch are filled on the left.
+        history (`tuple[int, ...]`):
+            For each pruned prompt, how many cuts the layer stands behind. Layers of equal history share one mask.
+        kept_mask, vision_scores (`torch.Tensor` of shape `(batch, sequence)`, or `None`):
+            What the cut right before this layer decided, in the caller's coordinates.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._forget()
+
+    def _forget(self):
+        self.num_pruned = self.prefix_length = 0
+        self.history = ()
+        self.prefix_valid = self.kept_mask = self.vision_scores = None
+
+    @classmethod
+    def from_dynamic(cls, layer: DynamicLayer) -> "PrunedCacheLayer":
+        pruned = cls()
+        pruned.__dict__.update(layer.__dict__)
+        return pruned
+
+    @property
+    def physical_length(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.physical_length + self.num_pruned
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.physical_length + query_length, self.num_pruned
+
+    def key_valid(self, attention_mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
+        """Which keys held before this call are not padding.
+
+        Args:
+            attention_mask (`torch.Tensor` of shape `(batch, logical length)`, *optional*): The caller's, bool.
+            query_length (`int`): Tokens of this call, the last of `attention_mask`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch, physical_length)`, bool, or `None` where all are valid.
+        """
+        if attention_mask is None and self.prefix_valid is None:
+            return None
+        suffix = self.physical_length - self.prefix_length
+        like = attention_mask if attention_mask is not None else self.prefix_valid
+        prefix = self.prefix_valid
+        if prefix is None:
+            prefix = like.new_ones(len(like), self.prefix_length)
+        if attention_mask is None:
+            return torch.cat([prefix, like.new_ones(len(like), suffix)], dim=1)
+        end = attention_mask.shape[1] - query_length
+        return torch.cat([prefix, attention_mask[:, end - suffix : end]], dim=1)
+
+    def hold(self, key_valid: torch.Tensor | None, num_pruned: int, length: int, cuts: int) -> None:
+        """Announces a pruned prompt, before its keys are added.
+
+        Args:
+            key_valid (`torch.Tensor` of shape `(batch, past + length)`, bool, *optional*): Keys that are not padding.
+            num_pruned (`int`): Rows of the prompt that this layer will not see.
+            length (`int`): Rows that it will.
+            cuts (`int`): Cuts made before this layer.
+        """
+        self.num_pruned += num_pruned
+        self.prefix_length = self.physical_length + length
+        self.prefix_valid = key_valid
+        self.history += (cuts,)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        removable = self.physical_length - self.prefix_length
+        if self.history and -tokens_to_remove > removable:
+            raise ValueError(
+                f"Cannot crop {-tokens_to_remove} tokens: only the {removable} tokens after the pruned prompt can be "
+                "removed. Run the prompt again with a fresh cache instead."
+            )
+        super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+        self._forget()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._select(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._select(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._select(lambda tensor: tensor[indices])
+
+    def _select(self, select) -> None:
+        for name in ("prefix_valid", "kept_mask", "vision_scores"):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else select(tensor))
+
+
+class PrunedCache(DynamicCache):
+    """A [`DynamicCache`] of [`PrunedCacheLayer`]s: what a pruned prompt returns as `past_key_values`."""
+
+    def __init__(self, layers: list[PrunedCacheLayer]):
+        Cache.__init__(self, layers=layers)
+
+    @classmethod
+    def adopt(cls, cache: DynamicCache, num_layers: int) -> "PrunedCache":
+        """Makes the caller's cache able to hold pruned layers, in place: both objects share one list of layers."""
+        if not isinstance(cache, cls):
+            missing = num_layers - len(cache.layers)
+            cache.layers[:] = [PrunedCacheLayer.from_dynamic(layer) for layer in cache.layers]
+            cache.layers += [PrunedCacheLayer() for _ in range(missing)]
+            cache = cls(cache.layers)
+        return cache
+
+    @property
+    def kept_mask(self) -> tuple[torch.Tensor, ...] | None:
+        """Survivors of each cut of the last pruned prompt, each `(batch, sequence)` bool, caller's coordinates."""
+        return self._records("kept_mask")
+
+    @property
+    def vision_scores(self) -> tuple[torch.Tensor, ...] | None:
+        """Scores at each cut of the last pruned prompt, each `(batch, sequence)` float32, NaN where not scored."""
+        return self._records("vision_scores")
+
+    def _records(self, name: str) -> tuple[torch.Tensor, ...] | None:
+        records = tuple(getattr(layer, name) for layer in self.layers if getattr(layer, name) is not None)
+        return records or None
+
+
+def is_pruned(cache: Cache | None) -> bool:
+    return cache is not None and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers)

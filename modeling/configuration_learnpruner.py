@@ -1,0 +1,161 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""The pruner's configuration: the fields that LearnPruner adds to a stock configuration, and one class per family."""
+
+import math
+from dataclasses import dataclass
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
+
+__version__ = "0.1.0"
+
+# The paper's second cut on a 32-layer decoder (arXiv 2604.23950), scaled to other depths.
+PAPER_LAYER, PAPER_DEPTH = 12, 32
+
+
+def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
+    """Raises `ValueError` where `value` is outside what the pruner field `name` allows.
+
+    Args:
+        name (`str`): A field of [`PrunerConfig`]; other names pass.
+        value: The value to be set.
+        num_layers (`int`, *optional*): Decoder layers of the text model, the upper bound of `pruner_layer`.
+    """
+    if name == "pruner_ratio" and not 0 < value <= 1:
+        raise ValueError(
+            f"pruner_ratio is the mean share of vision tokens kept, in (0, 1], got {value}. Use 1.0 to switch pruning "
+            "off; at least one token per image is kept at any ratio."
+        )
+    if name == "pruner_layer" and value is not None and not 1 <= value <= (num_layers or math.inf):
+        raise ValueError(
+            f"pruner_layer is the number of decoder layers before the second cut, from 1 to the model's "
+            f"{num_layers or 'number of'} layers, got {value}."
+        )
+    if name == "pruner_stage_ratio" and not (1 <= value < math.inf):
+        raise ValueError(f"pruner_stage_ratio is R1/R2, at least 1, got {value}.")
+    if name == "pruner_diversity" and not 0 <= value <= 1:
+        raise ValueError(f"pruner_diversity is the share of R1 filled by diversity, in [0, 1], got {value}.")
+    if name == "pruner_hidden_size" and value < 1:
+        raise ValueError(f"pruner_hidden_size must be at least 1, got {value}.")
+    if name == "pruner_query" and value not in ("all", "last"):
+        raise ValueError(f"pruner_query must be 'all' or 'last', got {value!r}.")
+
+
+@dataclass(kw_only=True, repr=False)
+class PrunerConfig:
+    """The pruner's fields, flat, so that `from_pretrained(path, pruner_ratio=0.1)` overrides them.
+
+    > What is kept
+
+    Args:
+        pruner_ratio (`float`, defaults to 1/9):
+            Mean share of vision tokens kept over the decoder's layers, in (0, 1]: the number that papers report.
+            1.0 switches pruning off. May be changed at any time; acts from the next call.
+        pruner_layer (`int`, *optional*):
+            Number of decoder layers that see R1 tokens; the second cut falls before the 0-based layer of this number.
+            Defaults to the paper's 12 of 32, scaled to the model's depth. Equal to the depth: no second cut.
+        pruner_stage_ratio (`float`, defaults to 3.0): R1 / R2, at least 1.
+        pruner_diversity (`float`, defaults to 0.1):
+            Share of R1 that is filled with the tokens least similar to those already chosen.
+        pruner_query (`"all"` or `"last"`, defaults to `"all"`):
+            Text rows whose attention ranks the vision tokens at the second cut.
+
+    > The learned pruning module
+
+    Args:
+        pruner_hidden_size (`int`, defaults to 512): Width of its hidden layer.
+        pruner_trained (`bool`, defaults to `False`): Whether it has seen a training step.
+
+    > Pruner-only checkpoints
+
+    Args:
+        base_model_name_or_path (`str`, *optional*): The model that holds every weight but the pruner's.
+        base_model_revision (`str`, *optional*): Its revision on the Hub.
+        learnpruner_version (`str`): Release that wrote the configuration.
+    """
+
+    pruner_ratio: float | int = 1 / 9
+    pruner_layer: int | None = None
+    pruner_stage_ratio: float | int = 3.0
+    pruner_diversity: float | int = 0.1
+    pruner_hidden_size: int = 512
+    pruner_query: str = "all"
+    pruner_trained: bool = False
+    base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
+    learnpruner_version: str = __version__
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        newest = tuple(int(part) for part in __version__.split(".")[:2])
+        if tuple(int(part) for part in self.learnpruner_version.split(".")[:2]) > newest:
+            raise ValueError(
+                f"This configuration was written by learnpruner {self.learnpruner_version}, newer than the "
+                f"{__version__} that reads it: run `pip install -U learnpruner`."
+            )
+        self.learnpruner_version = __version__
+        depth = self.text_config.num_hidden_layers
+        if self.pruner_layer is None:
+            self.pruner_layer = max(1, math.floor(depth * PAPER_LAYER / PAPER_DEPTH + 0.5))
+        check_pruner_field("pruner_layer", self.pruner_layer, depth)
+
+    def __setattr__(self, name, value):
+        # The text configuration is a plain dict until it has been built.
+        text_config = self.__dict__.get("text_config")
+        depth = text_config.num_hidden_layers if isinstance(text_config, PreTrainedConfig) else None
+        check_pruner_field(name, value, depth)
+        super().__setattr__(name, value)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == cls.base_model_type:
+            config_dict = cls._without_identity(config_dict)
+        return config_dict, kwargs
+
+    @classmethod
+    def from_base_config(cls, base_config: PreTrainedConfig, **fields):
+        """Builds the configuration of a pruned model from a stock one.
+
+        Args:
+            base_config ([`PreTrainedConfig`]): The stock model's configuration; left unchanged.
+            fields: Pruner fields, for example `pruner_ratio=0.1`.
+
+        Raises:
+            `ValueError`: where `base_config` is of another family.
+        """
+        if base_config.model_type not in (cls.base_model_type, cls.model_type):
+            raise ValueError(
+                f"{cls.__name__} extends configurations of type {cls.base_model_type!r}, got "
+                f"{base_config.model_type!r}. LearnPrunerForConditionalGeneration.from_pretrained picks the class."
+            )
+        return cls(**{**cls._without_identity(base_config.to_dict()), **fields})
+
+    @staticmethod
+    def _without_identity(config_dict: dict) -> dict:
+        identity = ("model_type", "architectures", "transformers_version", "auto_map")
+        return {name: value for name, value in config_dict.items() if name not in identity}
+
+
+KEYS_TO_IGNORE_AT_INFERENCE = ["past_key_values", "image_hidden_states", "rope_deltas", "kept_mask", "vision_scores"]
+
+
+@strict
+class LearnPrunerLlavaConfig(PrunerConfig, LlavaConfig):
+    """[`LlavaConfig`] with the fields of [`PrunerConfig`]."""
+
+    model_type = "learnpruner_llava"
+    base_model_type = "llava"
+    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
+
+
+@strict
+class LearnPrunerLlavaNextConfig(PrunerConfig, LlavaNextConfig):
+    """[`LlavaNextConfig`] with the fields of [`PrunerConfig`]."""
+
+    model_type = "learnpruner_llava_next"
+    base_model_type = "llava_next"
+    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
+
+
+__all__ = ["LearnPrunerLlavaConfig", "LearnPrunerLlavaNextConfig"]

@@ -1,0 +1,329 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""What every pruned family shares: a model that plans its cuts, and a head that trains, generates and reports them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
+from transformers.utils import logging
+
+from .cuts_learnpruner import Cut, LearnedScore, PruningCall, check_schedule, learnpruner_schedule
+from .decoder_learnpruner import PRUNED_TEXT_MODELS
+from .guards_learnpruner import OR_NO_PRUNING, refuse_cache, refuse_decoder_inputs, refuse_generation
+from .scorer_learnpruner import LearnedPruningModule, budget_loss
+
+logger = logging.get_logger(__name__)
+
+# In these `generate` carries the plan made from the images it encoded. Tensors with the batch first, so that beams
+# expand them; None of them is for callers.
+PLAN = ("query_mask", "vision_kept", "vision_scores", "vision_counts")
+
+
+@dataclass
+class LearnPrunerModelOutputWithPast(BaseModelOutputWithPast):
+    """Output of the model without its head.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(batch, sequence, hidden)`): Zeros in rows of dropped tokens.
+        hidden_states, attentions: Physical: what the layers held, shorter after each cut.
+        kept_mask (`tuple[torch.Tensor]`, each `(batch, sequence)` bool, or `None`):
+            For each cut, True where the token survives it: text True, padding False. `None` where nothing was cut.
+        vision_scores (`tuple[torch.Tensor]`, each `(batch, sequence)` float32, or `None`):
+            For each cut, the scores that ranked; NaN where a token was not scored.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    kept_mask: tuple[torch.Tensor, ...] | None = None
+    vision_scores: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class LearnPrunerCausalLMOutputWithPast(ModelOutput):
+    """Output of the model with its head; fields as in [`LearnPrunerModelOutputWithPast`].
+
+    Args:
+        loss (`torch.Tensor` of shape `()`): Cross-entropy, in training plus the budget term.
+        logits (`torch.Tensor` of shape `(batch, sequence, vocab)`): Zeros in rows of dropped tokens.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: object | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    kept_mask: tuple[torch.Tensor, ...] | None = None
+    vision_scores: tuple[torch.Tensor, ...] | None = None
+
+
+class PrunedModelMixin:
+    """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
+
+    A family adds `pruner_features`: the vision encoder's features of each image, one row per placeholder.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        text_type = config.text_config.model_type
+        if text_type not in PRUNED_TEXT_MODELS:
+            raise ValueError(
+                f"Pruning runs over the text models {sorted(PRUNED_TEXT_MODELS)}, and this checkpoint has {text_type!r}."
+            )
+        self.language_model = PRUNED_TEXT_MODELS[text_type]._from_config(config.text_config)
+        layers = config.vision_feature_layer
+        levels = 1 if isinstance(layers, int) else len(layers)
+        self.pruner = LearnedPruningModule(config.vision_config.hidden_size * levels, config.pruner_hidden_size)
+        self.post_init()
+
+    def pruner_schedule(self, ratio: float | None = None, schedule: tuple[Cut, ...] | None = None) -> tuple[Cut, ...]:
+        """The cuts of a call: `schedule`, or LearnPruner's at `ratio` or at the configuration's."""
+        if schedule is None:
+            return learnpruner_schedule(self.config, ratio)
+        if ratio is not None:
+            raise ValueError("Pass pruner_ratio or schedule, not both: a schedule says itself how much it keeps.")
+        return check_schedule(schedule, self.config.text_config.num_hidden_layers)
+
+    def vision_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Placeholder positions, `(batch, sequence)` bool."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def selected_features(
+        self, outputs: ModelOutput, layer: int | list[int] | None, strategy: str | None
+    ) -> torch.Tensor:
+        """The hidden states that the stock model gives its projector, `(crops, patches, d)`."""
+        layer = self.config.vision_feature_layer if layer is None else layer
+        strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
+        if outputs.hidden_states is None:
+            raise ValueError(
+                "The pruner reads the vision encoder's hidden states, and mm_encoder_outputs has none: pass what "
+                "model.get_image_features(..., return_dict=True) returned."
+            )
+        levels = [outputs.hidden_states[level] for level in ([layer] if isinstance(layer, int) else layer)]
+        # "default" leaves out the [CLS] token.
+        return torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
+        pruner_ratio: float | None = None,
+        schedule: tuple[Cut, ...] | None = None,
+        query_mask: torch.Tensor | None = None,
+        pruning: PruningCall | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> LearnPrunerModelOutputWithPast | tuple:
+        """The stock forward; with images and a ratio below 1, the same on fewer tokens.
+
+        Args:
+            pruner_ratio, schedule, query_mask: As in the class with the head.
+            pruning ([`PruningCall`], *optional*): A call that the head has begun, in place of those three.
+        """
+        if pruning is None:
+            pruning = PruningCall(self.pruner_schedule(pruner_ratio, schedule), query_mask)
+        decoder = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
+        features = {
+            "image_sizes": image_sizes,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+        }
+        if pruning.schedule and has_images(pixel_values, mm_encoder_outputs):
+            if not pruning.soft:
+                use_cache_now = self.config.text_config.use_cache if use_cache is None else use_cache
+                refuse_decoder_inputs(self, **decoder, use_cache=use_cache_now, kwargs=kwargs)
+            if pixel_values is not None:
+                encoded = self.get_image_features(pixel_values=pixel_values, **features, return_dict=True)
+                mm_encoder_outputs, pixel_values = {**(mm_encoder_outputs or {}), "image": encoded}, None
+            if pruning.counts is None:
+                sequence = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+                pruning.plan(
+                    self,
+                    self.pruner_features(mm_encoder_outputs["image"], **features),
+                    self.vision_mask(input_ids, inputs_embeds),
+                    None if attention_mask is None else attention_mask[:, -sequence:].bool(),
+                )
+            if pruning.cuts:
+                self._warn_if_untrained(pruning)
+                kwargs["pruning"] = pruning
+
+        outputs = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            inputs_embeds=inputs_embeds,
+            **features,
+            **decoder,
+            use_cache=use_cache,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        outputs = LearnPrunerModelOutputWithPast(
+            **outputs, kept_mask=pruning.kept_mask, vision_scores=pruning.decided_scores
+        )
+        return outputs if return_dict in (None, True) else outputs.to_tuple()
+
+    def _warn_if_untrained(self, pruning: PruningCall) -> None:
+        learned = any(isinstance(cut.score, LearnedScore) for cut in pruning.schedule)
+        if learned and not self.config.pruner_trained and not pruning.soft:
+            logger.warning_once(
+                "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
+                "(model.train_pruner_only()) or load a trained checkpoint."
+            )
+
+
+def has_images(pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None) -> bool:
+    if pixel_values is not None and len(pixel_values) > 0:
+        return True
+    return mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
+
+
+class PrunedGenerationMixin:
+    """A stock class for conditional generation over a [`PrunedModelMixin`].
+
+    A family adds `model_class` and the signature of forward.
+    """
+
+    # The pruner keeps its precision in a low-precision model: scores that tie would choose by place.
+    _keep_in_fp32_modules_strict = ["pruner"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class(config)
+        self.post_init()
+
+    def _forward(
+        self,
+        stock: dict,
+        kwargs: dict,
+        labels: torch.LongTensor | None,
+        pruner_ratio: float | None,
+        schedule: tuple[Cut, ...] | None,
+        query_mask: torch.Tensor | None,
+        vision_kept: torch.Tensor | None,
+        vision_scores: torch.Tensor | None,
+        vision_counts: torch.Tensor | None,
+    ) -> LearnPrunerCausalLMOutputWithPast:
+        soft = self.training and labels is not None
+        if query_mask is None and labels is not None:
+            # An answer must never choose its own evidence.
+            query_mask = (labels != -100).cumsum(1) == 0
+        pruning = PruningCall(
+            self.model.pruner_schedule(pruner_ratio, schedule),
+            None if query_mask is None else query_mask.bool(),
+            soft,
+        )
+        if vision_counts is not None:
+            vision = self.model.vision_mask(stock["input_ids"], stock["inputs_embeds"])
+            pruning.resume(vision, vision_kept, vision_scores, vision_counts)
+        outputs = super().forward(**stock, **kwargs, pruning=pruning, return_dict=True)
+
+        loss = None
+        if labels is not None:
+            if pruning.decisions:
+                predictor_kept = F.pad(pruning.decisions[-1][0][:, :-1], (1, 0), value=True)
+                labels = labels.masked_fill(~predictor_kept, -100)
+            vocab_size = self.config.text_config.vocab_size
+            loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            if soft:
+                loss = loss + self._pruner_loss(pruning, labels, kwargs.get("num_items_in_batch"))
+        return LearnPrunerCausalLMOutputWithPast(
+            **outputs, loss=loss, kept_mask=pruning.kept_mask, vision_scores=pruning.decided_scores
+        )
+
+    def _pruner_loss(self, pruning: PruningCall, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+        trained = [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
+        if pruning.gates is None:
+            # Without images the pruner has no part in the loss; a batch of text must still have a gradient.
+            return sum((parameter.sum() * 0 for parameter in trained), labels.new_zeros((), dtype=torch.float32))
+        if trained and torch.is_grad_enabled():
+            self.config.pruner_trained = True
+        loss = budget_loss([scores.sigmoid() for scores in pruning.image_scores], pruning.shares)
+        if num_items_in_batch is not None:
+            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise.
+            loss = loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
+        return loss
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config: GenerationConfig
+    ):
+        # `generate` encodes the images here, before it expands the inputs for beams and before the first forward.
+        arguments = (inputs_tensor, model_kwargs, model_input_name, generation_config)
+        schedule = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
+        images = has_images(model_kwargs.get("pixel_values"), model_kwargs.get("mm_encoder_outputs"))
+        # As an assistant the stock model is given no images.
+        if not schedule or not images or generation_config.is_assistant:
+            return super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
+
+        attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        refuse_generation(generation_config, attention_mask)
+        refuse_decoder_inputs(self.model, attention_mask, None, cache, generation_config.use_cache, {})
+        features = {
+            name: model_kwargs.get(name)
+            for name in ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+        }
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
+
+        embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
+        vision = self.model.vision_mask(inputs_tensor if embeds is None else None, embeds)
+        sequence = vision.shape[1]
+        # A continued conversation may be given whole; what the cache holds is not part of this call.
+        mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
+        start = cache.get_seq_length() if cache is not None and (embeds is not None or mask_length == sequence) else 0
+        pruning = PruningCall(schedule)
+        valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
+        image_features = self.model.pruner_features(model_kwargs["mm_encoder_outputs"]["image"], **features)
+        pruning.plan(self.model, image_features, vision[:, start:], valid)
+        if not pruning.cuts:
+            model_kwargs.pop("schedule", None)
+            return {**model_kwargs, "pruner_ratio": 1.0}
+        query_mask = model_kwargs.get("query_mask")
+        return {
+            **model_kwargs,
+            # Fixed from the prompt: what is generated never ranks the evidence.
+            "query_mask": torch.ones_like(vision) if query_mask is None else query_mask.bool(),
+            **pruning.to_tensors(start),
+        }
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        plan = {name: kwargs.pop(name) for name in PLAN if kwargs.get(name) is not None}
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if not inputs.get("mm_encoder_outputs"):
+            inputs.pop("pruner_ratio", None)
+            inputs.pop("schedule", None)
+            return inputs
+        from_embeds = inputs.get("inputs_embeds") is not None
+        used = (inputs["inputs_embeds"] if from_embeds else inputs["input_ids"]).shape[1]
+        given = (inputs_embeds if from_embeds else input_ids).shape[1]
+        for name, tensor in plan.items():
+            if name != "vision_counts":
+                # Behind the prompt stand candidates or, without a cache, generated tokens: text that ranks nothing.
+                fill = torch.nan if name == "vision_scores" else False
+                tensor = F.pad(tensor, (0, given - tensor.shape[1]), value=fill)[:, given - used :]
+            inputs[name] = tensor.to(self.device)
+        return inputs
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        # An assistant has its own model, and its own pruner if any.
+        ours = ("pruner_ratio", "schedule", *PLAN)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        image = self.config.image_token_id
+        if self.model.pruner_schedule() and any(image in torch.as_tensor(ids).tolist() for ids in inputs):
+            raise ValueError(f"Pruning does not support continuous batching: use generate. {OR_NO_PRUNING}")
+        return super().generate_batch(inputs, *args, **kwargs)

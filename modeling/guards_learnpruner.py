@@ -1,0 +1,101 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""What pruning cannot do: each case is refused with a message that says what to do, before any work."""
+
+from typing import Any
+
+import torch
+import transformers
+from packaging import version
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils import logging
+
+from .cache_learnpruner import PrunedCacheLayer
+
+logger = logging.get_logger(__name__)
+
+# transformers: the oldest release that has what this package builds on (checkpoint conversion for custom classes,
+# mm_encoder_outputs, create_causal_mask(layer_idx=...)), the newest that the suite was run on, and the first refused.
+OLDEST, NEWEST_TESTED, REFUSED = version.parse("5.20.0"), version.parse("5.23.0"), version.parse("6.0.0")
+
+OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
+
+
+def check_transformers_version() -> None:
+    """Raises `ImportError` outside the supported range of transformers; warns above the newest tested release."""
+    installed = version.parse(transformers.__version__)
+    if not OLDEST <= installed < REFUSED:
+        raise ImportError(
+            f"learnpruner supports transformers>={OLDEST},<{REFUSED} and found {installed}. "
+            f"Run `pip install 'transformers>={OLDEST},<{REFUSED}'`."
+        )
+    if installed.release[:2] > NEWEST_TESTED.release[:2]:
+        logger.warning_once(
+            f"learnpruner was tested up to transformers {NEWEST_TESTED} and runs on {installed}. Compare "
+            "pruner_ratio=1.0 with the stock class before you rely on it."
+        )
+
+
+def refuse_decoder_inputs(
+    model: PreTrainedModel,
+    attention_mask: Any,
+    position_ids: torch.Tensor | None,
+    past_key_values: Any,
+    use_cache: bool,
+    kwargs: dict,
+) -> None:
+    """Raises `ValueError` where the decoder could not cut. `model` is the vision-language model without its head."""
+    text_config = model.config.text_config
+    if any(DynamicCache(config=text_config).is_sliding):
+        raise ValueError(
+            "Pruning does not support sliding-window attention layers: set `config.text_config.sliding_window = None` "
+            f"if your prompts fit the window. {OR_NO_PRUNING}"
+        )
+    if text_config._attn_implementation.startswith("paged"):
+        raise ValueError(f"Pruning does not support continuous batching (paged attention): use generate. {OR_NO_PRUNING}")
+    if model.tp_size is not None and model.tp_size > 1:
+        raise ValueError(f"Pruning does not support tensor parallelism: load with device_map instead. {OR_NO_PRUNING}")
+    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
+        raise ValueError(
+            "Pruning needs a 2D attention_mask (batch, sequence), or None: a prepared 4D mask names keys that a cut "
+            f"removes. {OR_NO_PRUNING}"
+        )
+    packed = "cu_seq_lens_q" in kwargs
+    if attention_mask is None and position_ids is not None and past_key_values is None and not use_cache:
+        # The condition under which the stock model looks for packed sequences.
+        packed |= position_ids.dim() == 2 and find_packed_sequence_indices(position_ids) is not None
+    if packed:
+        raise ValueError(f"Pruning does not support packed sequences: pad the samples of a batch. {OR_NO_PRUNING}")
+    refuse_cache(past_key_values)
+
+
+def refuse_cache(past_key_values: Any) -> None:
+    """Raises `ValueError` unless the cache is a plain [`DynamicCache`], ours, or `None`."""
+    if past_key_values is None:
+        return
+    plain = isinstance(past_key_values, DynamicCache) and not past_key_values.offloading
+    if not plain or not all(type(layer) in (DynamicLayer, PrunedCacheLayer) for layer in past_key_values.layers):
+        raise ValueError(
+            f"Pruning needs a DynamicCache of full-attention layers, without offloading or quantisation, got "
+            f"{past_key_values}. Pass past_key_values=DynamicCache(), or none. {OR_NO_PRUNING}"
+        )
+
+
+def refuse_generation(generation_config: GenerationConfig, attention_mask: torch.Tensor | None) -> None:
+    """Raises `ValueError` where `generate` could not keep its promise of equal text."""
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"Pruning does not support cache_implementation={generation_config.cache_implementation!r}: its layers "
+            f"cannot hold different lengths. Leave it out, or pass 'dynamic'. {OR_NO_PRUNING}"
+        )
+    if generation_config.prefill_chunk_size is not None:
+        raise ValueError(
+            "Pruning does not support chunked prefill, since image and question may fall into different chunks: "
+            f"leave out prefill_chunk_size. {OR_NO_PRUNING}"
+        )
+    if attention_mask is not None and not attention_mask[:, -1].all():
+        raise ValueError(
+            "Right padding in generate: the prompt must end where the answer begins. Set "
+            f"processor.tokenizer.padding_side = 'left'. {OR_NO_PRUNING}"
+        )

@@ -1,0 +1,196 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
+
+from contextlib import contextmanager, nullcontext
+
+from safetensors.torch import load_file
+from transformers import PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+
+from .guards_learnpruner import check_transformers_version
+
+logger = logging.get_logger(__name__)
+
+PRUNER = "model.pruner."
+# What of from_pretrained's arguments says where to find files of a repository. The second row concerns that repository
+# alone, and must not follow to the base.
+PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "_commit_hash")
+
+
+def register_key_conversion(cls: type, stock: str) -> None:
+    """Lets a custom class load the keys of a stock one, named by its model type or class.
+
+    transformers (from 5.13) renames a checkpoint's keys for its own classes alone, and would leave the language model
+    of a subclass newly initialised, with no more than a printed table to tell.
+    """
+    # Remote code may be imported more than once.
+    register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
+
+
+class HubMixin:
+    """Loading and saving for classes for conditional generation whose base model holds a `pruner`.
+
+    `config.base_model_name_or_path` is set exactly while the model saves pruner-only.
+    """
+
+    # save_pretrained copies the code and names it for AutoModelForImageTextToText; `save_pretrained` adds the others.
+    _auto_class = "AutoModelForImageTextToText"
+    # The stock checkpoint that the weights were loaded from, and its revision.
+    _base = (None, None)
+
+    def post_init(self):
+        super().post_init()
+        self._follow_base_model_field()
+
+    def _follow_base_model_field(self) -> None:
+        pruner_only = self.config.base_model_name_or_path is not None
+        ignored = {name for name in self.state_dict() if not name.startswith(PRUNER)} if pruner_only else set()
+        # What Trainer compares with when it resumes from a pruner-only checkpoint.
+        self._keys_to_ignore_on_save = ignored
+        # The base brings no pruner; `from_pretrained` loads it next.
+        self._keys_to_ignore_on_load_missing = {r"^model\.pruner\."} if pruner_only else set()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Loads a stock checkpoint with a fresh pruner, a full checkpoint of this class, or a pruner-only one.
+
+        Args:
+            pretrained_model_name_or_path (`str`): A Hub id or a folder.
+            config ([`PreTrainedConfig`], *optional*): Read from the checkpoint where it is not given.
+            kwargs: The stock method's, and pruner fields such as `pruner_ratio=0.1`.
+
+        Raises:
+            `OSError`: where the base model that a pruner-only checkpoint names cannot be found.
+            `RuntimeError`: where any weight but a fresh pruner's is missing or of another shape.
+            `ValueError`: where the checkpoint is of another family.
+        """
+        check_transformers_version()
+        path = pretrained_model_name_or_path
+        with_info = kwargs.pop("output_loading_info", False)
+        place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        if config is None:
+            config, kwargs = cls._read_config(path, place, kwargs)
+        elif config.model_type == cls.config_class.base_model_type:
+            config = cls.config_class.from_base_config(config)
+        stock = cls._is_stock(path, place)
+
+        if config.base_model_name_or_path is not None:
+            model, info = cls._from_base(path, config, place, model_args, kwargs)
+        else:
+            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            fresh = {name for name in info["missing_keys"] if stock and name.startswith(PRUNER)}
+            cls._require_all_weights(path, info, fresh)
+            if stock:
+                model._base = (str(path), getattr(config, "_commit_hash", None))
+        return (model, info) if with_info else model
+
+    @classmethod
+    def _is_stock(cls, path, place: dict) -> bool:
+        config_dict, _ = PreTrainedConfig.get_config_dict(path, **place)
+        return config_dict.get("model_type") == cls.config_class.base_model_type
+
+    @classmethod
+    def _read_config(cls, path, place: dict, kwargs: dict):
+        config_dict, _ = PreTrainedConfig.get_config_dict(path, **place)
+        known = (cls.config_class.base_model_type, cls.config_class.model_type)
+        if config_dict.get("model_type") not in known:
+            raise ValueError(
+                f"{cls.__name__} loads checkpoints of type {' or '.join(known)}, and {path} is of type "
+                f"{config_dict.get('model_type')!r}. LearnPrunerForConditionalGeneration.from_pretrained picks the class."
+            )
+        config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
+        return config, {**kwargs, **place}
+
+    @classmethod
+    def _from_base(cls, path, config, place: dict, model_args, kwargs: dict):
+        base, revision = config.base_model_name_or_path, config.base_model_revision
+        weights_file = cached_file(path, SAFE_WEIGHTS_NAME, **place)
+        kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
+        if revision is not None:
+            kwargs["revision"] = revision
+        try:
+            model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
+        except OSError as error:
+            raise OSError(
+                f"{path} holds a pruner alone, and its base model {base!r}"
+                f"{f' at revision {revision}' if revision else ''} cannot be found. Download the base, or point to a "
+                "copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
+            ) from error
+        cls._require_all_weights(base, info, set())
+        weights = load_file(weights_file)
+        expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(PRUNER)}
+        found = {name: value.shape for name, value in weights.items()}
+        if found != expected:
+            raise RuntimeError(
+                f"The pruner in {path} does not fit the model: expected {expected}, found {found}. Its base model may "
+                "be another one."
+            )
+        model.load_state_dict(weights, strict=False)
+        return model, info
+
+    @staticmethod
+    def _require_all_weights(path, info: dict, fresh: set[str]) -> None:
+        missing = sorted(set(info["missing_keys"]) - fresh)
+        mismatched = sorted(str(key) for key in info["mismatched_keys"])
+        if missing or mismatched:
+            raise RuntimeError(
+                f"{path} lacks weights of the model, which would be random: missing {missing[:8]}"
+                f"{' and more' if len(missing) > 8 else ''}, of another shape {mismatched[:8]}. The checkpoint is "
+                "incomplete, or of another model."
+            )
+
+    def train_pruner_only(self) -> "HubMixin":
+        """Freezes all but the pruner. From now on `save_pretrained` writes a pruner-only checkpoint that names the
+        base these weights were loaded from; where there is none, checkpoints stay full.
+
+        Returns:
+            The model itself, in training mode.
+        """
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(PRUNER))
+        base, revision = self._base
+        if base is not None:
+            self.config.base_model_name_or_path, self.config.base_model_revision = base, revision
+            self._follow_base_model_field()
+        elif self.config.base_model_name_or_path is None:
+            logger.warning(
+                "The model was not loaded from a stock checkpoint, so there is no base to name: checkpoints will hold "
+                "all weights."
+            )
+        return self.train()
+
+    def save_pretrained(self, save_directory, *args, pruner_only: bool | None = None, **kwargs):
+        """Saves weights, configuration and code; the folder opens with `trust_remote_code=True`.
+
+        Args:
+            pruner_only (`bool`, *optional*): The pruner's weights alone, with the base named in the configuration.
+                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, else `False`.
+                `False` writes a full checkpoint, which needs no base.
+
+        Raises:
+            `ValueError`: `pruner_only=True` on a model that has no base to name.
+        """
+        named = self.config.base_model_name_or_path is not None
+        if pruner_only and not named:
+            raise ValueError(
+                "No base to name in a pruner-only checkpoint: load a stock checkpoint and call train_pruner_only()."
+            )
+        self.config.auto_map = {
+            "AutoConfig": f"configuration_learnpruner.{self.config_class.__name__}",
+            "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
+        }
+        with self._saved_in_full() if named and pruner_only is False else nullcontext():
+            return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @contextmanager
+    def _saved_in_full(self):
+        base = self.config.base_model_name_or_path, self.config.base_model_revision
+        self.config.base_model_name_or_path = self.config.base_model_revision = None
+        self._follow_base_model_field()
+        try:
+            yield
+        finally:
+            self.config.base_model_name_or_path, self.config.base_model_revision = base
+            self._follow_base_model_field()

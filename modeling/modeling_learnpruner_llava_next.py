@@ -1,0 +1,109 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""LLaVA-NeXT with LearnPruner (arXiv 2604.23950)."""
+
+import torch
+from transformers import Cache, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.utils import can_return_tuple
+
+from .configuration_learnpruner import LearnPrunerLlavaNextConfig
+from .cuts_learnpruner import Cut
+from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin, PrunedModelMixin
+from .hub_learnpruner import HubMixin, register_key_conversion
+
+
+class LearnPrunerLlavaNextModel(PrunedModelMixin, LlavaNextModel):
+    config: LearnPrunerLlavaNextConfig
+
+    def pruner_features(
+        self,
+        outputs: BaseModelOutputWithPooling,
+        image_sizes: torch.Tensor | None,
+        vision_feature_layer: int | list[int] | None,
+        vision_feature_select_strategy: str | None,
+    ) -> list[torch.Tensor]:
+        """The vision encoder's features before the projector, packed as the stock model packs its tokens.
+
+        The learned `image_newline` rows are structure, not patches: they are rows of NaN here, so they carry no score
+        and are kept only when every patch is.
+
+        Args:
+            outputs: What `get_image_features` returned.
+            The other arguments are those it was called with; `image_sizes` is required.
+
+        Returns:
+            `list[torch.Tensor]`: `(tokens, d)` for each image.
+        """
+        if image_sizes is None:
+            raise ValueError("LLaVA-NeXT lays out its tokens by image_sizes: pass it with the images.")
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        features = self.selected_features(outputs, vision_feature_layer, strategy)
+        crops = [
+            image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
+            for size in image_sizes
+        ]
+        newline = features.new_full((features.shape[-1],), torch.nan)
+        packed, _ = self.pack_image_features(features.split(crops), image_sizes, strategy, image_newline=newline)
+        return packed
+
+
+class LearnPrunerLlavaNextForConditionalGeneration(
+    HubMixin, PrunedGenerationMixin, LlavaNextForConditionalGeneration
+):
+    """[`LlavaNextForConditionalGeneration`] that answers from fewer vision tokens.
+
+    See [`LearnPrunerLlavaNextConfig`].
+    """
+
+    config: LearnPrunerLlavaNextConfig
+    config_class = LearnPrunerLlavaNextConfig
+    model_class = LearnPrunerLlavaNextModel
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_sizes: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        pruner_ratio: float | None = None,
+        schedule: tuple[Cut, ...] | None = None,
+        query_mask: torch.Tensor | None = None,
+        vision_kept: torch.Tensor | None = None,
+        vision_scores: torch.Tensor | None = None,
+        vision_counts: torch.Tensor | None = None,
+        **kwargs,
+    ) -> LearnPrunerCausalLMOutputWithPast:
+        """As [`LearnPrunerLlavaForConditionalGeneration.forward`]."""
+        stock = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "image_sizes": image_sizes,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        plan = {"vision_kept": vision_kept, "vision_scores": vision_scores, "vision_counts": vision_counts}
+        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask, **plan)
+
+
+register_key_conversion(LearnPrunerLlavaNextForConditionalGeneration, "llava_next")
+register_key_conversion(LearnPrunerLlavaNextModel, "LlavaNextModel")
+
+__all__ = ["LearnPrunerLlavaNextForConditionalGeneration", "LearnPrunerLlavaNextModel"]

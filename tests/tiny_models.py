@@ -1,0 +1,138 @@
+"""Tiny random models of every family, and inputs built by hand: no network, no processor, no files."""
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+)
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from learnpruner import LearnPrunerLlavaForConditionalGeneration, LearnPrunerLlavaNextForConditionalGeneration
+
+FAMILIES = ("llava", "llava_next")
+STOCK = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+PRUNED = {
+    "llava": LearnPrunerLlavaForConditionalGeneration,
+    "llava_next": LearnPrunerLlavaNextForConditionalGeneration,
+}
+TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+IMAGE, PAD, VOCAB, SIDE, PATCH, LAYERS = 120, 0, 128, 32, 8, 4
+PATCHES = (SIDE // PATCH) ** 2
+PINPOINTS = [[32, 64], [64, 32], [64, 64]]
+
+
+def tiny_config(family="llava", text="llama", **text_fields):
+    text_config = TEXT_CONFIGS[text](
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        # Wide enough that attention is far from uniform and greedy tokens differ.
+        initializer_range=0.3,
+        **{"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None, **text_fields},
+    )
+    if text == "mistral" and "sliding_window" not in text_fields:
+        text_config.sliding_window = None
+    vision_config = CLIPVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        initializer_range=0.3,
+    )
+    shared = {"text_config": text_config, "vision_config": vision_config, "image_token_index": IMAGE}
+    if family == "llava":
+        return LlavaConfig(**shared, image_seq_length=PATCHES)
+    return LlavaNextConfig(**shared, image_grid_pinpoints=PINPOINTS, image_seq_length=PATCHES)
+
+
+def tiny_pair(family="llava", text="llama", attention="sdpa", dtype=torch.float32, seed=0, config=None, **fields):
+    """A stock model and a pruned one with the same weights, both in eval mode."""
+    torch.manual_seed(seed)
+    config = config or tiny_config(family, text)
+    stock = STOCK[family](config).eval()
+    pruned_config = PRUNED[family].config_class.from_base_config(config, **{"pruner_ratio": 0.4, **fields})
+    pruned = PRUNED[family](pruned_config).eval()
+    report = pruned.load_state_dict(stock.state_dict(), strict=False)
+    assert not report.unexpected_keys
+    assert {name.split(".")[1] for name in report.missing_keys} == {"pruner"}
+    for module in (pruned.model.pruner.hidden, pruned.model.pruner.output):
+        torch.nn.init.normal_(module.weight, std=0.5)
+    stock, pruned = stock.to(dtype), pruned.to(dtype)
+    for model in (stock, pruned):
+        model.set_attn_implementation(attention)
+        model.generation_config.pad_token_id = PAD
+    return stock, pruned
+
+
+def image_tokens(family, height, width):
+    """Number of placeholders of one image, computed from the published layout rather than by the model."""
+    if family == "llava":
+        return PATCHES
+    grid = SIDE // PATCH
+    rows, columns = get_anyres_image_grid_shape((height, width), PINPOINTS, SIDE)
+    unpadded = unpad_image(torch.zeros(1, rows * grid, columns * grid), (height, width))
+    return PATCHES + unpadded.shape[1] * (unpadded.shape[2] + 1)
+
+
+def build_inputs(family, samples, seed=0, side="left", dtype=torch.float32):
+    """Model inputs for samples given as lists: an int is that many text tokens, a pair an image (height, width).
+
+    Returns a dict with input_ids, attention_mask and, where there are images, pixel_values (and image_sizes).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows, pixels, sizes = [], [], []
+    for sample in samples:
+        ids = [1]
+        for part in sample:
+            if isinstance(part, int):
+                ids += torch.randint(5, 100, (part,), generator=generator).tolist()
+                continue
+            ids += [IMAGE] * image_tokens(family, *part)
+            crops = 1
+            if family == "llava_next":
+                height, width = get_anyres_image_grid_shape(part, PINPOINTS, SIDE)
+                crops = 1 + height * width
+            pixels.append(torch.randn(crops, 3, SIDE, SIDE, generator=generator))
+            sizes.append(part)
+        rows.append(ids)
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), PAD)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(rows):
+        place = slice(longest - len(tokens), None) if side == "left" else slice(len(tokens))
+        ids[row, place] = torch.tensor(tokens)
+        mask[row, place] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if pixels and family == "llava":
+        inputs["pixel_values"] = torch.cat(pixels).to(dtype)
+    elif pixels:
+        most = max(len(crop) for crop in pixels)
+        padded = [torch.cat([crop, crop.new_zeros(most - len(crop), *crop.shape[1:])]) for crop in pixels]
+        inputs["pixel_values"] = torch.stack(padded).to(dtype)
+        inputs["image_sizes"] = torch.tensor(sizes)
+    return inputs
+
+
+def samples_of(kind, family):
+    """Named batches; LLaVA's images are all of one size, LLaVA-NeXT's differ."""
+    small, wide, tall = ((SIDE, SIDE),) * 3 if family == "llava" else ((30, 60), (60, 40), (64, 64))
+    return {
+        "one": [[3, small, 6]],
+        "padded": [[3, small, 6], [1, wide, 11]],
+        "two_images": [[2, small, 3, tall, 5]],
+        "mixed": [[3, small, 6], [2, wide, 2, tall, 4], [9]],
+        "image_last": [[5, small]],
+        "image_first": [[small, 7]],
+    }[kind]
