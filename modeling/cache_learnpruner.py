@@ -76,12 +76,12 @@ class PrunedCacheLayer(DynamicLayer):
         Args:
             key_valid (`torch.Tensor` of shape `(batch, past + length)`, bool, *optional*): Keys that are not padding.
             num_pruned (`int`): Rows of the prompt that this layer will not see.
-            length (`int`): Rows that it will.
+            length (`int`): Rows of the prompt that it will; what stands behind them can be cropped again.
             cuts (`int`): Cuts made before this layer.
         """
         self.num_pruned += num_pruned
         self.prefix_length = self.physical_length + length
-        self.prefix_valid = key_valid
+        self.prefix_valid = None if key_valid is None else key_valid[:, : self.prefix_length]
         self.history += (cuts,)
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -144,14 +144,16 @@ class TextAttention:
     def select(self, scores: torch.Tensor, state: DecoderState, counts: list[int]) -> torch.Tensor:
         # Columns that no text row sees rank by their stage 1 score. The two kinds are not on one scale, so each
         # column competes with its quantile among its own kind: no image starves for standing after the question.
-        unseen = state.vision & scores.isnan()
+        # A row that must be chosen ends its sample, so no text row sees it either.
+        must = scores == torch.inf
+        unseen = state.vision & (scores.isnan() | must)
         seen = state.vision & ~unseen
         quantile = torch.where(
             unseen,
-            (rank(state.vision_scores, unseen) + 0.5) / unseen.sum(1, keepdim=True),
+            (rank(state.vision_scores.masked_fill(must, torch.inf), unseen) + 0.5) / unseen.sum(1, keepdim=True),
             (rank(scores, seen) + 0.5) / seen.sum(1, keepdim=True),
         )
-        return top_k(torch.where(scores == torch.inf, torch.inf, -quantile), state.vision, counts)
+        return top_k((-quantile).masked_fill(must, torch.inf), state.vision, counts)
 
 
 def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -> tuple[Cut, ...]:
@@ -192,6 +194,7 @@ class PruningCall:
         vision_scores (`torch.Tensor` of shape `(batch, sequence)`, float32): Its scores, NaN elsewhere.
         last (`torch.Tensor` of shape `(batch,)`, int64): Each sample's last row. It predicts the next token, so no
             cut drops it, even where it is a vision token.
+        answer_length (`int`): Tokens of this call behind the prompt: candidates, or an answer run without a cache.
         gates (`torch.Tensor` of shape `(batch, sequence)`, float32): Keep probabilities, 1 for text; `soft` only.
         image_scores (`list[torch.Tensor]`), shares (`list[float]`): For the budget term; `soft` only.
         decisions (`list[tuple[torch.Tensor, torch.Tensor]]`): Kept mask and scores of each cut made.
@@ -205,6 +208,7 @@ class PruningCall:
     vision_kept: torch.Tensor | None = None
     vision_scores: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    answer_length: int = 0
     gates: torch.Tensor | None = None
     image_scores: list[torch.Tensor] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
@@ -293,8 +297,13 @@ class PruningCall:
     def resume(
         self, vision: torch.Tensor, vision_kept: torch.Tensor, vision_scores: torch.Tensor, vision_counts: torch.Tensor
     ) -> None:
-        """Takes over a plan from [`to_tensors`]."""
-        self.vision, self.vision_kept, self.vision_scores = vision, vision_kept, vision_scores
+        """Takes over a plan from [`to_tensors`]. Tokens behind the planned prompt are an answer: text that ranks nothing."""
+        self.answer_length = vision.shape[1] - vision_kept.shape[1]
+        behind = (0, self.answer_length)
+        self.vision = vision
+        self.vision_kept = F.pad(vision_kept, behind)
+        self.vision_scores = F.pad(vision_scores, behind, value=torch.nan)
+        self.query_mask = F.pad(self.query_mask, behind)
         self.last, counts = vision_counts[:, 0], vision_counts[:, 1:]
         self.counts = counts.tolist()
 

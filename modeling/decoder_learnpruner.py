@@ -151,7 +151,7 @@ class PrunedDecoderMixin:
             if held is not None:
                 history = held.history
             if pruning is not None and held is not None:
-                held.hold(key_valid, sequence - rows.length, rows.length, len(pruning.decisions))
+                held.hold(key_valid, sequence - rows.length, rows.length - pruning.answer_length, len(pruning.decisions))
                 held.kept_mask, held.vision_scores = pruning.decisions[-1] if number in cuts else (None, None)
             if stale:
                 mask = self._mask(number, rows.hidden_states, past_key_values, key_valid)

@@ -305,15 +305,12 @@ class PrunedGenerationMixin:
             inputs.pop("pruner_ratio", None)
             inputs.pop("schedule", None)
             return inputs
+        # The plan is in the columns of the whole prompt; a continued conversation runs only the last of them.
         from_embeds = inputs.get("inputs_embeds") is not None
         used = (inputs["inputs_embeds"] if from_embeds else inputs["input_ids"]).shape[1]
-        given = (inputs_embeds if from_embeds else input_ids).shape[1]
+        start = (inputs_embeds if from_embeds else input_ids).shape[1] - used
         for name, tensor in plan.items():
-            if name != "vision_counts":
-                # Behind the prompt stand candidates or, without a cache, generated tokens: text that ranks nothing.
-                fill = torch.nan if name == "vision_scores" else False
-                tensor = F.pad(tensor, (0, given - tensor.shape[1]), value=fill)[:, given - used :]
-            inputs[name] = tensor.to(self.device)
+            inputs[name] = (tensor if name == "vision_counts" else tensor[:, start:]).to(self.device)
         return inputs
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):

@@ -1,0 +1,42 @@
+"""No network, few threads, and upstream deprecations of what we call are failures."""
+
+import logging
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import transformers
+
+torch.set_num_threads(2)
+transformers.utils.logging.disable_progress_bar()
+
+
+# What transformers calls itself although it deprecates it (assisted decoding).
+UPSTREAM = ("Passing `generation_config` together with generation-related arguments",)
+
+
+class FailOnDeprecation(logging.Handler):
+    """transformers announces removals in its log; what it announces of our calls breaks in a later release."""
+
+    def emit(self, record):
+        message = record.getMessage()
+        if "deprecated" in message.lower() and not message.startswith(UPSTREAM):
+            raise AssertionError(f"transformers deprecates something the project uses: {message}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_deprecations():
+    handler = FailOnDeprecation()
+    transformers.utils.logging.add_handler(handler)
+    yield
+    transformers.utils.logging.remove_handler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _no_grad_unless_asked(request):
+    with torch.set_grad_enabled("training" in request.node.nodeid):
+        yield

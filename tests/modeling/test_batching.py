@@ -1,0 +1,72 @@
+"""Invariant 3: a batch equals its rows run one by one."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, build_inputs, samples_of, tiny_pair
+
+pytestmark = pytest.mark.core
+
+
+def one_by_one(family, inputs, samples):
+    """Each row alone, without padding, with its own images."""
+    images = 0
+    for row, sample in enumerate(samples):
+        valid = inputs["attention_mask"][row].bool()
+        count = sum(not isinstance(part, int) for part in sample)
+        single = {name: inputs[name][row : row + 1, valid] for name in ("input_ids", "attention_mask")}
+        for name in ("pixel_values", "image_sizes"):
+            if name in inputs and count:
+                single[name] = inputs[name][images : images + count]
+        if family == "llava_next" and count:
+            single["pixel_values"] = single["pixel_values"].clone()
+        images += count
+        yield valid, single
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("batch", ["padded", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward(family, batch, side, attention):
+    _, pruned = tiny_pair(family, attention=attention)
+    samples = samples_of(batch, family)
+    inputs = build_inputs(family, samples, side=side)
+    # Positions as generate gives them: padding does not count.
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    together = pruned(**inputs, position_ids=positions)
+    for row, (valid, single) in enumerate(one_by_one(family, inputs, samples)):
+        alone = pruned(**single)
+        if alone.kept_mask is not None:
+            for cut in range(2):
+                assert torch.equal(together.kept_mask[cut][row, valid], alone.kept_mask[cut][0])
+        kept = together.kept_mask[-1][row]
+        last_kept = kept[valid]
+        assert (together.logits[row][kept] - alone.logits[0][last_kept]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", ["padded", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family, batch, attention):
+    _, pruned = tiny_pair(family, attention=attention)
+    samples = samples_of(batch, family)
+    inputs = build_inputs(family, samples)
+    arguments = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    together = pruned.generate(**inputs, **arguments)
+    for row, (_, single) in enumerate(one_by_one(family, inputs, samples)):
+        alone = pruned.generate(**single, **arguments)
+        assert torch.equal(together.sequences[row, -10:], alone.sequences[0, -10:])
+        for step, expected in zip(together.logits, alone.logits):
+            assert (step[row] - expected[0]).abs().max() < 1e-4
+
+
+def test_batch_order_does_not_matter():
+    _, pruned = tiny_pair("llava")
+    samples = samples_of("mixed", "llava")
+    inputs = build_inputs("llava", samples)
+    reversed_inputs = {name: inputs[name].flip(0) for name in ("input_ids", "attention_mask")}
+    pixels = inputs["pixel_values"]
+    reversed_inputs["pixel_values"] = torch.cat([pixels[1:3], pixels[:1]])
+    outputs, other = pruned(**inputs), pruned(**reversed_inputs)
+    assert torch.equal(outputs.kept_mask[1], other.kept_mask[1].flip(0))
+    assert (outputs.logits - other.logits.flip(0)).abs().max() < 1e-4

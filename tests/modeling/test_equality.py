@@ -1,0 +1,106 @@
+"""Invariant 1: at a ratio of 1, and without images, the stock class bit for bit."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, TEXT_CONFIGS, VOCAB, build_inputs, samples_of, tiny_pair
+from transformers import set_seed
+
+pytestmark = pytest.mark.core
+BATCHES = ("one", "padded", "two_images", "mixed")
+
+GENERATE = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "top_k": 10},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "beam_sampling": {"num_beams": 3, "do_sample": True},
+    "no_cache": {"use_cache": False},
+    "prompt_lookup": {"prompt_lookup_num_tokens": 3},
+    "static": {"cache_implementation": "static"},
+    "chunked": {"prefill_chunk_size": 8},
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("text", list(TEXT_CONFIGS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward(family, text, batch, attention):
+    stock, pruned = tiny_pair(family, text=text, attention=attention, pruner_ratio=1.0)
+    inputs = build_inputs(family, samples_of(batch, family))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    expected = stock(**inputs, labels=labels, output_hidden_states=True)
+    outputs = pruned(**inputs, labels=labels, output_hidden_states=True)
+    assert torch.equal(outputs.logits, expected.logits)
+    assert torch.equal(outputs.loss, expected.loss)
+    assert all(torch.equal(a, b) for a, b in zip(outputs.hidden_states, expected.hidden_states))
+    assert torch.equal(outputs.image_hidden_states, expected.image_hidden_states)
+    assert outputs.kept_mask is None
+    assert outputs.vision_scores is None
+    assert type(outputs.past_key_values) is type(expected.past_key_values)
+
+
+@pytest.mark.parametrize("mode", GENERATE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family, mode):
+    stock, pruned = tiny_pair(family, pruner_ratio=1.0)
+    batch = "one" if mode in ("prompt_lookup", "chunked") else "mixed"
+    inputs = build_inputs(family, samples_of(batch, family))
+    results = []
+    for model in (stock, pruned):
+        set_seed(0)
+        results.append(model.generate(**inputs, max_new_tokens=8, **{"do_sample": False, **GENERATE[mode]}))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_only_prompts_are_the_stock_path_at_any_ratio(family):
+    stock, pruned = tiny_pair(family, pruner_ratio=0.2)
+    inputs = build_inputs(family, [[9], [4]])
+    assert torch.equal(pruned(**inputs).logits, stock(**inputs).logits)
+    assert pruned(**inputs).kept_mask is None
+    arguments = {**inputs, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(pruned.generate(**arguments), stock.generate(**arguments))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_every_count_is_the_whole_image_nothing_is_cut(family):
+    """Rounding alone can grant every token: that too is the stock path."""
+    stock, pruned = tiny_pair(family, pruner_ratio=0.999)
+    inputs = build_inputs(family, samples_of("padded", family))
+    outputs = pruned(**inputs)
+    assert outputs.kept_mask is None
+    assert torch.equal(outputs.logits, stock(**inputs).logits)
+    arguments = {**inputs, "max_new_tokens": 6, "num_beams": 2}
+    assert torch.equal(pruned.generate(**arguments), stock.generate(**arguments))
+
+
+def test_ratio_acts_from_the_next_call_and_per_call():
+    stock, pruned = tiny_pair(pruner_ratio=0.3)
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    cut = pruned(**inputs).logits
+    assert torch.equal(pruned(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+    assert torch.equal(pruned(**inputs).logits, cut)
+    pruned.config.pruner_ratio = 1.0
+    assert torch.equal(pruned(**inputs).logits, stock(**inputs).logits)
+    assert torch.equal(pruned(**inputs, pruner_ratio=0.3).logits, cut)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_return_dict_false(family):
+    stock, pruned = tiny_pair(family, pruner_ratio=1.0)
+    inputs = build_inputs(family, samples_of("one", family))
+    expected = stock(**inputs, return_dict=False)
+    outputs = pruned(**inputs, return_dict=False)
+    assert isinstance(outputs, tuple)
+    assert len(outputs) == len(expected)
+    assert torch.equal(outputs[0], expected[0])
+    assert outputs[0].shape[-1] == VOCAB
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inputs_embeds(family):
+    stock, pruned = tiny_pair(family, pruner_ratio=1.0)
+    inputs = build_inputs(family, samples_of("padded", family))
+    embeds = stock.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(pruned(inputs_embeds=embeds, **inputs).logits, stock(inputs_embeds=embeds, **inputs).logits)

@@ -1,0 +1,316 @@
+"""Invariants 4 and 5: every mode of generate agrees with teacher forcing, on the unpruned prompt's positions."""
+
+import copy
+
+import pytest
+import torch
+from tiny_models import FAMILIES, IMAGE, LAYERS, PAD, build_inputs, samples_of, tiny_config, tiny_pair
+from transformers import DynamicCache, LlamaForCausalLM, set_seed
+
+pytestmark = pytest.mark.core
+GREEDY = {"do_sample": False, "max_new_tokens": 8}
+
+
+def forced_logits(pruned, inputs, sequences):
+    """Logits of the answer in one pruned run over prompt and answer; the answer ranks nothing."""
+    prompt = inputs["input_ids"].shape[1]
+    repeats = len(sequences) // len(inputs["input_ids"])
+    mask = inputs["attention_mask"].repeat_interleave(repeats, 0)
+    new = sequences.shape[1] - prompt
+    mask = torch.cat([mask, torch.ones(len(mask), new, dtype=torch.long)], dim=1)
+    query_mask = torch.zeros_like(mask, dtype=torch.bool)
+    query_mask[:, :prompt] = True
+    images = {}
+    for name in ("pixel_values", "image_sizes"):
+        if name in inputs:
+            assert repeats == 1 or len(inputs["input_ids"]) == 1
+            images[name] = inputs[name].repeat(repeats, *(1,) * (inputs[name].dim() - 1))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    outputs = pruned(
+        input_ids=sequences, attention_mask=mask, position_ids=positions, query_mask=query_mask, **images
+    )
+    return outputs, outputs.logits[:, prompt - 1 : -1]
+
+
+@pytest.mark.parametrize("batch", ["one", "padded", "two_images", "mixed", "image_first"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_teacher_forcing(family, batch):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    generated = pruned.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    outputs, expected = forced_logits(pruned, inputs, generated.sequences)
+    assert (torch.stack(generated.logits, 1) - expected).abs().max() < 1e-4
+    prompt = inputs["input_ids"].shape[1]
+    for cut in range(2):
+        assert torch.equal(generated.past_key_values.kept_mask[cut], outputs.kept_mask[cut][:, :prompt])
+    for layer, physical in zip(generated.past_key_values.layers, (0, 0, 1, 1)):
+        held = int(outputs.kept_mask[physical].sum(1).max())
+        assert layer.keys.shape[2] == held - 1  # the last token was never run
+        assert layer.get_seq_length() == generated.sequences.shape[1] - 1
+
+
+@pytest.mark.parametrize("batch", ["one", "mixed", "image_last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_a_cache_the_text_is_the_same(family, batch):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    cached, uncached = (pruned.generate(**inputs, **GREEDY, use_cache=use) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams(family, mode):
+    """Each beam's transition scores are those of teacher forcing, so its cache followed it through every reorder."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("two_images", family))
+    generated = pruned.generate(
+        **inputs, **GREEDY, **mode, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    outputs, forced = forced_logits(pruned, inputs, generated.sequences)
+    answer = generated.sequences[:, inputs["input_ids"].shape[1] :]
+    log_probs = forced.log_softmax(-1).gather(2, answer.unsqueeze(-1)).squeeze(-1)
+    scores = pruned.compute_transition_scores(
+        generated.sequences, generated.scores, generated.beam_indices, normalize_logits=False
+    )
+    steps = log_probs[:, :1].cumsum(1)  # the first transition starts from zero
+    assert (scores[:, 0] - steps[:, 0]).abs().max() < 1e-4
+    assert (scores.sum(1) - log_probs.sum(1)).abs().max() < 1e-3
+    assert generated.past_key_values.kept_mask[0].shape[0] == mode["num_beams"]
+
+
+def test_beams_in_a_batch_equal_beams_alone():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+    together = pruned.generate(**inputs, **GREEDY, num_beams=3)
+    alone = build_inputs("llava", samples_of("mixed", "llava"))
+    first = {name: alone[name][:1, alone["attention_mask"][0].bool()] for name in ("input_ids", "attention_mask")}
+    single = pruned.generate(**first, pixel_values=alone["pixel_values"][:1], **GREEDY, num_beams=3)
+    assert torch.equal(together[0, -8:], single[0, -8:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_cache_follows_reordered_beams(family):
+    """kept_mask and vision_scores of the returned cache are those of the sample, whatever the beams did."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    expected = pruned(**inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+    cache = pruned.generate(**inputs, **GREEDY, num_beams=2, return_dict_in_generate=True).past_key_values
+    for cut in range(2):
+        assert torch.equal(cache.kept_mask[cut], expected.kept_mask[cut].repeat_interleave(2, 0))
+        scores = expected.vision_scores[cut].repeat_interleave(2, 0)
+        assert torch.allclose(cache.vision_scores[cut], scores, equal_nan=True, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_and_several_sequences(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    set_seed(1)
+    generated = pruned.generate(
+        **inputs,
+        max_new_tokens=8,
+        do_sample=True,
+        num_return_sequences=3,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    _, expected = forced_logits(pruned, inputs, generated.sequences)
+    assert (torch.stack(generated.logits, 1) - expected).abs().max() < 1e-4
+    assert len({tuple(row) for row in generated.sequences.tolist()}) > 1
+
+
+def assistants():
+    text = LlamaForCausalLM(tiny_config().text_config).eval()
+    text.generation_config.pad_token_id = PAD
+    return {"stock": tiny_pair(seed=3)[0], "pruned": tiny_pair(seed=4)[1], "text": text, "itself": None}
+
+
+@pytest.mark.parametrize("assistant", ["stock", "pruned", "text", "itself"])
+@pytest.mark.parametrize("batch", ["one", "two_images", "image_last"])
+def test_assisted_decoding_equals_greedy(batch, assistant):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of(batch, "llava"))
+    # A random assistant may propose an image placeholder, which stock models refuse.
+    arguments = {**inputs, **GREEDY, "pruner_ratio": 0.3, "suppress_tokens": [IMAGE]}
+    greedy = pruned.generate(**arguments)
+    helper = assistants()[assistant] or copy.deepcopy(pruned)
+    assert torch.equal(pruned.generate(**arguments, assistant_model=helper), greedy)
+
+
+@pytest.mark.parametrize("batch", ["one", "two_images"])
+def test_prompt_lookup_equals_greedy(batch):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of(batch, "llava"))
+    # The prompt ends in a token that its text holds before, so that a candidate is found in the first step.
+    inputs["input_ids"][:, -1] = inputs["input_ids"][:, -5]
+    greedy = pruned.generate(**inputs, **GREEDY)
+    looked_up = pruned.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=1, return_dict_in_generate=True)
+    assert torch.equal(looked_up.sequences, greedy)
+    expected = pruned(**inputs).kept_mask
+    assert all(torch.equal(a[:, : b.shape[1]], b) for a, b in zip(looked_up.past_key_values.kept_mask, expected))
+
+
+@pytest.mark.parametrize("cache", [DynamicCache, lambda: DynamicCache(config=tiny_config().text_config)])
+@pytest.mark.parametrize("second", ["text", "image"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_on_the_same_cache(family, second, cache):
+    """Against a cache-less run of both turns, at the kept sets that the two turns decided."""
+    _, pruned = tiny_pair(family)
+    first = build_inputs(family, [[2, (32, 32), 6]])
+    more = build_inputs(family, [[3, (30, 60), 5]] if second == "image" else [[5]], seed=7)
+    held = cache()
+    answer = pruned.generate(**first, **GREEDY, past_key_values=held)
+    kept = [mask.clone() for mask in pruned(**first).kept_mask]
+    whole = torch.cat([answer, more["input_ids"]], dim=1)
+    images = {name: more[name] for name in ("pixel_values", "image_sizes") if name in more}
+    result = pruned.generate(
+        input_ids=whole,
+        **images,
+        **GREEDY,
+        past_key_values=held,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    if second == "image":
+        new_kept = result.past_key_values.kept_mask
+        assert new_kept[0].shape[1] == whole.shape[1] - answer.shape[1] + 1
+        kept = [
+            torch.cat([old, torch.ones(1, whole.shape[1] - old.shape[1] - new.shape[1], dtype=torch.bool), new], 1)
+            for old, new in zip(kept, new_kept)
+        ]
+    both = {name: torch.cat([first[name], more[name]]) for name in images} if second == "image" else {
+        name: first[name] for name in ("pixel_values", "image_sizes") if name in first
+    }
+    if family == "llava_next" and second == "image":
+        crops = max(first["pixel_values"].shape[1], more["pixel_values"].shape[1])
+        pad = torch.nn.functional.pad
+        both["pixel_values"] = torch.cat(
+            [pad(x["pixel_values"], (0, 0) * 3 + (0, crops - x["pixel_values"].shape[1])) for x in (first, more)]
+        )
+    from oracles import masked
+    from tiny_models import STOCK
+
+    stock = STOCK[family](tiny_config(family)).eval()
+    stock.load_state_dict({k: v for k, v in pruned.state_dict().items() if ".pruner." not in k})
+    steps = torch.ones(1, GREEDY["max_new_tokens"], dtype=torch.bool)
+    kept = [
+        torch.cat([mask, torch.ones(1, whole.shape[1] - mask.shape[1], dtype=torch.bool), steps], 1) for mask in kept
+    ]
+    attention_mask = torch.ones_like(result.sequences)
+    with masked(stock, kept, (0, pruned.config.pruner_layer), attention_mask, LAYERS):
+        expected = stock(input_ids=result.sequences, attention_mask=attention_mask, **both).logits
+    expected = expected[:, whole.shape[1] - 1 : -1]
+    assert (torch.stack(result.logits, 1) - expected).abs().max() < 1e-4
+
+
+def test_text_first_image_in_the_second_turn_with_padding():
+    """A plain cache that the stock path filled takes a cut later, and keeps its padding masked."""
+    _, pruned = tiny_pair()
+    text = build_inputs("llava", [[4], [9]])
+    text_positions = (text["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    cache = pruned(**text, position_ids=text_positions).past_key_values
+    assert type(cache) is DynamicCache
+    image = build_inputs("llava", [[2, (32, 32), 6], [2, (32, 32), 6]], seed=5)
+    mask = torch.cat([text["attention_mask"], image["attention_mask"]], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    length = image["input_ids"].shape[1]
+    outputs = pruned(
+        input_ids=image["input_ids"],
+        pixel_values=image["pixel_values"],
+        attention_mask=mask,
+        position_ids=positions[:, -length:],
+        past_key_values=cache,
+    )
+    for row in range(2):
+        valid = text["attention_mask"][row].bool()
+        alone_cache = pruned(input_ids=text["input_ids"][row : row + 1, valid]).past_key_values
+        alone = pruned(
+            input_ids=image["input_ids"][row : row + 1],
+            pixel_values=image["pixel_values"][row : row + 1],
+            past_key_values=alone_cache,
+        )
+        assert torch.equal(alone.kept_mask[1][0], outputs.kept_mask[1][row])
+        assert (alone.logits[0] - outputs.logits[row]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("batch", ["one", "mixed"])
+def test_several_tokens_at_once_and_crop(batch):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of(batch, "llava"))
+    tokens = torch.randint(5, 100, (len(inputs["input_ids"]), 5), generator=torch.Generator().manual_seed(0))
+    mask = inputs["attention_mask"]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def continue_from(cache, ids, seen):
+        total = torch.cat([mask, torch.ones(len(mask), seen + ids.shape[1], dtype=torch.long)], 1)
+        where = (total.cumsum(-1) - 1)[:, -ids.shape[1] :]
+        return pruned(input_ids=ids, attention_mask=total, position_ids=where, past_key_values=cache).logits
+
+    cache = pruned(**inputs, position_ids=positions).past_key_values
+    at_once = continue_from(cache, tokens, 0)
+    cache.crop(-3)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 2
+    again = continue_from(cache, tokens[:, 2:], 2)
+    assert (again - at_once[:, 2:]).abs().max() < 1e-5
+    cache = pruned(**inputs, position_ids=positions).past_key_values
+    one_by_one = torch.cat([continue_from(cache, tokens[:, i : i + 1], i) for i in range(5)], 1)
+    assert (one_by_one - at_once).abs().max() < 1e-5
+
+
+def test_manual_decoding_needs_no_positions():
+    """The cache reports logical lengths, so a loop without position_ids continues at the right place."""
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    expected = pruned.generate(**inputs, **GREEDY)
+    outputs = pruned(**inputs)
+    tokens = []
+    for _ in range(8):
+        tokens.append(outputs.logits[:, -1:].argmax(-1))
+        outputs = pruned(input_ids=tokens[-1], past_key_values=outputs.past_key_values)
+    assert torch.equal(torch.cat(tokens, 1), expected[:, -8:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_from_embeddings(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    expected = pruned.generate(**inputs, **GREEDY)[:, -8:]
+    embeds = pruned.get_input_embeddings()(inputs.pop("input_ids"))
+    assert torch.equal(pruned.generate(inputs_embeds=embeds, **inputs, **GREEDY), expected)
+
+
+def test_cache_tools_keep_the_bookkeeping():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+    cache = pruned(**inputs).past_key_values
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(2)
+    copied.batch_select_indices(torch.tensor([0, 2, 4]))
+    for layer, other in zip(cache.layers, copied.layers):
+        assert torch.equal(layer.keys, other.keys)
+        assert layer.get_seq_length() == other.get_seq_length() == inputs["input_ids"].shape[1]
+        assert torch.equal(layer.prefix_valid, other.prefix_valid)
+    assert torch.equal(cache.kept_mask[1], copied.kept_mask[1])
+    copied.reset()
+    assert copied.get_seq_length() == 0
+    assert copied.kept_mask is None
+    again = pruned(**inputs, past_key_values=copied)
+    assert torch.equal(again.logits, pruned(**inputs).logits)
+
+
+def test_streaming():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    chunks = []
+
+    class Streamer:
+        def put(self, value):
+            chunks.append(value)
+
+        def end(self):
+            chunks.append(None)
+
+    expected = pruned.generate(**inputs, **GREEDY)
+    pruned.generate(**inputs, **GREEDY, streamer=Streamer())
+    assert torch.equal(torch.cat([chunk.flatten() for chunk in chunks[:-1]]), expected[0])

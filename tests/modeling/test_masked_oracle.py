@@ -1,0 +1,90 @@
+"""Invariant 2: physical cutting equals masking, for the prompt's text rows and for every generated token."""
+
+import pytest
+import torch
+from oracles import masked
+from tiny_models import FAMILIES, LAYERS, TEXT_CONFIGS, build_inputs, samples_of, tiny_pair
+
+pytestmark = pytest.mark.core
+BATCHES = ("one", "padded", "two_images", "mixed", "image_first", "image_last")
+
+
+def oracle_logits(stock, inputs, kept_mask, layer):
+    with masked(stock, kept_mask, (0, layer), inputs["attention_mask"], LAYERS):
+        return stock(**inputs).logits
+
+
+def surviving(inputs, outputs):
+    """Rows whose logits count: not padding, not dropped."""
+    return outputs.kept_mask[-1] & inputs["attention_mask"].bool()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.8])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_float32(family, attention, ratio, layer, batch):
+    stock, pruned = tiny_pair(family, attention=attention, pruner_ratio=ratio, pruner_layer=layer)
+    inputs = build_inputs(family, samples_of(batch, family))
+    outputs = pruned(**inputs)
+    expected = oracle_logits(stock, inputs, outputs.kept_mask, layer)
+    rows = surviving(inputs, outputs)
+    assert (outputs.logits - expected)[rows].abs().max() < 1e-4
+    assert outputs.logits.shape == expected.shape
+    assert not outputs.logits[~outputs.kept_mask[-1]].any()
+    # The proof can fail: what was dropped mattered.
+    unpruned = stock(**inputs).logits
+    assert (outputs.logits - unpruned)[rows].abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("text", list(TEXT_CONFIGS))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_models_and_padding_sides(family, text, side):
+    stock, pruned = tiny_pair(family, text=text)
+    inputs = build_inputs(family, samples_of("mixed", family), side=side)
+    outputs = pruned(**inputs)
+    expected = oracle_logits(stock, inputs, outputs.kept_mask, pruned.config.pruner_layer)
+    assert (outputs.logits - expected)[surviving(inputs, outputs)].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("batch", ["one", "padded", "two_images", "mixed"])
+@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("ratio", [0.2, 0.6])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_bfloat16(family, attention, ratio, layer, batch):
+    """Against a float32 oracle at the same kept sets: at most twice the stock model's own bfloat16 error there."""
+    stock, pruned = tiny_pair(family, attention=attention, dtype=torch.bfloat16, pruner_ratio=ratio, pruner_layer=layer)
+    inputs = build_inputs(family, samples_of(batch, family), dtype=torch.bfloat16)
+    outputs = pruned(**inputs)
+    rows = surviving(inputs, outputs)
+    own = oracle_logits(stock, inputs, outputs.kept_mask, layer).float()
+    full = stock.float()
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    expected = oracle_logits(full, inputs, outputs.kept_mask, layer)
+    stock_error = (own - expected)[rows].abs().max()
+    assert (outputs.logits.float() - expected)[rows].abs().max() <= 2 * stock_error
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generated_tokens(family, attention, batch):
+    """Every step of cached greedy decoding against one masked, uncached run over prompt and answer (teacher forcing)."""
+    stock, pruned = tiny_pair(family, attention=attention)
+    inputs = build_inputs(family, samples_of(batch, family))
+    steps = 8
+    generated = pruned.generate(
+        **inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    prompt = inputs["input_ids"].shape[1]
+    answer = torch.ones(len(generated.sequences), steps, dtype=torch.long)
+    attention_mask = torch.cat([inputs["attention_mask"], answer], dim=1)
+    kept_mask = [torch.cat([kept, answer.bool()], dim=1) for kept in generated.past_key_values.kept_mask]
+    whole = {**inputs, "input_ids": generated.sequences, "attention_mask": attention_mask}
+    whole["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    with masked(stock, kept_mask, (0, pruned.config.pruner_layer), attention_mask, LAYERS):
+        expected = stock(**whole).logits[:, prompt - 1 : -1]
+    assert (torch.stack(generated.logits, dim=1) - expected).abs().max() < 1e-4
