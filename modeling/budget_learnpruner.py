@@ -1,6 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """From one ratio to the exact number of tokens that each cut keeps, and the accounting that papers report."""
 
+from itertools import pairwise
+
 
 def keep_counts(
     num_tokens: int, ratio: float, *, num_layers: int, pruner_layer: int, stage_ratio: float
@@ -44,5 +46,5 @@ def mean_tokens(counts: tuple[int, ...], layers: tuple[int, ...], num_tokens: in
         num_layers (`int`): Decoder layers.
     """
     bounds = (0, *layers, num_layers)
-    spans = [end - start for start, end in zip(bounds, bounds[1:])]
+    spans = [end - start for start, end in pairwise(bounds)]
     return sum(span * count for span, count in zip(spans, (num_tokens, *counts))) / num_layers

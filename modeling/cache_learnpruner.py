@@ -68,6 +68,11 @@ class PrunedCacheLayer(DynamicLayer):
         if attention_mask is None:
             return torch.cat([prefix, like.new_ones(len(like), suffix)], dim=1)
         end = attention_mask.shape[1] - query_length
+        if end < suffix:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns; on a cache it covers the whole conversation, "
+                "what the cache has seen and the new tokens."
+            )
         return torch.cat([prefix, attention_mask[:, end - suffix : end]], dim=1)
 
     def hold(self, key_valid: torch.Tensor | None, num_pruned: int, length: int, cuts: int) -> None:

@@ -262,28 +262,31 @@ class PruningCall:
         if not self.cuts or self.schedule[0].layer > 0:
             return
 
-        device = vision.device
-        padded = pad_sequence([feature.to(device) for feature in features], batch_first=True)
+        # On the images' device: with a device map, or inputs left on the host, the prompt may be elsewhere.
+        device = features[0].device
         length = torch.tensor(sizes, device=device)
+        padded = pad_sequence(features, batch_first=True)
         present = torch.arange(padded.shape[1], device=device) < length.unsqueeze(1)
         images = EncodedImages(model, padded, present)
         cut = self.schedule[0]
-        scores = cut.score(images)
-        flat = torch.cat([row[:size] for row, size in zip(scores, sizes)])
-        self.vision_scores = self.vision_scores.masked_scatter(vision, flat)
+        scores = cut.score(images).to(device)
+
+        def to_prompt(values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+            flat = torch.cat([row[:size] for row, size in zip(values, sizes)])
+            return rest.masked_scatter(vision, flat.to(vision.device))
+
+        self.vision_scores = to_prompt(scores, self.vision_scores)
         if self.soft:
-            # Structure is not gated: NaN > NaN is False, so its gate stays 1.
             self.gates = torch.where(self.vision_scores.isnan(), 1.0, self.vision_scores.sigmoid())
             self.image_scores = [row[:size][~row[:size].isnan()] for row, size in zip(scores, sizes)]
             self.shares = [count / size for count, size in zip(kept[1], sizes)]
             return
-        ends_sample = vision.gather(1, self.last.unsqueeze(1)).squeeze(1)
-        closing = [owner != after for owner, after in zip(owners, [*owners[1:], None])]
-        protected = torch.tensor(closing, device=device) & ends_sample[torch.tensor(owners, device=device)]
-        ends = torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, protected.unsqueeze(1))
-        chosen = cut.score.select(scores.detach().masked_fill(ends, torch.inf), images, kept[1])
-        flat = torch.cat([row[:size] for row, size in zip(chosen, sizes)])
-        self.vision_kept = torch.zeros_like(vision).masked_scatter(vision, flat)
+        closes_sample = vision.gather(1, self.last.unsqueeze(1)).squeeze(1).to(device)
+        last_image = [owner != after for owner, after in zip(owners, [*owners[1:], None])]
+        must = torch.tensor(last_image, device=device) & closes_sample[torch.tensor(owners, device=device)]
+        must = torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, must.unsqueeze(1))
+        chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[1])
+        self.vision_kept = to_prompt(chosen, torch.zeros_like(vision))
 
     def to_tensors(self, start: int) -> dict[str, torch.Tensor]:
         """The plan as tensors that beams can expand; `start` columns stand before those that were planned."""
@@ -297,7 +300,7 @@ class PruningCall:
     def resume(
         self, vision: torch.Tensor, vision_kept: torch.Tensor, vision_scores: torch.Tensor, vision_counts: torch.Tensor
     ) -> None:
-        """Takes over a plan from [`to_tensors`]. Tokens behind the planned prompt are an answer: text that ranks nothing."""
+        """Takes over a plan from [`to_tensors`]. Behind its columns stands an answer: text that ranks nothing."""
         self.answer_length = vision.shape[1] - vision_kept.shape[1]
         behind = (0, self.answer_length)
         self.vision = vision

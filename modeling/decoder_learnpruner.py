@@ -13,6 +13,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
 from .cuts_learnpruner import Cut, DecoderState, PruningCall
+from .guards_learnpruner import refuse_prepared_mask
 
 
 class PhysicalRows:
@@ -110,6 +111,7 @@ class PrunedDecoderMixin:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(sequence, device=inputs_embeds.device) + seen).unsqueeze(0)
         if attention_mask is not None:
+            refuse_prepared_mask(attention_mask)
             attention_mask = arguments["attention_mask"] = attention_mask.bool()
         rows = PhysicalRows(
             inputs_embeds,
@@ -151,7 +153,9 @@ class PrunedDecoderMixin:
             if held is not None:
                 history = held.history
             if pruning is not None and held is not None:
-                held.hold(key_valid, sequence - rows.length, rows.length - pruning.answer_length, len(pruning.decisions))
+                held.hold(
+                    key_valid, sequence - rows.length, rows.length - pruning.answer_length, len(pruning.decisions)
+                )
                 held.kept_mask, held.vision_scores = pruning.decisions[-1] if number in cuts else (None, None)
             if stale:
                 mask = self._mask(number, rows.hidden_states, past_key_values, key_valid)

@@ -11,7 +11,12 @@ from transformers.utils import logging
 
 from .cuts_learnpruner import Cut, LearnedScore, PruningCall, check_schedule, learnpruner_schedule
 from .decoder_learnpruner import PRUNED_TEXT_MODELS
-from .guards_learnpruner import OR_NO_PRUNING, refuse_cache, refuse_decoder_inputs, refuse_generation
+from .guards_learnpruner import (
+    OR_NO_PRUNING,
+    refuse_decoder_inputs,
+    refuse_generation,
+    refuse_tensor_parallelism,
+)
 from .scorer_learnpruner import LearnedPruningModule, budget_loss
 
 logger = logging.get_logger(__name__)
@@ -226,6 +231,8 @@ class PrunedGenerationMixin:
             None if query_mask is None else query_mask.bool(),
             soft,
         )
+        if pruning.schedule and not soft and has_images(stock["pixel_values"], stock["mm_encoder_outputs"]):
+            refuse_tensor_parallelism(self)
         if vision_counts is not None:
             vision = self.model.vision_mask(stock["input_ids"], stock["inputs_embeds"])
             pruning.resume(vision, vision_kept, vision_scores, vision_counts)
@@ -269,6 +276,7 @@ class PrunedGenerationMixin:
             return super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
 
         attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        refuse_tensor_parallelism(self)
         refuse_generation(generation_config, attention_mask)
         refuse_decoder_inputs(self.model, attention_mask, None, cache, generation_config.use_cache, {})
         features = {
@@ -302,8 +310,6 @@ class PrunedGenerationMixin:
         plan = {name: kwargs.pop(name) for name in PLAN if kwargs.get(name) is not None}
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if not inputs.get("mm_encoder_outputs"):
-            inputs.pop("pruner_ratio", None)
-            inputs.pop("schedule", None)
             return inputs
         # The plan is in the columns of the whole prompt; a continued conversation runs only the last of them.
         from_embeds = inputs.get("inputs_embeds") is not None

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import transformers
-from packaging import version
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import find_packed_sequence_indices
@@ -17,23 +16,21 @@ logger = logging.get_logger(__name__)
 
 # transformers: the oldest release that has what this package builds on (checkpoint conversion for custom classes,
 # mm_encoder_outputs, create_causal_mask(layer_idx=...)), the newest that the suite was run on, and the first refused.
-OLDEST, NEWEST_TESTED, REFUSED = version.parse("5.20.0"), version.parse("5.23.0"), version.parse("6.0.0")
+OLDEST, NEWEST_TESTED, REFUSED = (5, 20), (5, 23), (6, 0)
 
 OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
 
 
 def check_transformers_version() -> None:
     """Raises `ImportError` outside the supported range of transformers; warns above the newest tested release."""
-    installed = version.parse(transformers.__version__)
+    installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     if not OLDEST <= installed < REFUSED:
-        raise ImportError(
-            f"learnpruner supports transformers>={OLDEST},<{REFUSED} and found {installed}. "
-            f"Run `pip install 'transformers>={OLDEST},<{REFUSED}'`."
-        )
-    if installed.release[:2] > NEWEST_TESTED.release[:2]:
+        wanted = f"transformers>={OLDEST[0]}.{OLDEST[1]},<{REFUSED[0]}"
+        raise ImportError(f"learnpruner supports {wanted} and found {transformers.__version__}: pip install '{wanted}'")
+    if installed > NEWEST_TESTED:
         logger.warning_once(
-            f"learnpruner was tested up to transformers {NEWEST_TESTED} and runs on {installed}. Compare "
-            "pruner_ratio=1.0 with the stock class before you rely on it."
+            f"learnpruner was tested up to transformers {NEWEST_TESTED[0]}.{NEWEST_TESTED[1]} and runs on "
+            f"{transformers.__version__}. Compare pruner_ratio=1.0 with the stock class before you rely on it."
         )
 
 
@@ -53,14 +50,10 @@ def refuse_decoder_inputs(
             f"if your prompts fit the window. {OR_NO_PRUNING}"
         )
     if text_config._attn_implementation.startswith("paged"):
-        raise ValueError(f"Pruning does not support continuous batching (paged attention): use generate. {OR_NO_PRUNING}")
-    if model.tp_size is not None and model.tp_size > 1:
-        raise ValueError(f"Pruning does not support tensor parallelism: load with device_map instead. {OR_NO_PRUNING}")
-    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
         raise ValueError(
-            "Pruning needs a 2D attention_mask (batch, sequence), or None: a prepared 4D mask names keys that a cut "
-            f"removes. {OR_NO_PRUNING}"
+            f"Pruning does not support continuous batching (paged attention): use generate. {OR_NO_PRUNING}"
         )
+    refuse_prepared_mask(attention_mask)
     packed = "cu_seq_lens_q" in kwargs
     if attention_mask is None and position_ids is not None and past_key_values is None and not use_cache:
         # The condition under which the stock model looks for packed sequences.
@@ -68,6 +61,15 @@ def refuse_decoder_inputs(
     if packed:
         raise ValueError(f"Pruning does not support packed sequences: pad the samples of a batch. {OR_NO_PRUNING}")
     refuse_cache(past_key_values)
+
+
+def refuse_prepared_mask(attention_mask: Any) -> None:
+    """Raises `ValueError` unless the mask is 2D, or `None`."""
+    if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
+        raise ValueError(
+            "Pruning needs a 2D attention_mask (batch, sequence), or None: a prepared mask names keys that a cut "
+            f"removes. {OR_NO_PRUNING}"
+        )
 
 
 def refuse_cache(past_key_values: Any) -> None:
@@ -80,6 +82,12 @@ def refuse_cache(past_key_values: Any) -> None:
             f"Pruning needs a DynamicCache of full-attention layers, without offloading or quantisation, got "
             f"{past_key_values}. Pass past_key_values=DynamicCache(), or none. {OR_NO_PRUNING}"
         )
+
+
+def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
+    """Raises `ValueError` where `model`, the one that was loaded, is split by tensors over devices."""
+    if model.tp_size is not None and model.tp_size > 1:
+        raise ValueError(f"Pruning does not support tensor parallelism: load with device_map instead. {OR_NO_PRUNING}")
 
 
 def refuse_generation(generation_config: GenerationConfig, attention_mask: torch.Tensor | None) -> None:

@@ -1,6 +1,7 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
 
+import os
 from contextlib import contextmanager, nullcontext
 
 from safetensors.torch import load_file
@@ -80,10 +81,14 @@ class HubMixin:
             model, info = cls._from_base(path, config, place, model_args, kwargs)
         else:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            # transformers keeps a loaded pruner in float32, but initialises a missing one in the model's precision.
+            model.model.pruner.float()
             fresh = {name for name in info["missing_keys"] if stock and name.startswith(PRUNER)}
             cls._require_all_weights(path, info, fresh)
             if stock:
-                model._base = (str(path), getattr(config, "_commit_hash", None))
+                # A folder must be found from anywhere, a Hub id at the revision that was loaded.
+                folder = os.path.isdir(path)
+                model._base = (os.path.abspath(path), None) if folder else (path, config._commit_hash)
         return (model, info) if with_info else model
 
     @classmethod
@@ -127,6 +132,7 @@ class HubMixin:
                 f"The pruner in {path} does not fit the model: expected {expected}, found {found}. Its base model may "
                 "be another one."
             )
+        model.model.pruner.float()
         model.load_state_dict(weights, strict=False)
         return model, info
 

@@ -48,9 +48,7 @@ class LearnPrunerLlavaNextModel(PrunedModelMixin, LlavaNextModel):
         return packed
 
 
-class LearnPrunerLlavaNextForConditionalGeneration(
-    HubMixin, PrunedGenerationMixin, LlavaNextForConditionalGeneration
-):
+class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaNextForConditionalGeneration):
     """[`LlavaNextForConditionalGeneration`] that answers from fewer vision tokens.
 
     See [`LearnPrunerLlavaNextConfig`].

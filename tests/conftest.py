@@ -34,9 +34,3 @@ def _no_deprecations():
     transformers.utils.logging.add_handler(handler)
     yield
     transformers.utils.logging.remove_handler(handler)
-
-
-@pytest.fixture(autouse=True)
-def _no_grad_unless_asked(request):
-    with torch.set_grad_enabled("training" in request.node.nodeid):
-        yield

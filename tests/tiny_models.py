@@ -1,14 +1,22 @@
 """Tiny random models of every family, and inputs built by hand: no network, no processor, no files."""
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
     MistralConfig,
+    PreTrainedTokenizerFast,
     Qwen2Config,
 )
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
@@ -136,3 +144,30 @@ def samples_of(kind, family):
         "image_last": [[5, small]],
         "image_first": [[small, 7]],
     }[kind]
+
+
+def tiny_processor(family):
+    """A processor of the family over a vocabulary of 128 words, with the PIL image processor."""
+    words = {"<pad>": PAD, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE}
+    words.update({f"w{i}": i for i in range(VOCAB) if i not in words.values()})
+    backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
+    shared = {"tokenizer": tokenizer, "patch_size": PATCH, "vision_feature_select_strategy": "default"}
+    if family == "llava":
+        images = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+        return LlavaProcessor(image_processor=images, num_additional_image_tokens=1, **shared)
+    images = LlavaNextImageProcessorPil(
+        size={"height": SIDE, "width": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return LlavaNextProcessor(image_processor=images, num_additional_image_tokens=1, **shared)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tiny_models import FAMILIES, build_inputs, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core

@@ -1,11 +1,12 @@
 """Counts follow from the configuration alone, and make the mean that the ratio says."""
 
-import oracles
 import pytest
-from tiny_models import tiny_config
 
 from learnpruner import LearnPrunerLlavaConfig, learnpruner_schedule
 from learnpruner.budget_learnpruner import keep_counts, mean_tokens
+
+import oracles
+from tiny_models import tiny_config
 
 pytestmark = pytest.mark.core
 PAPER = {"num_layers": 32, "pruner_layer": 12, "stage_ratio": 3.0}

@@ -1,9 +1,10 @@
 import json
 
 import pytest
-from tiny_models import FAMILIES, LAYERS, PRUNED, tiny_config
 
 from learnpruner import LearnPrunerLlavaConfig
+
+from tiny_models import FAMILIES, LAYERS, PRUNED, tiny_config
 
 pytestmark = pytest.mark.core
 

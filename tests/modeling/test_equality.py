@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from tiny_models import FAMILIES, TEXT_CONFIGS, VOCAB, build_inputs, samples_of, tiny_pair
 from transformers import set_seed
+
+from tiny_models import FAMILIES, TEXT_CONFIGS, VOCAB, build_inputs, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core
 BATCHES = ("one", "padded", "two_images", "mixed")

@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, IMAGE, LAYERS, PAD, build_inputs, samples_of, tiny_config, tiny_pair
 from transformers import DynamicCache, LlamaForCausalLM, set_seed
+
+from tiny_models import FAMILIES, IMAGE, LAYERS, PAD, build_inputs, samples_of, tiny_config, tiny_pair
 
 pytestmark = pytest.mark.core
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -26,9 +27,7 @@ def forced_logits(pruned, inputs, sequences):
             assert repeats == 1 or len(inputs["input_ids"]) == 1
             images[name] = inputs[name].repeat(repeats, *(1,) * (inputs[name].dim() - 1))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    outputs = pruned(
-        input_ids=sequences, attention_mask=mask, position_ids=positions, query_mask=query_mask, **images
-    )
+    outputs = pruned(input_ids=sequences, attention_mask=mask, position_ids=positions, query_mask=query_mask, **images)
     return outputs, outputs.logits[:, prompt - 1 : -1]
 
 
@@ -179,9 +178,11 @@ def test_a_second_turn_on_the_same_cache(family, second, cache):
             torch.cat([old, torch.ones(1, whole.shape[1] - old.shape[1] - new.shape[1], dtype=torch.bool), new], 1)
             for old, new in zip(kept, new_kept)
         ]
-    both = {name: torch.cat([first[name], more[name]]) for name in images} if second == "image" else {
-        name: first[name] for name in ("pixel_values", "image_sizes") if name in first
-    }
+    both = (
+        {name: torch.cat([first[name], more[name]]) for name in images}
+        if second == "image"
+        else {name: first[name] for name in ("pixel_values", "image_sizes") if name in first}
+    )
     if family == "llava_next" and second == "image":
         crops = max(first["pixel_values"].shape[1], more["pixel_values"].shape[1])
         pad = torch.nn.functional.pad

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from oracles import masked
 from tiny_models import FAMILIES, LAYERS, TEXT_CONFIGS, build_inputs, samples_of, tiny_pair
 

@@ -1,12 +1,13 @@
 """The selection is right, not only the cutting: both cuts against literal references."""
 
-import oracles
 import pytest
 import torch
-from oracles import masked
-from tiny_models import FAMILIES, IMAGE, LAYERS, PATCHES, TEXT_CONFIGS, build_inputs, samples_of, tiny_pair
 
 from learnpruner.scorer_learnpruner import LearnedPruningModule, top_k, top_k_with_diversity
+
+import oracles
+from oracles import masked
+from tiny_models import FAMILIES, IMAGE, LAYERS, PATCHES, TEXT_CONFIGS, build_inputs, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core
 

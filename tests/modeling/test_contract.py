@@ -1,0 +1,224 @@
+"""What a caller sees: layouts, shapes, labels, positions, and a model that holds nothing between two calls."""
+
+import copy
+import pickle
+import threading
+
+import pytest
+import torch
+
+from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
+
+from oracles import masked
+from tiny_models import FAMILIES, IMAGE, LAYERS, VOCAB, build_inputs, samples_of, tiny_pair
+
+pytestmark = pytest.mark.core
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shapes(family):
+    stock, pruned = tiny_pair(family, attention="eager")
+    inputs = build_inputs(family, samples_of("mixed", family))
+    expected = stock(**inputs, output_hidden_states=True, output_attentions=True)
+    outputs = pruned(**inputs, output_hidden_states=True, output_attentions=True)
+    batch, sequence = inputs["input_ids"].shape
+    assert outputs.logits.shape == expected.logits.shape
+    assert outputs.image_hidden_states.shape == expected.image_hidden_states.shape
+    assert [kept.shape for kept in outputs.kept_mask] == [(batch, sequence)] * 2
+    assert [scores.dtype for scores in outputs.vision_scores] == [torch.float32] * 2
+    assert type(outputs.past_key_values) is PrunedCache
+    # Physical: R1 rows before the second cut, R2 from there on.
+    first, second = (int(kept.sum(1).max()) for kept in outputs.kept_mask)
+    k = pruned.config.pruner_layer
+    assert [states.shape[1] for states in outputs.hidden_states] == [first] * (k + 1) + [second] * (LAYERS - k)
+    assert [weights.shape[-1] for weights in outputs.attentions] == [first] * k + [second] * (LAYERS - k)
+    model_outputs = pruned.model(**inputs)
+    assert model_outputs.last_hidden_state.shape[:2] == (batch, sequence)
+    assert torch.equal(pruned.lm_head(model_outputs.last_hidden_state), outputs.logits)
+    assert torch.equal(model_outputs.kept_mask[1], outputs.kept_mask[1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_cover_what_was_scored(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    outputs = pruned(**inputs)
+    vision = inputs["input_ids"] == IMAGE
+    assert outputs.vision_scores[0][~vision].isnan().all()
+    assert not outputs.vision_scores[1][vision & outputs.kept_mask[0]].isnan().any()
+    assert outputs.vision_scores[1][~(vision & outputs.kept_mask[0])].isnan().all()
+
+
+@pytest.mark.parametrize("keep", [1, 5, torch.tensor([-3, -1])])
+def test_logits_to_keep(keep):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    logits = pruned(**inputs).logits
+    expected = logits[:, keep] if isinstance(keep, torch.Tensor) else logits[:, -keep:]
+    assert torch.allclose(pruned(**inputs, logits_to_keep=keep).logits, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_needs_no_other_labels(family):
+    """Cross-entropy of the masked oracle over the labels that surviving rows predict."""
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    labels[:, : labels.shape[1] // 2] = -100
+    outputs = pruned(**inputs, labels=labels)
+    with masked(stock, outputs.kept_mask, (0, pruned.config.pruner_layer), inputs["attention_mask"], LAYERS):
+        logits = stock(**inputs).logits
+    losses = [
+        torch.nn.functional.cross_entropy(logits[row, column - 1], labels[row, column])
+        for row in range(len(labels))
+        for column in range(1, labels.shape[1])
+        if labels[row, column] != -100 and outputs.kept_mask[1][row, column - 1]
+    ]
+    assert outputs.loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+
+
+def test_positions_are_those_of_the_unpruned_prompt(monkeypatch):
+    """Invariant 5, read off the rotary embeddings that each layer gets."""
+    stock, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    seen = []
+    for layer in pruned.model.language_model.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: seen.append(kwargs["position_embeddings"][0]), with_kwargs=True
+        )
+    outputs = pruned(**inputs, position_ids=positions)
+    cos, _ = stock.model.language_model.rotary_emb(torch.zeros(1, 1, 32), positions)
+    for number, given in enumerate(seen):
+        kept = outputs.kept_mask[0 if number < pruned.config.pruner_layer else 1]
+        for row in range(2):
+            expected = cos[row, kept[row]]
+            assert torch.equal(given[row, -len(expected) :], expected)
+
+
+@pytest.mark.parametrize("layers", [(0,), (2,), (0, 1, 3), (1, 2, 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_schedule_of_cuts(family, layers):
+    """Other lists of cuts run on the same rails: masked oracle, generate, cache lengths."""
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    schedule = tuple(
+        Cut(layer, lambda n, share=number + 2: n // share, TextAttention("all") if layer else LearnedScore(0.0))
+        for number, layer in enumerate(layers)
+    )
+    outputs = pruned(**inputs, schedule=schedule)
+    assert len(outputs.kept_mask) == len(layers)
+    with masked(stock, outputs.kept_mask, layers, inputs["attention_mask"], LAYERS):
+        expected = stock(**inputs).logits
+    rows = outputs.kept_mask[-1]
+    assert (outputs.logits - expected)[rows].abs().max() < 1e-4
+    arguments = {**inputs, "max_new_tokens": 6, "do_sample": False, "schedule": schedule}
+    assert torch.equal(pruned.generate(**arguments), pruned.generate(**arguments, use_cache=False))
+    assert torch.equal(pruned.generate(**arguments)[0], pruned.generate(**arguments, num_beams=1)[0])
+    assert pruned(**inputs).kept_mask[0].shape == rows.shape
+
+
+def test_no_state_between_calls():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+    first = pruned(**inputs)  # also lets transformers install the hooks by which the vision tower captures outputs
+    before = {name: set(vars(module)) for name, module in pruned.named_modules()}
+    pruned.generate(**inputs, max_new_tokens=3, num_beams=2, pruner_ratio=0.2)
+    with pytest.raises(ValueError, match="pruner_ratio"):
+        pruned(**inputs, pruner_ratio=7.0)
+    assert {name: set(vars(module)) for name, module in pruned.named_modules()} == before
+    assert torch.equal(pruned(**inputs).logits, first.logits)
+
+
+def test_threads_with_different_ratios():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+    ratios = (0.1, 0.3, 0.5, 1.0)
+    expected = {ratio: pruned(**inputs, pruner_ratio=ratio).logits for ratio in ratios}
+    wrong = []
+
+    def work(ratio):
+        with torch.no_grad():
+            for _ in range(10):
+                if not torch.equal(pruned(**inputs, pruner_ratio=ratio).logits, expected[ratio]):
+                    wrong.append(ratio)
+
+    threads = [threading.Thread(target=work, args=(ratio,)) for ratio in ratios]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_copies_of_model_and_cache():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    outputs = pruned(**inputs)
+    assert torch.equal(copy.deepcopy(pruned)(**inputs).logits, outputs.logits)
+    cache = pickle.loads(pickle.dumps(outputs.past_key_values))
+    token = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": torch.ones(2, cache.get_seq_length() + 1)}
+    token["attention_mask"][:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
+    one, other = (pruned(**token, past_key_values=held).logits for held in (cache, outputs.past_key_values))
+    assert torch.equal(one, other)
+
+
+def test_tied_embeddings_and_resizing():
+    stock, pruned = tiny_pair()
+    pruned.config.tie_word_embeddings = pruned.config.text_config.tie_word_embeddings = True
+    pruned.tie_weights()
+    assert pruned.lm_head.weight is pruned.get_input_embeddings().weight
+    pruned.resize_token_embeddings(VOCAB + 8)
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    assert pruned(**inputs).logits.shape[-1] == VOCAB + 8
+
+
+def test_counts_do_not_depend_on_the_pixels():
+    """Invariant 6: counts follow from configuration, token ids and grids alone."""
+    _, pruned = tiny_pair()
+    counts = set()
+    for scale in (0.0, 1.0, 100.0):
+        inputs = build_inputs("llava", samples_of("mixed", "llava"))
+        inputs["pixel_values"] = inputs["pixel_values"] * scale
+        counts.add(tuple(tuple(kept.sum(1).tolist()) for kept in pruned(**inputs).kept_mask))
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_really_fewer_rows_and_keys(family):
+    """Every layer's MLP sees the kept rows alone, and the cache holds no more."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    seen = []
+    for layer in pruned.model.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))
+    outputs = pruned(**inputs)
+    first, second = (int(kept.sum()) for kept in outputs.kept_mask)
+    k = pruned.config.pruner_layer
+    assert seen == [first] * k + [second] * (LAYERS - k)
+    assert [layer.keys.shape[2] for layer in outputs.past_key_values.layers] == seen
+
+
+def test_no_attention_map_of_the_prompt_is_formed():
+    """Invariant 8: the second cut forms text rows x keys; no tensor is sequence x sequence."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", [[2, (32, 32), (32, 32), (32, 32), (32, 32), 3]])
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and "attention" not in str(function):
+                sizes.append((result.shape, str(function)))
+            return result
+
+    with Watch():
+        outputs = pruned(**inputs)
+    length = int(outputs.kept_mask[0].sum())
+    heads = pruned.config.text_config.num_attention_heads
+    maps = [size for size in sizes if len(size[0]) == 4 and size[0][1] == heads and size[0][2:] == (length, length)]
+    assert not maps
+    text = int((inputs["input_ids"] != IMAGE).sum())
+    assert any(size[0] == (1, heads, text, length) for size in sizes)

@@ -1,0 +1,268 @@
+"""Checkpoints: stock ones in both key layouts, full ones, pruner-only ones, and folders that need no package."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from learnpruner import LearnPrunerForConditionalGeneration, LearnPrunerLlavaForConditionalGeneration
+from learnpruner import guards_learnpruner as guards
+
+from tiny_models import (
+    FAMILIES,
+    PRUNED,
+    STOCK,
+    build_inputs,
+    samples_of,
+    tiny_config,
+    tiny_pair,
+    tiny_processor,
+)
+
+pytestmark = pytest.mark.core
+WEIGHTS = "model.safetensors"
+
+# The names that Hub checkpoints use, and those of the classes since transformers 4.52.
+LAYOUTS = {
+    "hub": lambda name: (
+        name.replace("model.language_model.", "language_model.model.")
+        .replace("model.vision_tower.", "vision_tower.vision_model.")
+        .replace("model.multi_modal_projector.", "multi_modal_projector.")
+        .replace("model.image_newline", "image_newline")
+        .replace("lm_head.", "language_model.lm_head.")
+    ),
+    "module": lambda name: name,
+}
+
+
+@pytest.fixture
+def family():
+    return "llava"
+
+
+@pytest.fixture
+def stock_folder(tmp_path, family):
+    stock, _ = tiny_pair(family)
+    stock.save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def edit_weights(folder, change):
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("layout", ["transformers", *LAYOUTS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_checkpoint_loads_with_only_the_pruner_missing(family, layout, stock_folder):
+    stock, _ = tiny_pair(family)
+    if layout != "transformers":
+        named = {LAYOUTS[layout](name): value.contiguous() for name, value in stock.state_dict().items()}
+        edit_weights(stock_folder, lambda weights: named)
+    model, info = PRUNED[family].from_pretrained(stock_folder, pruner_ratio=0.3, output_loading_info=True)
+    assert {name.rsplit(".", 2)[0] for name in info["missing_keys"]} == {"model.pruner"}
+    assert not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    assert model.config.pruner_ratio == 0.3
+    for name, value in stock.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    inputs = build_inputs(family, samples_of("padded", family))
+    assert torch.equal(model(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    ["language_model.model.layers.2.mlp.up_proj.weight", "language_model.lm_head.weight", "multi_modal_projector"],
+)
+def test_any_other_missing_weight_is_an_error(lost, stock_folder):
+    edit_weights(stock_folder, lambda weights: {k: v for k, v in weights.items() if not k.startswith(lost)})
+    with pytest.raises(RuntimeError, match="lacks weights"):
+        LearnPrunerForConditionalGeneration.from_pretrained(stock_folder)
+
+
+def test_a_full_checkpoint_without_its_pruner_is_an_error(stock_folder, tmp_path):
+    LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).save_pretrained(tmp_path / "full")
+    edit_weights(tmp_path / "full", lambda weights: {k: v for k, v in weights.items() if "pruner" not in k})
+    with pytest.raises(RuntimeError, match=r"model\.pruner"):
+        LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "full")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_factory_picks_the_class(family, stock_folder, tmp_path):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder, pruner_ratio=0.5, dtype=torch.bfloat16)
+    assert type(model) is PRUNED[family]
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.model.pruner.parameters()} == {torch.float32}
+    model.save_pretrained(tmp_path / "full")
+    assert type(LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "full")) is PRUNED[family]
+
+
+def test_unsupported_checkpoints_name_what_is_supported(tmp_path):
+    transformers.LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="learnpruner_llava_next"):
+        LearnPrunerForConditionalGeneration.from_pretrained(tmp_path)
+    tiny_config("llava_next").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="picks the class"):
+        LearnPrunerLlavaForConditionalGeneration.from_pretrained(tmp_path)
+    config = PRUNED["llava"].config_class.from_base_config(tiny_config("llava"))
+    config.text_config = transformers.GemmaConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"llama.*mistral.*qwen2.*gemma"):
+        LearnPrunerLlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_checkpoint_round_trip(family, stock_folder, tmp_path):
+    model = PRUNED[family].from_pretrained(stock_folder, pruner_ratio=0.4)
+    model.save_pretrained(tmp_path / "full")
+    shutil.rmtree(stock_folder)
+    again = PRUNED[family].from_pretrained(tmp_path / "full")
+    inputs = build_inputs(family, samples_of("mixed", family))
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert again.config.base_model_name_or_path is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pruner_only_checkpoint(family, stock_folder, tmp_path):
+    model = PRUNED[family].from_pretrained(stock_folder, pruner_ratio=0.4).train_pruner_only().eval()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        n for n, _ in model.named_parameters() if ".pruner." in n
+    }
+    model.save_pretrained(tmp_path / "light")
+    assert set(load_file(tmp_path / "light" / WEIGHTS)) == {n for n in model.state_dict() if ".pruner." in n}
+    loaded = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "light")
+    inputs = build_inputs(family, samples_of("mixed", family))
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    # Saved again, it is pruner-only still; merged, it needs no base.
+    loaded.save_pretrained(tmp_path / "again")
+    assert os.path.getsize(tmp_path / "again" / WEIGHTS) == os.path.getsize(tmp_path / "light" / WEIGHTS)
+    loaded.save_pretrained(tmp_path / "merged", pruner_only=False)
+    assert loaded.config.base_model_name_or_path == str(stock_folder)
+    shutil.rmtree(stock_folder)
+    merged = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged(**inputs).logits, model(**inputs).logits)
+
+
+def test_pruner_only_checkpoint_whose_base_is_gone(stock_folder, tmp_path):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only().eval()
+    model.save_pretrained(tmp_path / "light")
+    shutil.move(stock_folder, tmp_path / "moved")
+    with pytest.raises(OSError, match="base_model_name_or_path="):
+        LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "light")
+    found = LearnPrunerForConditionalGeneration.from_pretrained(
+        tmp_path / "light", base_model_name_or_path=str(tmp_path / "moved")
+    )
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    assert torch.equal(found(**inputs).logits, model(**inputs).logits)
+
+
+def test_pruner_of_another_size_is_an_error(stock_folder, tmp_path):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only()
+    model.save_pretrained(tmp_path / "light")
+    with pytest.raises(RuntimeError, match="does not fit"):
+        LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "light", pruner_hidden_size=64)
+
+
+def test_nothing_to_name_as_a_base(tmp_path):
+    _, pruned = tiny_pair()
+    with pytest.raises(ValueError, match="No base to name"):
+        pruned.save_pretrained(tmp_path, pruner_only=True)
+    assert not os.listdir(tmp_path)
+    pruned.train_pruner_only().save_pretrained(tmp_path)
+    assert any("lm_head" in name for name in load_file(tmp_path / WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    ("version", "error"), [("5.19.4", True), ("6.0.0", True), ("5.20.0", False), ("5.99.1", False)]
+)
+def test_transformers_version(version, error, monkeypatch, stock_folder):
+    monkeypatch.setattr(guards.transformers, "__version__", version)
+    if error:
+        with pytest.raises(ImportError, match="pip install"):
+            LearnPrunerForConditionalGeneration.from_pretrained(stock_folder)
+    else:
+        guards.check_transformers_version()
+
+
+ELSEWHERE = """
+import json, sys
+# As where only torch and transformers are installed.
+for name in ("learnpruner", "datasets", "evaluate"):
+    sys.modules[name] = None
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+folder, image, prompt = sys.argv[1:]
+processor = AutoProcessor.from_pretrained(folder)
+inputs = processor(images=Image.open(image), text=prompt, return_tensors="pt")
+results = {"files": [], "kept": []}
+for auto in (AutoModel, AutoModelForImageTextToText):
+    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+    results[auto.__name__] = output.sequences.tolist()
+    results["kept"].append(output.past_key_values.kept_mask[-1].sum().item())
+pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+answer = pipe(images=Image.open(image), text=prompt, generate_kwargs={"max_new_tokens": 6, "do_sample": False})
+results["pipeline"] = answer[0]["generated_text"]
+model.save_pretrained(sys.argv[1] + "-again")
+try:
+    AutoModel.from_pretrained(folder)
+    results["without_trust"] = "loaded"
+except ValueError as error:
+    results["without_trust"] = str(error)
+print("RESULTS" + json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("kind", ["full", "pruner_only"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_folder_opens_without_the_package(family, kind, stock_folder, tmp_path):
+    model = PRUNED[family].from_pretrained(stock_folder, pruner_ratio=0.3)
+    if kind == "pruner_only":
+        model.train_pruner_only().eval()
+    folder = tmp_path / "checkpoint"
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
+    processor = tiny_processor(family)
+    processor.save_pretrained(folder)
+    Image.new("RGB", (50, 40), "teal").save(tmp_path / "image.png")
+    prompt = "<s> w7 <image> w8 w9 w10"
+    inputs = processor(images=Image.open(tmp_path / "image.png"), text=prompt, return_tensors="pt")
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "image.png"), prompt]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads(run.stdout.split("RESULTS")[1])
+    assert results["AutoModel"] == results["AutoModelForImageTextToText"] == expected.sequences.tolist()
+    assert results["kept"] == [expected.past_key_values.kept_mask[-1].sum().item()] * 2
+    new = processor.batch_decode(expected.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
+    assert results["pipeline"].endswith(new)
+    assert "trust_remote_code=True" in results["without_trust"]
+    # Saved again from there, the folder is whole: same code, same weights, our class here.
+    files = {name for name in os.listdir(folder) if name.endswith((".py", ".safetensors"))}
+    assert files <= set(os.listdir(f"{folder}-again"))
+    again = LearnPrunerForConditionalGeneration.from_pretrained(f"{folder}-again")
+    assert torch.equal(again.generate(**inputs, max_new_tokens=6, do_sample=False), expected.sequences)
+
+
+def test_the_auto_classes_know_the_package(stock_folder, tmp_path):
+    LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).save_pretrained(tmp_path / "full")
+    for auto in (transformers.AutoModel, transformers.AutoModelForImageTextToText):
+        for trust in (False, True):
+            model = auto.from_pretrained(tmp_path / "full", trust_remote_code=trust)
+            assert type(model) is LearnPrunerLlavaForConditionalGeneration
+
+
+def test_stock_classes_never_load_it_silently(stock_folder, tmp_path):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder)
+    model.save_pretrained(tmp_path / "full")
+    assert json.loads((tmp_path / "full" / "config.json").read_text())["model_type"] == "learnpruner_llava"
+    assert type(STOCK["llava"].from_pretrained(stock_folder)) is STOCK["llava"]

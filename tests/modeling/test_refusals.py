@@ -1,0 +1,238 @@
+"""Invariant 9: what cannot work raises an error that says what to do, and only where a cut would happen."""
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import QuantizedLayer
+
+from learnpruner import Cut, LearnedScore, TextAttention
+
+from tiny_models import FAMILIES, IMAGE, build_inputs, samples_of, tiny_config, tiny_pair
+
+pytestmark = pytest.mark.core
+NEW = {"max_new_tokens": 4, "do_sample": False}
+
+# What each case passes to generate, a word of the message, and whether the stock model runs it here.
+GENERATE = {
+    "static": ({"cache_implementation": "static"}, "cache_implementation", True),
+    "offloaded": ({"cache_implementation": "offloaded"}, "cache_implementation", False),
+    "quantized": ({"cache_implementation": "quantized"}, "cache_implementation", False),
+    "chunked": ({"prefill_chunk_size": 8}, "prefill_chunk_size", True),
+}
+
+
+@pytest.mark.parametrize("case", GENERATE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family, case):
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    arguments, message, runs = GENERATE[case]
+    seen = []
+    handle = pruned.model.vision_tower.register_forward_pre_hook(lambda *args: seen.append(args))
+    with pytest.raises(ValueError, match=message) as error:
+        pruned.generate(**inputs, **NEW, **arguments)
+    assert "pruner_ratio=1.0" in str(error.value)
+    assert not seen, "refused before any work"
+    handle.remove()
+    if runs:
+        expected = stock.generate(**inputs, **NEW, **arguments)
+        assert torch.equal(pruned.generate(**inputs, **NEW, **arguments, pruner_ratio=1.0), expected)
+        text = build_inputs(family, [[6]])
+        assert torch.equal(pruned.generate(**text, **NEW, **arguments), stock.generate(**text, **NEW, **arguments))
+
+
+class PlainQuantized(QuantizedLayer):
+    """A quantised layer without the package that would quantise."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+def cache_of(kind):
+    text_config = tiny_config().text_config
+    if kind == "static":
+        return StaticCache(config=text_config, max_cache_len=64)
+    if kind == "sliding":
+        return DynamicCache(config=tiny_config(text="mistral", sliding_window=8).text_config)
+    cache = DynamicCache(config=text_config)
+    if kind == "quantized":
+        cache.layers = [PlainQuantized() for _ in cache.layers]
+    else:
+        cache.offloading = True  # what offloading=True sets, without the accelerator that it needs
+    return cache
+
+
+@pytest.mark.parametrize("cache", ["static", "sliding", "quantized", "offloaded"])
+def test_caches_whose_layers_cannot_differ(cache):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    for call in (pruned, lambda **kwargs: pruned.generate(**NEW, **kwargs)):
+        with pytest.raises(ValueError, match="DynamicCache"):
+            call(**inputs, past_key_values=cache_of(cache))
+
+
+def test_static_cache_in_forward_runs_where_nothing_is_cut():
+    stock, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    results = [
+        model(**inputs, past_key_values=cache_of("static"), **ratio).logits
+        for model, ratio in ((stock, {}), (pruned, {"pruner_ratio": 1.0}))
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("text", ["mistral", "qwen2"])
+def test_sliding_window_layers(text):
+    fields = {"sliding_window": 8}
+    if text == "qwen2":
+        fields |= {"use_sliding_window": True, "max_window_layers": 2}
+    stock, pruned = tiny_pair(config=tiny_config(text=text, **fields))
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    with pytest.raises(ValueError, match="sliding_window = None"):
+        pruned(**inputs)
+    with pytest.raises(ValueError, match="sliding_window = None"):
+        pruned.generate(**inputs, **NEW)
+    assert torch.equal(pruned(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+
+
+def test_right_padding_in_generate():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("padded", "llava"), side="right")
+    with pytest.raises(ValueError, match="padding_side = 'left'"):
+        pruned.generate(**inputs, **NEW)
+    pruned.generate(**inputs, **NEW, pruner_ratio=1.0)
+
+
+def test_prepared_masks():
+    stock, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    length = inputs["input_ids"].shape[1]
+    inputs["attention_mask"] = torch.zeros(1, 1, length, length)
+    with pytest.raises(ValueError, match="2D attention_mask"):
+        pruned(**inputs)
+    assert torch.equal(pruned(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+
+
+def test_prepared_masks_on_a_pruned_cache():
+    _, pruned = tiny_pair()
+    cache = pruned(**build_inputs("llava", samples_of("one", "llava"))).past_key_values
+    with pytest.raises(ValueError, match="2D attention_mask"):
+        pruned(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.zeros(1, 1, 1, 40))
+    with pytest.raises(ValueError, match="whole conversation"):
+        pruned(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.zeros(1, 0))
+
+
+@pytest.mark.parametrize("how", ["positions", "lengths"])
+def test_packed_sequences(how):
+    stock, pruned = tiny_pair()
+    inputs = build_inputs("llava", [[3, (32, 32), 6, (32, 32), 4]])
+    del inputs["attention_mask"]
+    length = inputs["input_ids"].shape[1]
+    if how == "positions":
+        packed = {"position_ids": torch.arange(length).unsqueeze(0) % 24, "use_cache": False}
+    else:
+        packed = {"cu_seq_lens_q": torch.tensor([0, 24, length])}
+    with pytest.raises(ValueError, match="packed"):
+        pruned(**inputs, **packed)
+    assert torch.equal(pruned(**inputs, **packed, pruner_ratio=1.0).logits, stock(**inputs, **packed).logits)
+
+
+def test_tensor_parallelism():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    pruned._tp_size = 2
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        pruned(**inputs)
+    with pytest.raises(ValueError, match="tensor parallelism"):
+        pruned.generate(**inputs, **NEW)
+    pruned(**inputs, pruner_ratio=1.0)
+
+
+def test_continuous_batching():
+    _, pruned = tiny_pair()
+    with pytest.raises(ValueError, match="continuous batching"):
+        pruned.generate_batch([[1, 5, 6], [1, IMAGE, 7]])
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    pruned.config.text_config._attn_implementation = "paged|sdpa"
+    with pytest.raises(ValueError, match="continuous batching"):
+        pruned(**inputs)
+
+
+@pytest.mark.parametrize("remove", [1, 3])
+def test_cropping_into_the_pruned_prompt_changes_nothing(remove):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    cache = pruned(**inputs).past_key_values
+    before = [(layer.keys.shape[2], layer.get_seq_length()) for layer in cache.layers]
+    with pytest.raises(ValueError, match="fresh cache"):
+        cache.crop(-remove)
+    assert [(layer.keys.shape[2], layer.get_seq_length()) for layer in cache.layers] == before
+    cache.crop(0)
+    unpruned = pruned(**inputs, pruner_ratio=1.0).past_key_values
+    unpruned.crop(-remove)
+
+
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.2])
+def test_ratio_of_a_call(ratio):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    with pytest.raises(ValueError, match="pruner_ratio"):
+        pruned(**inputs, pruner_ratio=ratio)
+    with pytest.raises(ValueError, match="pruner_ratio"):
+        pruned.generate(**inputs, **NEW, pruner_ratio=ratio)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_and_placeholders_that_do_not_match(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    fewer = {**inputs, "pixel_values": inputs["pixel_values"][:1]}
+    if family == "llava_next":
+        fewer["image_sizes"] = inputs["image_sizes"][:1]
+    none_expected = {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, 7)}
+    for wrong in (fewer, none_expected):
+        for call in (pruned, lambda **kwargs: pruned.generate(**NEW, **kwargs)):
+            with pytest.raises(ValueError, match="do not match"):
+                call(**wrong)
+
+
+def test_an_image_split_over_two_samples_is_refused():
+    """In sum the placeholders match, and a stock model would mix the images up."""
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", [[3, (32, 32), 6], [3, (32, 32), 6]])
+    inputs["input_ids"][0, 4] = 7
+    inputs["input_ids"][1, -1] = IMAGE
+    with pytest.raises(ValueError, match="do not match"):
+        pruned(**inputs)
+
+
+def test_encoder_outputs_without_hidden_states():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    encoded = pruned.model.get_image_features(inputs.pop("pixel_values"), return_dict=True)
+    expected = pruned(**inputs, mm_encoder_outputs={"image": encoded}).logits
+    assert expected.shape[:2] == inputs["input_ids"].shape
+    encoded.hidden_states = None
+    with pytest.raises(ValueError, match="get_image_features"):
+        pruned(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+def test_schedules():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    first, second = Cut(0, lambda n: n // 2, LearnedScore(0.0)), Cut(2, lambda n: n // 4, TextAttention("all"))
+    for wrong in ((second, first), (second, second), (Cut(4, lambda n: 1, TextAttention("all")),)):
+        with pytest.raises(ValueError, match="ascending"):
+            pruned(**inputs, schedule=wrong)
+    with pytest.raises(ValueError, match="not both"):
+        pruned(**inputs, schedule=(first, second), pruner_ratio=0.5)
+
+
+def test_tiny_budgets_keep_one_token_of_each_image():
+    _, pruned = tiny_pair(pruner_ratio=1e-9)
+    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+    for kept in pruned(**inputs).kept_mask:
+        assert [(kept[row] & (inputs["input_ids"][row] == IMAGE)).sum().item() for row in range(3)] == [1, 2, 0]

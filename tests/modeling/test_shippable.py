@@ -1,0 +1,76 @@
+"""What ships with a checkpoint: flat, readable, and importing nothing but torch, transformers and what they bring."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import check_imports, get_imports, get_relative_imports
+
+import learnpruner
+
+from tiny_models import PRUNED, tiny_pair
+
+pytestmark = pytest.mark.core
+MODELING = Path(learnpruner.__file__).parent
+SHIPPABLE = sorted(MODELING.glob("*_learnpruner*.py"))
+ALLOWED = {"torch", "transformers", "huggingface_hub", "safetensors"}
+STANDARD_LIBRARY = {"collections", "contextlib", "dataclasses", "math", "os", "typing"}
+
+
+@pytest.mark.parametrize("path", SHIPPABLE, ids=lambda path: path.name)
+def test_import_rules(path):
+    source = path.read_text()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= ALLOWED | STANDARD_LIBRARY
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.split(".")[0] in ALLOWED | STANDARD_LIBRARY
+        elif isinstance(node, ast.ImportFrom):
+            # transformers copies `from .sibling import name` alone, found by a regular expression on the text.
+            assert node.level == 1
+            assert node.module
+            assert (MODELING / f"{node.module}.py") in SHIPPABLE
+    # The same regular expression reads docstrings and comments.
+    real = {node.module for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.level}
+    assert set(get_relative_imports(path)) == real
+    assert set(get_imports(path)) <= ALLOWED | STANDARD_LIBRARY
+    check_imports(path)
+
+
+def test_relative_imports_do_not_turn_in_a_circle():
+    imports = {path.stem: set(get_relative_imports(path)) for path in SHIPPABLE}
+    while imports:
+        leaves = {name for name, needed in imports.items() if not needed & set(imports)}
+        assert leaves, f"circular: {imports}"
+        imports = {name: needed for name, needed in imports.items() if name not in leaves}
+
+
+@pytest.mark.parametrize("family", PRUNED)
+def test_a_saved_folder_holds_all_it_imports_and_no_more_code(family, tmp_path):
+    _, pruned = tiny_pair(family)
+    pruned.save_pretrained(tmp_path)
+    saved = {path.stem for path in tmp_path.glob("*.py")}
+    needed = set()
+    todo = {PRUNED[family].__module__.rsplit(".", 1)[-1]}
+    while todo:
+        needed |= todo
+        todo = {name for stem in todo for name in get_relative_imports(MODELING / f"{stem}.py")} - needed
+    assert saved == needed
+
+
+def test_the_bundle_can_be_read_in_one_sitting():
+    lines = {path.name: len(path.read_text().splitlines()) for path in SHIPPABLE}
+    assert max(lines.values()) <= 400, lines
+    assert sum(lines.values()) <= 2500, lines
+
+
+@pytest.mark.parametrize("path", SHIPPABLE, ids=lambda path: path.name)
+def test_nothing_but_declarations_and_registration_at_import(path):
+    for node in ast.parse(path.read_text()).body:
+        registration = isinstance(node, ast.Expr) and re.match(r"register_key_conversion\(", ast.unparse(node))
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        declaration = isinstance(
+            node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef | ast.Assign | ast.AnnAssign
+        )
+        assert registration or docstring or declaration, ast.unparse(node)

@@ -1,0 +1,185 @@
+"""The plain Trainer trains the pruner from the shipped forward, and nothing else."""
+
+import math
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.budget_learnpruner import keep_counts
+
+from tiny_models import FAMILIES, LAYERS, build_inputs, samples_of, tiny_pair
+
+pytestmark = pytest.mark.core
+
+
+def labelled(family, samples, seed=0):
+    inputs = build_inputs(family, samples, seed=seed, side="right")
+    labels = inputs["input_ids"].clone()
+    labels[:, :-4] = -100
+    return {**inputs, "labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+@pytest.fixture
+def base(tmp_path, family):
+    tiny_pair(family)[0].save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trainer_for(model, folder, family, **arguments):
+    data = [labelled(family, [[2, (32, 32), 8]], seed=seed) for seed in range(8)]
+    settings = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 12,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_steps": 6,
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 0,
+        **arguments,
+    }
+
+    def collate(rows):
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    return Trainer(
+        model=model,
+        args=TrainingArguments(str(folder), **settings),
+        train_dataset=data,
+        eval_dataset=data[:4],
+        data_collator=collate,
+    )
+
+
+def training_loss(model, trainer):
+    """Mean loss of the training-mode forward over the whole training set."""
+    model.train()
+    with torch.no_grad():
+        return sum(model(**row).loss.item() for row in trainer.train_dataset) / len(trainer.train_dataset)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_trainer(family, base, tmp_path):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2).train_pruner_only()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = trainer_for(model, tmp_path / "run", family)
+    loss_before = training_loss(model, trainer)
+    trainer.train()
+    assert training_loss(model, trainer) < 0.9 * loss_before
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".pruner." in name}
+    assert model.config.pruner_trained
+
+    # Evaluation cuts for real, and its logits have the labels' length.
+    prediction = trainer.predict(trainer.eval_dataset)
+    assert prediction.predictions.shape[:2] == prediction.label_ids.shape
+    assert not prediction.predictions[:, 5].any() or not prediction.predictions[:, 6].any()
+
+    checkpoint = tmp_path / "run" / "checkpoint-12"
+    loaded = LearnPrunerForConditionalGeneration.from_pretrained(checkpoint)
+    assert loaded.config.pruner_trained
+    inputs = build_inputs(family, samples_of("padded", family))
+    assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+    assert (checkpoint / "model.safetensors").stat().st_size < 100_000
+
+
+@pytest.mark.parametrize("family", ["llava"])
+def test_resume_gives_the_same_weights(family, base, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        return LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2).train_pruner_only()
+
+    whole = trainer_for(fresh(), tmp_path / "whole", family)
+    whole.train()
+    resumed = trainer_for(fresh(), tmp_path / "whole", family)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters()):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("family", ["llava"])
+def test_best_model_at_end(family, base, tmp_path):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2).train_pruner_only()
+    trainer = trainer_for(
+        model, tmp_path / "run", family, eval_strategy="steps", eval_steps=6, load_best_model_at_end=True
+    )
+    trainer.train()
+    best = LearnPrunerForConditionalGeneration.from_pretrained(trainer.state.best_model_checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(best.parameters(), model.parameters()))
+
+
+# Since 5.23 it is called activation_checkpointing_enable, which the oldest supported release does not have.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_forward(family, checkpointing, base):
+    """Full length, nothing cut, cross-entropy of the gated prompt plus the budget term; gradients in the pruner alone."""
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.3).train_pruner_only()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    batch = labelled(family, [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]])
+    seen = []
+    model.model.language_model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    outputs = model(**batch)
+    assert outputs.kept_mask is None
+    assert seen[0][1] == batch["input_ids"].shape[1]
+    outputs.loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (".pruner." in name), name
+
+    # The budget term, by hand: keep probabilities are means over each image.
+    with torch.no_grad():
+        encoded = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
+        images = model.model.get_image_features(**encoded, return_dict=True)
+        features = model.model.pruner_features(images, batch.get("image_sizes"), None, None)
+        errors = []
+        for image in features:
+            probability = torch.sigmoid(model.model.pruner(image))
+            first, _ = keep_counts(
+                len(image), 0.3, num_layers=LAYERS, pruner_layer=model.config.pruner_layer, stage_ratio=3.0
+            )
+            errors.append((probability[~probability.isnan()].mean() - first / len(image)).item() ** 2)
+        budget = 100 * sum(errors) / len(errors)
+        logits = outputs.logits[:, :-1]
+        targets = batch["labels"][:, 1:]
+        entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    assert outputs.loss.item() == pytest.approx(entropy.item() + budget, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_open_gates_are_the_stock_model(family, base):
+    stock, _ = tiny_pair(family)
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.3).train_pruner_only()
+    torch.nn.init.zeros_(model.model.pruner.output.weight)
+    model.model.pruner.output.bias.data = torch.tensor([-200.0, 200.0])
+    batch = labelled(family, [[2, (32, 32), 8], [5]])
+    assert torch.equal(model(**batch).logits, stock(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["llava"])
+def test_text_only_batches_have_a_gradient(family, base):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base).train_pruner_only()
+    batch = labelled(family, [[9], [7]])
+    loss = model(**batch).loss
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert all(not parameter.grad.any() for parameter in model.model.pruner.parameters())
+    assert not model.config.pruner_trained
+
+
+@pytest.mark.parametrize("family", ["llava"])
+def test_accumulation_does_not_weigh_the_budget_twice(family, base):
+    """Two micro-batches of half the items weigh like one batch of all."""
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.3).train_pruner_only()
+    batch = labelled(family, [[2, (32, 32), 8], [2, (32, 32), 8]])
+    items = (batch["labels"][:, 1:] != -100).sum()
+    together = model(**batch, num_items_in_batch=items).loss
+    halves = sum(
+        model(**{name: value[row : row + 1] for name, value in batch.items()}, num_items_in_batch=items).loss
+        for row in range(2)
+    )
+    assert halves.item() == pytest.approx(together.item(), rel=1e-4)
+    assert model(**batch).loss.item() == pytest.approx(together.item(), rel=1e-4)
