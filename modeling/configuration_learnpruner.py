@@ -127,7 +127,7 @@ class PrunerConfig:
         if base_config.model_type not in (cls.base_model_type, cls.model_type):
             raise ValueError(
                 f"{cls.__name__} extends configurations of type {cls.base_model_type!r}, got "
-                f"{base_config.model_type!r}. LearnPrunerForConditionalGeneration.from_pretrained picks the class."
+                f"{base_config.model_type!r}. LearnPrunerForConditionalGeneration picks the class."
             )
         return cls(**{**cls._without_identity(base_config.to_dict()), **fields})
 

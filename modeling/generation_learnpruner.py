@@ -74,7 +74,7 @@ class PrunedModelMixin:
         text_type = config.text_config.model_type
         if text_type not in PRUNED_TEXT_MODELS:
             raise ValueError(
-                f"Pruning runs over the text models {sorted(PRUNED_TEXT_MODELS)}, and this checkpoint has {text_type!r}."
+                f"Pruning runs over the text models {sorted(PRUNED_TEXT_MODELS)}; this checkpoint has {text_type!r}."
             )
         self.language_model = PRUNED_TEXT_MODELS[text_type]._from_config(config.text_config)
         layers = config.vision_feature_layer
@@ -161,7 +161,8 @@ class PrunedModelMixin:
                     self.vision_mask(input_ids, inputs_embeds),
                     None if attention_mask is None else attention_mask[:, -sequence:].bool(),
                 )
-            if pruning.cuts:
+            # In training, a schedule without a learned cut has nothing to gate.
+            if pruning.cuts and not (pruning.soft and pruning.gates is None):
                 self._warn_if_untrained(pruning)
                 kwargs["pruning"] = pruning
 

@@ -103,7 +103,7 @@ class HubMixin:
         if config_dict.get("model_type") not in known:
             raise ValueError(
                 f"{cls.__name__} loads checkpoints of type {' or '.join(known)}, and {path} is of type "
-                f"{config_dict.get('model_type')!r}. LearnPrunerForConditionalGeneration.from_pretrained picks the class."
+                f"{config_dict.get('model_type')!r}. LearnPrunerForConditionalGeneration picks the class."
             )
         config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
         return config, {**kwargs, **place}

@@ -164,7 +164,7 @@ def test_copies_of_model_and_cache():
 
 
 def test_tied_embeddings_and_resizing():
-    stock, pruned = tiny_pair()
+    _, pruned = tiny_pair()
     pruned.config.tie_word_embeddings = pruned.config.text_config.tie_word_embeddings = True
     pruned.tie_weights()
     assert pruned.lm_head.weight is pruned.get_input_embeddings().weight

@@ -66,7 +66,7 @@ def test_beams(family, mode):
     generated = pruned.generate(
         **inputs, **GREEDY, **mode, return_dict_in_generate=True, output_scores=True, output_logits=True
     )
-    outputs, forced = forced_logits(pruned, inputs, generated.sequences)
+    _, forced = forced_logits(pruned, inputs, generated.sequences)
     answer = generated.sequences[:, inputs["input_ids"].shape[1] :]
     log_probs = forced.log_softmax(-1).gather(2, answer.unsqueeze(-1)).squeeze(-1)
     scores = pruned.compute_transition_scores(

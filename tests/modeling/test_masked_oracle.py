@@ -73,7 +73,7 @@ def test_prompt_bfloat16(family, attention, ratio, layer, batch):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generated_tokens(family, attention, batch):
-    """Every step of cached greedy decoding against one masked, uncached run over prompt and answer (teacher forcing)."""
+    """Every step of cached greedy decoding against one masked, uncached run over prompt and answer."""
     stock, pruned = tiny_pair(family, attention=attention)
     inputs = build_inputs(family, samples_of(batch, family))
     steps = 8

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.core
 MODELING = Path(learnpruner.__file__).parent
 SHIPPABLE = sorted(MODELING.glob("*_learnpruner*.py"))
 ALLOWED = {"torch", "transformers", "huggingface_hub", "safetensors"}
-STANDARD_LIBRARY = {"collections", "contextlib", "dataclasses", "math", "os", "typing"}
+STANDARD_LIBRARY = sys.stdlib_module_names
 
 
 @pytest.mark.parametrize("path", SHIPPABLE, ids=lambda path: path.name)

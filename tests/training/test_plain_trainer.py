@@ -116,7 +116,7 @@ def test_best_model_at_end(family, base, tmp_path):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_forward(family, checkpointing, base):
-    """Full length, nothing cut, cross-entropy of the gated prompt plus the budget term; gradients in the pruner alone."""
+    """Full length, nothing cut, cross-entropy plus the budget term; gradients in the pruner alone."""
     model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.3).train_pruner_only()
     if checkpointing:
         model.gradient_checkpointing_enable()
