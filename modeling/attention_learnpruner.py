@@ -53,17 +53,22 @@ def attention_received(
     queries = heads(attention.q_proj(at_rows(hidden_states)))
     queries, _ = apply_rotary_pos_emb(queries, queries, at_rows(cos), at_rows(sin))
 
+    with torch.autocast(hidden_states.device.type, enabled=False):
+        return _mean_over_rows(queries.float() * attention.scaling, keys.float(), key_valid, rows, weights, length)
+
+
+def _mean_over_rows(queries, keys, key_valid, rows, weights, length):
     past = keys.shape[2] - length
-    keys = keys.float().repeat_interleave(attention.num_key_value_groups, dim=1).mT
+    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).mT
     columns = torch.arange(past + length, device=rows.device)
-    received = hidden_states.new_zeros(batch, length, dtype=torch.float32)
+    received = keys.new_zeros(len(rows), length)
     watchers = torch.zeros_like(received)
     for start in range(0, rows.shape[1], ROWS_AT_A_TIME):
         chunk = slice(start, start + ROWS_AT_A_TIME)
         visible = columns <= (rows[:, chunk] + past).unsqueeze(-1)
         if key_valid is not None:
             visible = visible & key_valid.unsqueeze(1)
-        logits = queries[:, :, chunk].float() @ keys * attention.scaling
+        logits = queries[:, :, chunk] @ keys
         # Not -inf: a row of a text-free sample sees nothing, and its softmax must stay a number.
         logits = logits.masked_fill(~visible.unsqueeze(1), torch.finfo(torch.float32).min)
         counted = weights[:, chunk].unsqueeze(-1)

@@ -21,9 +21,9 @@ def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
         value: The value to be set.
         num_layers (`int`, *optional*): Decoder layers of the text model, the upper bound of `pruner_layer`.
     """
-    if name == "pruner_ratio" and not 0 < value <= 1:
+    if name == "pruner_ratio" and not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(
-            f"pruner_ratio is the mean share of vision tokens kept, in (0, 1], got {value}. Use 1.0 to switch pruning "
+            f"pruner_ratio is the mean share of vision tokens kept, in (0, 1], got {value!r}. 1.0 switches pruning "
             "off; at least one token per image is kept at any ratio."
         )
     if name == "pruner_layer" and value is not None and not 1 <= value <= (num_layers or math.inf):

@@ -110,7 +110,8 @@ class LearnedScore:
         return images.model.pruner(images.features)
 
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
-        return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
+        with torch.autocast(scores.device.type, enabled=False):
+            return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
 
 
 @dataclass(frozen=True)
@@ -243,8 +244,14 @@ class PruningCall:
             valid (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): False at padding.
 
         Raises:
-            `ValueError`: where the placeholders of a sample are not those of a whole number of images.
+            `ValueError`: where the placeholders of a sample are not those of a whole number of images, or the query
+                mask has another shape than the prompt.
         """
+        if self.query_mask is not None and self.query_mask.shape != vision.shape:
+            raise ValueError(
+                f"query_mask has the shape {tuple(self.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it "
+                "marks rows of the prompt, (batch, sequence)."
+            )
         sizes = [len(feature) for feature in features]
         owners = _assign_images(sizes, vision.sum(1).tolist())
         kept = [sizes]

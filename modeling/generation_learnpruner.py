@@ -146,21 +146,19 @@ class PrunedModelMixin:
             "vision_feature_layer": vision_feature_layer,
             "vision_feature_select_strategy": vision_feature_select_strategy,
         }
-        if pruning.schedule and has_images(pixel_values, mm_encoder_outputs):
+        # Given both, the stock model says so.
+        both = pixel_values is not None and mm_encoder_outputs is not None
+        if pruning.schedule and has_images(pixel_values, mm_encoder_outputs) and not both:
             if not pruning.soft:
                 use_cache_now = self.config.text_config.use_cache if use_cache is None else use_cache
                 refuse_decoder_inputs(self, **decoder, use_cache=use_cache_now, kwargs=kwargs)
             if pixel_values is not None:
                 encoded = self.get_image_features(pixel_values=pixel_values, **features, return_dict=True)
-                mm_encoder_outputs, pixel_values = {**(mm_encoder_outputs or {}), "image": encoded}, None
+                mm_encoder_outputs, pixel_values = {"image": encoded}, None
             if pruning.counts is None:
-                sequence = (input_ids if input_ids is not None else inputs_embeds).shape[1]
-                pruning.plan(
-                    self,
-                    self.pruner_features(mm_encoder_outputs["image"], **features),
-                    self.vision_mask(input_ids, inputs_embeds),
-                    None if attention_mask is None else attention_mask[:, -sequence:].bool(),
-                )
+                vision = self.vision_mask(input_ids, inputs_embeds)
+                valid = None if attention_mask is None else attention_mask[:, -vision.shape[1] :].bool()
+                pruning.plan(self, self.pruner_features(mm_encoder_outputs["image"], **features), vision, valid)
             # In training, a schedule without a learned cut has nothing to gate.
             if pruning.cuts and not (pruning.soft and pruning.gates is None):
                 self._warn_if_untrained(pruning)
@@ -292,20 +290,17 @@ class PrunedGenerationMixin:
         # A continued conversation may be given whole; what the cache holds is not part of this call.
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
         start = cache.get_seq_length() if cache is not None and (embeds is not None or mask_length == sequence) else 0
-        pruning = PruningCall(schedule)
+        # Fixed from the prompt: what is generated never ranks the evidence.
+        query_mask = model_kwargs.get("query_mask")
+        query_mask = torch.ones_like(vision) if query_mask is None else query_mask.bool()
+        pruning = PruningCall(schedule, query_mask[:, start:])
         valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
         image_features = self.model.pruner_features(model_kwargs["mm_encoder_outputs"]["image"], **features)
         pruning.plan(self.model, image_features, vision[:, start:], valid)
         if not pruning.cuts:
             model_kwargs.pop("schedule", None)
             return {**model_kwargs, "pruner_ratio": 1.0}
-        query_mask = model_kwargs.get("query_mask")
-        return {
-            **model_kwargs,
-            # Fixed from the prompt: what is generated never ranks the evidence.
-            "query_mask": torch.ones_like(vision) if query_mask is None else query_mask.bool(),
-            **pruning.to_tensors(start),
-        }
+        return {**model_kwargs, "query_mask": query_mask, **pruning.to_tensors(start)}
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         plan = {name: kwargs.pop(name) for name in PLAN if kwargs.get(name) is not None}

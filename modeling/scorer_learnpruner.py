@@ -95,7 +95,8 @@ def top_k_with_diversity(
     structure = features.isnan().any(-1)
     directions = F.normalize(features.float().nan_to_num(), dim=-1)
     best = places.argsort(dim=1)[:, : max(by_score)]
-    similarity = directions @ directions.gather(1, best.unsqueeze(-1).expand(-1, -1, directions.shape[-1])).mT
+    chosen_directions = directions.gather(1, best.unsqueeze(-1).expand(-1, -1, directions.shape[-1]))
+    similarity = directions @ chosen_directions.mT
     similarity = similarity.masked_fill(~(chosen & ~structure).gather(1, best).unsqueeze(1), -torch.inf)
     # A cosine never reaches 2: structure comes after every patch that is left.
     nearest = similarity.amax(-1).masked_fill(structure, 2.0)

@@ -173,6 +173,41 @@ def test_tied_embeddings_and_resizing():
     assert pruned(**inputs).logits.shape[-1] == VOCAB + 8
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autocast_does_not_round_the_scores(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    expected = pruned(**inputs)
+    encoded = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if name in inputs}
+    images = pruned.model.get_image_features(**encoded, return_dict=True)
+    sizes = {name: encoded[name] for name in ("image_sizes",) if name in encoded}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = pruned(**inputs, **sizes, mm_encoder_outputs={"image": images})
+    assert outputs.logits.dtype == torch.bfloat16
+    assert torch.equal(outputs.kept_mask[0], expected.kept_mask[0])
+    assert torch.equal(outputs.vision_scores[0].nan_to_num(), expected.vision_scores[0].nan_to_num())
+    assert len(outputs.vision_scores[1].unique()) > 8
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_offloaded_weights(family, tmp_path):
+    """accelerate's device map, with the language model on disk."""
+    stock, pruned = tiny_pair(family)
+    stock.save_pretrained(tmp_path / "stock")
+    parts = ("vision_tower", "multi_modal_projector", "image_newline", "pruner")
+    device_map = {f"model.{part}": "cpu" for part in parts} | {"model.language_model": "disk", "lm_head": "cpu"}
+    models = [
+        type(pruned).from_pretrained(tmp_path / "stock", pruner_ratio=0.4),
+        type(pruned).from_pretrained(
+            tmp_path / "stock", pruner_ratio=0.4, device_map=device_map, offload_folder=tmp_path / "offload"
+        ),
+    ]
+    models[1].model.pruner.load_state_dict(models[0].model.pruner.state_dict())
+    inputs = build_inputs(family, samples_of("mixed", family))
+    one, other = (model.generate(**inputs, max_new_tokens=6, do_sample=False) for model in models)
+    assert torch.equal(one, other)
+
+
 def test_counts_do_not_depend_on_the_pixels():
     """Invariant 6: counts follow from configuration, token ids and grids alone."""
     _, pruned = tiny_pair()

@@ -175,7 +175,7 @@ def test_cropping_into_the_pruned_prompt_changes_nothing(remove):
     unpruned.crop(-remove)
 
 
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.2])
+@pytest.mark.parametrize("ratio", [0, -0.5, 1.2, float("nan"), "0.5"])
 def test_ratio_of_a_call(ratio):
     _, pruned = tiny_pair()
     inputs = build_inputs("llava", samples_of("one", "llava"))
@@ -218,6 +218,25 @@ def test_encoder_outputs_without_hidden_states():
     encoded.hidden_states = None
     with pytest.raises(ValueError, match="get_image_features"):
         pruned(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+def test_images_given_twice():
+    """As the stock class says it."""
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    encoded = pruned.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    with pytest.raises(ValueError, match="both pixel_values and mm_encoder_outputs"):
+        pruned(**inputs, mm_encoder_outputs={"image": encoded})
+
+
+def test_query_mask_of_another_shape():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    wrong = torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="query_mask has the shape"):
+        pruned(**inputs, query_mask=wrong)
+    with pytest.raises(ValueError, match="query_mask has the shape"):
+        pruned.generate(**inputs, **NEW, query_mask=wrong)
 
 
 def test_schedules():
