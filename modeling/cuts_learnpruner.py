@@ -253,7 +253,8 @@ class PruningCall:
                 "marks rows of the prompt, (batch, sequence)."
             )
         sizes = [len(feature) for feature in features]
-        owners = _assign_images(sizes, vision.sum(1).tolist())
+        placeholders = vision if valid is None else vision & valid
+        owners = _assign_images(sizes, placeholders.sum(1).tolist())
         kept = [sizes]
         for cut in self.schedule:
             kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], sizes)])
@@ -331,7 +332,8 @@ def _assign_images(sizes: list[int], placeholders: list[int]) -> list[int]:
     if count != 0 or image != len(sizes):
         raise ValueError(
             f"Image features and image tokens do not match: the images have {sizes} tokens, and the samples hold "
-            f"{placeholders} placeholders. Build input_ids and pixel_values with one processor call."
+            f"{placeholders} placeholders (none under attention_mask 0). Build input_ids and pixel_values with one "
+            "processor call."
         )
     return owners
 

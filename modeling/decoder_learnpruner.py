@@ -120,7 +120,8 @@ class PrunedDecoderMixin:
         )
         del arguments["position_ids"]
         outputs = self._forward_physical(rows=rows, sequence=sequence, pruning=pruning, **arguments)
-        outputs.last_hidden_state = rows.to_logical(outputs.last_hidden_state, sequence, 0)
+        if pruning is not None:
+            outputs.last_hidden_state = rows.to_logical(outputs.last_hidden_state, sequence, 0)
         return outputs
 
     @merge_with_config_defaults
@@ -140,7 +141,7 @@ class PrunedDecoderMixin:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and pruning is not None:
             past_key_values = PrunedCache.adopt(past_key_values, self.config.num_hidden_layers)
-        text_lengths = None if pruning is None else _text_lengths(pruning, rows.valid)
+        text_lengths = None if pruning is None else _text_lengths(pruning, rows)
 
         mask = key_valid = history = previous = None
         for number, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
@@ -186,6 +187,8 @@ class PrunedDecoderMixin:
             attention_mask=key_valid,
             past_key_values=past_key_values,
             layer_idx=number,
+            # That there is padding is known here: looking for it would make the host wait.
+            allow_is_causal_skip=key_valid is None,
         )
 
     def _cut(self, cut: Cut, rows: PhysicalRows, sequence: int, pruning: PruningCall, text_lengths, previous) -> None:
@@ -221,22 +224,25 @@ class PrunedDecoderMixin:
         pruning.decisions.append((kept, scores))
 
 
-def _text_lengths(pruning: PruningCall, valid: torch.Tensor | None) -> list[int]:
+def _text_lengths(pruning: PruningCall, rows: PhysicalRows) -> list[int]:
     """Text rows of each sample; the one place where padding makes the host wait."""
-    lengths = [pruning.vision.shape[1]] * len(pruning.counts) if valid is None else valid.sum(1).tolist()
+    lengths = [rows.length] * len(pruning.counts) if rows.valid is None else rows.valid.sum(1).tolist()
+    if min(lengths) == rows.length:
+        rows.valid = None
     return [length - row[0] for length, row in zip(lengths, pruning.counts)]
 
 
 def _join(held: PrunedCacheLayer, attention_mask, rows: PhysicalRows, sequence: int) -> torch.Tensor | None:
     """Validity of the keys held before this call and of its own rows, `(batch, past + length)`; `None`: all valid."""
+    if held.physical_length == 0:
+        return rows.valid
     past = held.key_valid(attention_mask, sequence)
     if past is None and rows.valid is None:
         return None
-    batch, device = len(rows.index), rows.index.device
     if past is None:
-        past = torch.ones(batch, held.physical_length, dtype=torch.bool, device=device)
+        past = rows.valid.new_ones(len(rows.valid), held.physical_length)
     own = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
-    return torch.cat([past.to(device), own], dim=1)
+    return torch.cat([past.to(own.device), own], dim=1)
 
 
 class PrunedLlamaModel(PrunedDecoderMixin, LlamaModel):

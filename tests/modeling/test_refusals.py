@@ -209,6 +209,14 @@ def test_an_image_split_over_two_samples_is_refused():
         pruned(**inputs)
 
 
+def test_a_placeholder_that_the_attention_mask_hides_is_refused():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    inputs["attention_mask"][0, :6] = 0
+    with pytest.raises(ValueError, match="do not match"):
+        pruned(**inputs)
+
+
 def test_encoder_outputs_without_hidden_states():
     _, pruned = tiny_pair()
     inputs = build_inputs("llava", samples_of("one", "llava"))
