@@ -10,6 +10,36 @@ from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalG
 FAMILIES = (LearnPrunerLlavaForConditionalGeneration, LearnPrunerLlavaNextForConditionalGeneration)
 
 
+def pruned_class(pretrained_model_name_or_path, **place) -> type:
+    """The class for a checkpoint, stock or pruned, by its configuration.
+
+    Args:
+        pretrained_model_name_or_path (`str`): A Hub id or a folder.
+        place: Where to find it, for example `revision` or `token`.
+
+    Raises:
+        `ValueError`: where no class fits the checkpoint.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
+    except OSError as error:
+        raise OSError(
+            f"No checkpoint at {pretrained_model_name_or_path!r}: it is no folder with a config.json, and no Hub "
+            f"repository that can be reached ({str(error).splitlines()[0]})"
+        ) from error
+    classes = {
+        model_type: family
+        for family in FAMILIES
+        for model_type in (family.config_class.base_model_type, family.config_class.model_type)
+    }
+    model_type = config.get("model_type")
+    if model_type not in classes:
+        raise ValueError(
+            f"{pretrained_model_name_or_path} is of type {model_type!r}; LearnPruner supports {sorted(classes)}."
+        )
+    return classes[model_type]
+
+
 class LearnPrunerForConditionalGeneration:
     """Picks the class for a checkpoint. Not to be instantiated: call [`from_pretrained`]."""
 
@@ -25,15 +55,5 @@ class LearnPrunerForConditionalGeneration:
             `ValueError`: where no class fits the checkpoint.
         """
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        config, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **place)
-        classes = {
-            model_type: family
-            for family in FAMILIES
-            for model_type in (family.config_class.base_model_type, family.config_class.model_type)
-        }
-        model_type = config.get("model_type")
-        if model_type not in classes:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} is of type {model_type!r}; LearnPruner supports {sorted(classes)}."
-            )
-        return classes[model_type].from_pretrained(pretrained_model_name_or_path, **kwargs)
+        cls = pruned_class(pretrained_model_name_or_path, **place)
+        return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)

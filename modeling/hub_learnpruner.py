@@ -3,6 +3,7 @@
 
 import os
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
@@ -105,8 +106,10 @@ class HubMixin:
                 f"{cls.__name__} loads checkpoints of type {' or '.join(known)}, and {path} is of type "
                 f"{config_dict.get('model_type')!r}. LearnPrunerForConditionalGeneration picks the class."
             )
-        config, kwargs = cls.config_class.from_pretrained(path, return_unused_kwargs=True, **kwargs)
-        return config, {**kwargs, **place}
+        # "auto" is for the model to resolve; the configuration would take it as it is.
+        names = {field.name for field in fields(cls.config_class)} - {"dtype"}
+        overrides = {name: kwargs.pop(name) for name in names & set(kwargs)}
+        return cls.config_class.from_pretrained(path, **place, **overrides), kwargs
 
     @classmethod
     def _from_base(cls, path, config, place: dict, model_args, kwargs: dict):

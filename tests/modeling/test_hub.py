@@ -93,6 +93,32 @@ def test_a_full_checkpoint_without_its_pruner_is_an_error(stock_folder, tmp_path
         LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "full")
 
 
+@pytest.mark.parametrize("kind", ["stock", "full", "pruner_only"])
+def test_arguments_of_from_pretrained(kind, stock_folder, tmp_path):
+    edit_weights(stock_folder, lambda weights: {name: value.bfloat16() for name, value in weights.items()})
+    folder, config = stock_folder, json.loads((stock_folder / "config.json").read_text())
+    (stock_folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    if kind != "stock":
+        model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder, dtype="auto")
+        folder = tmp_path / kind
+        (model.train_pruner_only() if kind == "pruner_only" else model).save_pretrained(folder)
+    for dtype, expected in (("auto", torch.bfloat16), (torch.float16, torch.float16), ("float32", torch.float32)):
+        model = LearnPrunerForConditionalGeneration.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", pruner_ratio=0.25, pruner_layer=1, device_map="cpu"
+        )
+        assert model.lm_head.weight.dtype == expected
+        assert {parameter.dtype for parameter in model.model.pruner.parameters()} == {torch.float32}
+        assert model.config.text_config._attn_implementation == "eager"
+        assert (model.config.pruner_ratio, model.config.pruner_layer) == (0.25, 1)
+    with pytest.raises(TypeError, match="pruner_ratoi"):
+        LearnPrunerForConditionalGeneration.from_pretrained(folder, pruner_ratoi=0.5)
+
+
+def test_no_checkpoint_there(tmp_path):
+    with pytest.raises(OSError, match="No checkpoint at .*nowhere"):
+        LearnPrunerForConditionalGeneration.from_pretrained(str(tmp_path / "nowhere"))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_factory_picks_the_class(family, stock_folder, tmp_path):
     model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder, pruner_ratio=0.5, dtype=torch.bfloat16)

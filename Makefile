@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first target sets up on a machine that has only Python 3.10+.
+PYTHON ?= python3
+# Installed first and by its exact version: a range would pull the newest build, on Linux with gigabytes of CUDA. For a
+# CPU build from PyTorch's own index: make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TORCH_ARGS ?=
+# The oldest supported transformers; guards_learnpruner.py and pyproject.toml say the same.
+FLOOR = transformers==5.20.0
+
+.PHONY: demo test test-floor test-matrix quality style clean
+
+demo: .venv/installed
+	.venv/bin/python examples/easy_vqa/demo.py
+
+test: .venv/installed
+	.venv/bin/python -m pytest -q
+
+test-floor: .venv-floor/installed
+	.venv-floor/bin/python -m pytest -q -m core
+
+test-matrix: test test-floor
+
+quality: .venv/installed
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+style: .venv/installed
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -q $(TORCH_ARGS) "$(TORCH)"
+	.venv/bin/pip install -q -e ".[dev]"
+	touch $@
+
+.venv-floor/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-floor
+	.venv-floor/bin/pip install -q $(TORCH_ARGS) "$(TORCH)"
+	.venv-floor/bin/pip install -q -e ".[dev]" "$(FLOOR)"
+	touch $@
+
+clean:
+	rm -rf .venv .venv-floor demo_output

@@ -1,0 +1,80 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""The `learnpruner` command: a thin dispatcher. Each subcommand adds its arguments and names the function that runs."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def ratio(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
+def add_budget(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hub id or folder; only its configuration is read")
+    parser.add_argument("--ratio", type=ratio, nargs="+", help="default: 1/3, 2/9, 1/9 and 1/18")
+    parser.add_argument("--tokens", type=int, help="vision tokens of the image; default: one crop of the model")
+
+
+def run_budget(arguments: argparse.Namespace) -> None:
+    from .auto import pruned_class
+    from .budget_learnpruner import mean_tokens
+    from .cuts_learnpruner import learnpruner_schedule
+
+    config = pruned_class(arguments.model).config_class.from_pretrained(arguments.model)
+    vision = config.vision_config
+    tokens = arguments.tokens or (vision.image_size // vision.patch_size) ** 2
+    depth = config.text_config.num_hidden_layers
+    print(f"{arguments.model}: {tokens} vision tokens, {depth} decoder layers, second cut before {config.pruner_layer}")
+    print(f"{'ratio':>8}{'cut 1':>8}{'cut 2':>8}{'mean':>8}")
+    for value in arguments.ratio or (1 / 3, 2 / 9, 1 / 9, 1 / 18):
+        schedule = learnpruner_schedule(config, value)
+        counts = tuple(cut.keep(tokens) for cut in schedule)
+        mean = mean_tokens(counts, tuple(cut.layer for cut in schedule), tokens, depth)
+        first, last = (counts[0], counts[-1]) if counts else (tokens, tokens)
+        print(f"{value:8.4f}{first:8}{last:8}{mean:8.1f}")
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="Hub id or folder of a stock or a pruned checkpoint, with its processor")
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
+    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--picture", type=Path, help="write the image with the kept patches of both cuts here (PNG)")
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    from .compare import compare_file
+
+    print(compare_file(**{name: value for name, value in vars(arguments).items() if name != "run"}))
+
+
+COMMANDS = {
+    "budget": (add_budget, run_budget, "what a ratio means for a checkpoint: tokens of one image after each cut"),
+    "compare": (add_compare, run_compare, "one question about one image, pruned and unpruned, and what was kept"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command. Returns the exit status: 2, with one line on stderr, where the input is bad."""
+    parser = argparse.ArgumentParser(prog="learnpruner", description="Visual token pruning for Hugging Face VLMs.")
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for name, (add, run, purpose) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=purpose, description=purpose)
+        add(subparser)
+        subparser.set_defaults(run=run)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        print(f"learnpruner: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

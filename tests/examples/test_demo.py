@@ -1,0 +1,82 @@
+"""The main job on the real images of the easy-vqa package."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from learnpruner.budget_learnpruner import keep_counts
+
+DEMO = Path(__file__).parents[2] / "examples" / "easy_vqa" / "demo.py"
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("easy_vqa_demo", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("value", [1 / 18, 0.3])
+def test_demo(demo, value, tmp_path, capsys):
+    assert demo.main(["--limit", "2", "--ratio", str(value), "--output", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    first, second = keep_counts(576, value, num_layers=8, pruner_layer=3, stage_ratio=3.0)
+    assert printed.count(f"576 -> {first} -> {second}") == 3
+    assert "UNTRAINED" in printed
+    for sizes in re.findall(r"KV cache +([\d,]+) bytes \(unpruned: ([\d,]+) bytes", printed):
+        pruned, stock = (int(size.replace(",", "")) for size in sizes)
+        # 3 layers hold the first count, 5 the second: the tokens gone, times keys and values of 128 float32.
+        assert stock - pruned == (3 * (576 - first) + 5 * (576 - second)) * 2 * 128 * 4
+    for number in range(2):
+        picture = Image.open(tmp_path / "out" / f"question-{number}.png")
+        assert picture.format == "PNG"
+        assert min(picture.size) > 400
+        assert len(picture.convert("RGB").getcolors(1_000_000)) > 10
+
+
+def test_a_run_can_be_repeated(demo, tmp_path, capsys):
+    answers = []
+    for name in ("a", "b"):
+        demo.main(["--limit", "2", "--seed", "3", "--output", str(tmp_path / name)])
+        printed = capsys.readouterr().out
+        answers.append(re.findall(r"(?:question|answer) .*", printed))
+    assert answers[0] == answers[1]
+
+
+def test_without_pruning(demo, tmp_path, capsys):
+    assert demo.main(["--limit", "1", "--ratio", "1.0", "--output", str(tmp_path)]) == 0
+    assert "576 vision tokens, 576.0 on average" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["package", "image"])
+def test_missing_or_damaged_images(demo, damage, tmp_path, capsys, monkeypatch):
+    if damage == "package":
+        monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    else:
+        import easy_vqa
+
+        (tmp_path / "broken.png").write_text("no image")
+        paths = dict.fromkeys(easy_vqa.get_test_image_paths(), tmp_path / "broken.png")
+        monkeypatch.setattr(easy_vqa, "get_test_image_paths", lambda: paths)
+    assert demo.main(["--output", str(tmp_path / "out")]) == 2
+    captured = capsys.readouterr()
+    assert "pip install --force-reinstall easy-vqa==1.0" in captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--limit", "0"], ["--ratio", "0"], ["--ratio", "1.5"]])
+def test_bad_arguments(demo, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        demo.main(arguments)
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_no_such_model(demo, tmp_path, capsys):
+    assert demo.main(["--limit", "1", "--model", str(tmp_path / "none"), "--output", str(tmp_path)]) == 2
+    assert "none" in capsys.readouterr().err
