@@ -115,7 +115,7 @@ def test_arguments_of_from_pretrained(kind, stock_folder, tmp_path):
 
 
 def test_no_checkpoint_there(tmp_path):
-    with pytest.raises(OSError, match="No checkpoint at .*nowhere"):
+    with pytest.raises(OSError, match=r"No checkpoint at .*nowhere"):
         LearnPrunerForConditionalGeneration.from_pretrained(str(tmp_path / "nowhere"))
 
 
