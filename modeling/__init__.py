@@ -7,8 +7,8 @@ from .auto import FAMILIES, LearnPrunerForConditionalGeneration
 from .cache_learnpruner import PrunedCache
 from .configuration_learnpruner import LearnPrunerLlavaConfig, LearnPrunerLlavaNextConfig, __version__
 from .cuts_learnpruner import Cut, LearnedScore, TextAttention, learnpruner_schedule
-from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration, LearnPrunerLlavaModel
-from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration, LearnPrunerLlavaNextModel
+from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration
+from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration
 
 for family in FAMILIES:
     AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
@@ -21,10 +21,8 @@ __all__ = [
     "LearnPrunerForConditionalGeneration",
     "LearnPrunerLlavaConfig",
     "LearnPrunerLlavaForConditionalGeneration",
-    "LearnPrunerLlavaModel",
     "LearnPrunerLlavaNextConfig",
     "LearnPrunerLlavaNextForConditionalGeneration",
-    "LearnPrunerLlavaNextModel",
     "LearnedScore",
     "PrunedCache",
     "TextAttention",

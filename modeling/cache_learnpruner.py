@@ -68,10 +68,10 @@ class PrunedCacheLayer(DynamicLayer):
         if attention_mask is None:
             return torch.cat([prefix, like.new_ones(len(like), suffix)], dim=1)
         end = attention_mask.shape[1] - query_length
-        if end < suffix:
+        if end != self.get_seq_length():
             raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns; on a cache it covers the whole conversation, "
-                "what the cache has seen and the new tokens."
+                f"attention_mask has {attention_mask.shape[1]} columns; on a cache it covers the whole conversation: "
+                f"{self.get_seq_length()} tokens that the cache has seen and {query_length} new ones."
             )
         return torch.cat([prefix, attention_mask[:, end - suffix : end]], dim=1)
 

@@ -94,15 +94,14 @@ class PrunerConfig:
                 f"{__version__} that reads it: run `pip install -U learnpruner`."
             )
         self.learnpruner_version = __version__
-        depth = self.text_config.num_hidden_layers
-        if self.pruner_layer is None:
-            self.pruner_layer = max(1, math.floor(depth * PAPER_LAYER / PAPER_DEPTH + 0.5))
-        check_pruner_field("pruner_layer", self.pruner_layer, depth)
+        self.pruner_layer = self.pruner_layer  # now that the depth is known: the default, or a check
 
     def __setattr__(self, name, value):
         # The text configuration is a plain dict until it has been built.
         text_config = self.__dict__.get("text_config")
         depth = text_config.num_hidden_layers if isinstance(text_config, PreTrainedConfig) else None
+        if name == "pruner_layer" and value is None and depth is not None:
+            value = max(1, math.floor(depth * PAPER_LAYER / PAPER_DEPTH + 0.5))
         check_pruner_field(name, value, depth)
         super().__setattr__(name, value)
 

@@ -80,7 +80,7 @@ class DecoderScore(Protocol):
     def __call__(self, state: DecoderState) -> torch.Tensor:
         """Returns `(batch, length)` float32, NaN where not scored."""
 
-    def select(self, scores: torch.Tensor, state: DecoderState, counts: list[int]) -> torch.Tensor:
+    def select(self, scores: torch.Tensor, state: DecoderState, counts: torch.Tensor) -> torch.Tensor:
         """Returns `(batch, length)` bool, `counts[i]` vision tokens of sample i; an infinite score must be chosen."""
 
 
@@ -142,7 +142,7 @@ class TextAttention:
         )
         return received.masked_fill(~(seen & state.vision), torch.nan)
 
-    def select(self, scores: torch.Tensor, state: DecoderState, counts: list[int]) -> torch.Tensor:
+    def select(self, scores: torch.Tensor, state: DecoderState, counts: torch.Tensor) -> torch.Tensor:
         # Columns that no text row sees rank by their stage 1 score. The two kinds are not on one scale, so each
         # column competes with its quantile among its own kind: no image starves for standing after the question.
         # A row that must be chosen ends its sample, so no text row sees it either.
@@ -191,6 +191,7 @@ class PruningCall:
         soft (`bool`): Gate at full length instead of cutting.
         vision (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens of this call.
         counts (`list[list[int]]`): For each sample, its vision tokens before the first cut and after each.
+        count_table (`torch.Tensor` of shape `(batch, 1 + cuts)`, int64): The same on the device.
         vision_kept (`torch.Tensor` of shape `(batch, sequence)`, bool): Survivors of a cut before the decoder.
         vision_scores (`torch.Tensor` of shape `(batch, sequence)`, float32): Its scores, NaN elsewhere.
         last (`torch.Tensor` of shape `(batch,)`, int64): Each sample's last row. It predicts the next token, so no
@@ -206,6 +207,7 @@ class PruningCall:
     soft: bool = False
     vision: torch.Tensor | None = None
     counts: list[list[int]] | None = None
+    count_table: torch.Tensor | None = None
     vision_kept: torch.Tensor | None = None
     vision_scores: torch.Tensor | None = None
     last: torch.Tensor | None = None
@@ -216,7 +218,7 @@ class PruningCall:
     decisions: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
-    def cuts(self) -> bool:
+    def will_cut(self) -> bool:
         """Whether any token will leave; known only after [`plan`]."""
         return self.counts is not None and any(min(row) < row[0] for row in self.counts)
 
@@ -267,7 +269,8 @@ class PruningCall:
         self.last = columns.amax(1) if valid is None else (columns * valid).amax(1)
         self.vision_kept = vision
         self.vision_scores = vision.new_full(vision.shape, torch.nan, dtype=torch.float32)
-        if not self.cuts or self.schedule[0].layer > 0:
+        self.count_table = torch.tensor(self.counts, device=vision.device)
+        if not self.will_cut or self.schedule[0].layer > 0:
             return
 
         # On the images' device: with a device map, or inputs left on the host, the prompt may be elsewhere.
@@ -298,11 +301,10 @@ class PruningCall:
 
     def to_tensors(self, start: int) -> dict[str, torch.Tensor]:
         """The plan as tensors that beams can expand; `start` columns stand before those that were planned."""
-        counts = torch.tensor(self.counts, device=self.vision.device)
         return {
             "vision_kept": F.pad(self.vision_kept, (start, 0)),
             "vision_scores": F.pad(self.vision_scores, (start, 0), value=torch.nan),
-            "vision_counts": torch.cat([self.last.unsqueeze(1), counts], dim=1),
+            "vision_counts": torch.cat([self.last.unsqueeze(1), self.count_table], dim=1),
         }
 
     def resume(
@@ -315,8 +317,8 @@ class PruningCall:
         self.vision_kept = F.pad(vision_kept, behind)
         self.vision_scores = F.pad(vision_scores, behind, value=torch.nan)
         self.query_mask = F.pad(self.query_mask, behind)
-        self.last, counts = vision_counts[:, 0], vision_counts[:, 1:]
-        self.counts = counts.tolist()
+        self.last, self.count_table = vision_counts[:, 0], vision_counts[:, 1:]
+        self.counts = self.count_table.tolist()
 
 
 def _assign_images(sizes: list[int], placeholders: list[int]) -> list[int]:

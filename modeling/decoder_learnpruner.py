@@ -1,7 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The decoder: stock text models run through a schedule of cuts.
 
-This is the one module that converts between logical rows (the caller's sequence) and physical rows (what is held).
+Rows are converted between logical (the caller's sequence) and physical (what is held) here alone; the cache keeps the
+same account of its keys.
 """
 
 import torch
@@ -119,7 +120,7 @@ class PrunedDecoderMixin:
             None if attention_mask is None else attention_mask[:, -sequence:],
         )
         del arguments["position_ids"]
-        outputs = self._forward_physical(rows=rows, sequence=sequence, pruning=pruning, **arguments)
+        outputs = self._forward_physical(rows=rows, sequence=sequence, pruning=pruning, **arguments, return_dict=True)
         if pruning is not None:
             outputs.last_hidden_state = rows.to_logical(outputs.last_hidden_state, sequence, 0)
         return outputs
@@ -157,7 +158,10 @@ class PrunedDecoderMixin:
                 held.hold(
                     key_valid, sequence - rows.length, rows.length - pruning.answer_length, len(pruning.decisions)
                 )
-                held.kept_mask, held.vision_scores = pruning.decisions[-1] if number in cuts else (None, None)
+                held.kept_mask = held.vision_scores = None
+                if number in cuts:
+                    prompt = slice(sequence - pruning.answer_length)
+                    held.kept_mask, held.vision_scores = (record[:, prompt] for record in pruning.decisions[-1])
             if stale:
                 mask = self._mask(number, rows.hidden_states, past_key_values, key_valid)
 
@@ -192,7 +196,7 @@ class PrunedDecoderMixin:
         )
 
     def _cut(self, cut: Cut, rows: PhysicalRows, sequence: int, pruning: PruningCall, text_lengths, previous) -> None:
-        counts = [row[pruning.schedule.index(cut) + 1] for row in pruning.counts]
+        step = pruning.schedule.index(cut) + 1
         vision = rows.to_physical(pruning.vision)
         text = ~vision
         if rows.valid is not None:
@@ -217,15 +221,16 @@ class PrunedDecoderMixin:
             )
             scores = cut.score(state)
             last = (rows.index == pruning.last.unsqueeze(1).to(rows.index.device)).to(device) & state.vision
+            counts = pruning.count_table[:, step].to(device)
             chosen = cut.score.select(scores.masked_fill(last, torch.inf), state, counts).to(text.device)
             scores = rows.to_logical(scores.to(text.device), sequence, torch.nan)
-        rows.keep(chosen | text, [length + count for length, count in zip(text_lengths, counts)])
+        rows.keep(chosen | text, [length + row[step] for length, row in zip(text_lengths, pruning.counts)])
         kept = rows.to_logical(torch.ones_like(rows.index, dtype=torch.bool), sequence, False)
         pruning.decisions.append((kept, scores))
 
 
 def _text_lengths(pruning: PruningCall, rows: PhysicalRows) -> list[int]:
-    """Text rows of each sample; the one place where padding makes the host wait."""
+    """Text rows of each sample; of the decoder, the one place where padding makes the host wait."""
     lengths = [rows.length] * len(pruning.counts) if rows.valid is None else rows.valid.sum(1).tolist()
     if min(lengths) == rows.length:
         rows.valid = None

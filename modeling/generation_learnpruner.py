@@ -21,9 +21,11 @@ from .scorer_learnpruner import LearnedPruningModule, budget_loss
 
 logger = logging.get_logger(__name__)
 
-# In these `generate` carries the plan made from the images it encoded. Tensors with the batch first, so that beams
-# expand them; None of them is for callers.
-PLAN = ("query_mask", "vision_kept", "vision_scores", "vision_counts")
+# In these `generate` carries, beside the query_mask, the plan made from the images it encoded. Tensors with the batch
+# first, so that beams expand them.
+PLAN = ("vision_kept", "vision_scores", "vision_counts")
+# What decides which features an image has, beside its pixels.
+FEATURE_ARGUMENTS = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
 
 @dataclass
@@ -76,11 +78,23 @@ class PrunedModelMixin:
             raise ValueError(
                 f"Pruning runs over the text models {sorted(PRUNED_TEXT_MODELS)}; this checkpoint has {text_type!r}."
             )
+        # In place of the stock one that the constructor built; from_pretrained builds both on the meta device.
         self.language_model = PRUNED_TEXT_MODELS[text_type]._from_config(config.text_config)
         layers = config.vision_feature_layer
         levels = 1 if isinstance(layers, int) else len(layers)
         self.pruner = LearnedPruningModule(config.vision_config.hidden_size * levels, config.pruner_hidden_size)
+        # Right behind the vision tower: device_map="auto" fills devices in this order, and would offload the last. Not
+        # before it: the first parameter's precision passes for the model's.
+        for name in [name for name in self._modules if name not in ("vision_tower", "pruner")]:
+            self._modules[name] = self._modules.pop(name)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Refused: without its head the model has no way to check that every weight was found."""
+        raise NotImplementedError(
+            f"Load the class for conditional generation and take its `.model`, not {cls.__name__} itself."
+        )
 
     def pruner_schedule(self, ratio: float | None = None, schedule: tuple[Cut, ...] | None = None) -> tuple[Cut, ...]:
         """The cuts of a call: `schedule`, or LearnPruner's at `ratio` or at the configuration's."""
@@ -160,7 +174,7 @@ class PrunedModelMixin:
                 valid = None if attention_mask is None else attention_mask[:, -vision.shape[1] :].bool()
                 pruning.plan(self, self.pruner_features(mm_encoder_outputs["image"], **features), vision, valid)
             # In training, a schedule without a learned cut has nothing to gate.
-            if pruning.cuts and not (pruning.soft and pruning.gates is None):
+            if pruning.will_cut and not (pruning.soft and pruning.gates is None):
                 self._warn_if_untrained(pruning)
                 kwargs["pruning"] = pruning
 
@@ -217,14 +231,17 @@ class PrunedGenerationMixin:
         pruner_ratio: float | None,
         schedule: tuple[Cut, ...] | None,
         query_mask: torch.Tensor | None,
-        vision_kept: torch.Tensor | None,
-        vision_scores: torch.Tensor | None,
-        vision_counts: torch.Tensor | None,
     ) -> LearnPrunerCausalLMOutputWithPast:
+        plan = {name: kwargs.pop(name) for name in PLAN if name in kwargs}
         soft = self.training and labels is not None
+        kept_logits = stock["logits_to_keep"]
+        kept_logits = slice(-kept_logits, None) if isinstance(kept_logits, int) else kept_logits
         if query_mask is None and labels is not None:
             # An answer must never choose its own evidence.
-            query_mask = (labels != -100).cumsum(1) == 0
+            prompt = stock["input_ids"] if stock["input_ids"] is not None else stock["inputs_embeds"]
+            supervised = torch.zeros(prompt.shape[:2], dtype=torch.bool, device=labels.device)
+            supervised[:, kept_logits] = labels != -100
+            query_mask = supervised.cumsum(1) == 0
         pruning = PruningCall(
             self.model.pruner_schedule(pruner_ratio, schedule),
             None if query_mask is None else query_mask.bool(),
@@ -232,16 +249,17 @@ class PrunedGenerationMixin:
         )
         if pruning.schedule and not soft and has_images(stock["pixel_values"], stock["mm_encoder_outputs"]):
             refuse_tensor_parallelism(self)
-        if vision_counts is not None:
-            vision = self.model.vision_mask(stock["input_ids"], stock["inputs_embeds"])
-            pruning.resume(vision, vision_kept, vision_scores, vision_counts)
+        if plan:
+            pruning.resume(self.model.vision_mask(stock["input_ids"], stock["inputs_embeds"]), **plan)
         outputs = super().forward(**stock, **kwargs, pruning=pruning, return_dict=True)
 
         loss = None
         if labels is not None:
             if pruning.decisions:
-                predictor_kept = F.pad(pruning.decisions[-1][0][:, :-1], (1, 0), value=True)
-                labels = labels.masked_fill(~predictor_kept, -100)
+                predicts = pruning.decisions[-1][0][:, kept_logits]
+                labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)
+                if kwargs.get("shift_labels") is not None:
+                    kwargs["shift_labels"] = kwargs["shift_labels"].masked_fill(~predicts, -100)
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
             if soft:
@@ -255,12 +273,13 @@ class PrunedGenerationMixin:
         if pruning.gates is None:
             # Without images the pruner has no part in the loss; a batch of text must still have a gradient.
             return sum((parameter.sum() * 0 for parameter in trained), labels.new_zeros((), dtype=torch.float32))
-        if trained and torch.is_grad_enabled():
-            self.config.pruner_trained = True
         loss = budget_loss([scores.sigmoid() for scores in pruning.image_scores], pruning.shares)
         if num_items_in_batch is not None:
             # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise.
             loss = loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
+        if trained and loss.requires_grad:
+            # A forward pass alone trains nothing: only a backward pass gets here.
+            loss.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
         return loss
 
     def _maybe_prepare_encoder_kwargs_for_generation(
@@ -278,10 +297,7 @@ class PrunedGenerationMixin:
         refuse_tensor_parallelism(self)
         refuse_generation(generation_config, attention_mask)
         refuse_decoder_inputs(self.model, attention_mask, None, cache, generation_config.use_cache, {})
-        features = {
-            name: model_kwargs.get(name)
-            for name in ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
-        }
+        features = {name: model_kwargs.get(name) for name in FEATURE_ARGUMENTS}
         model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
 
         embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
@@ -297,13 +313,13 @@ class PrunedGenerationMixin:
         valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
         image_features = self.model.pruner_features(model_kwargs["mm_encoder_outputs"]["image"], **features)
         pruning.plan(self.model, image_features, vision[:, start:], valid)
-        if not pruning.cuts:
+        if not pruning.will_cut:
             model_kwargs.pop("schedule", None)
             return {**model_kwargs, "pruner_ratio": 1.0}
         return {**model_kwargs, "query_mask": query_mask, **pruning.to_tensors(start)}
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
-        plan = {name: kwargs.pop(name) for name in PLAN if kwargs.get(name) is not None}
+        plan = {name: kwargs.pop(name) for name in ("query_mask", *PLAN) if kwargs.get(name) is not None}
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if not inputs.get("mm_encoder_outputs"):
             return inputs
@@ -317,7 +333,7 @@ class PrunedGenerationMixin:
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         # An assistant has its own model, and its own pruner if any.
-        ours = ("pruner_ratio", "schedule", *PLAN)
+        ours = ("pruner_ratio", "schedule", "query_mask", *PLAN)
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 

@@ -8,7 +8,8 @@ from dataclasses import fields
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.utils import SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
+from transformers.utils.hub import extract_commit_hash
 
 from .guards_learnpruner import check_transformers_version
 
@@ -18,7 +19,7 @@ PRUNER = "model.pruner."
 # What of from_pretrained's arguments says where to find files of a repository. The second row concerns that repository
 # alone, and must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "_commit_hash")
+OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs")
 
 
 def register_key_conversion(cls: type, stock: str) -> None:
@@ -82,14 +83,11 @@ class HubMixin:
             model, info = cls._from_base(path, config, place, model_args, kwargs)
         else:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-            # transformers keeps a loaded pruner in float32, but initialises a missing one in the model's precision.
-            model.model.pruner.float()
+            cls._prepare_pruner(model)
             fresh = {name for name in info["missing_keys"] if stock and name.startswith(PRUNER)}
             cls._require_all_weights(path, info, fresh)
             if stock:
-                # A folder must be found from anywhere, a Hub id at the revision that was loaded.
-                folder = os.path.isdir(path)
-                model._base = (os.path.abspath(path), None) if folder else (path, config._commit_hash)
+                model._base = cls._name_base(path, place)
         return (model, info) if with_info else model
 
     @classmethod
@@ -123,8 +121,8 @@ class HubMixin:
         except OSError as error:
             raise OSError(
                 f"{path} holds a pruner alone, and its base model {base!r}"
-                f"{f' at revision {revision}' if revision else ''} cannot be found. Download the base, or point to a "
-                "copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
+                f"{f' at revision {revision}' if revision else ''} cannot be loaded ({error}). Download the base, or "
+                "point to a copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
             ) from error
         cls._require_all_weights(base, info, set())
         weights = load_file(weights_file)
@@ -135,9 +133,31 @@ class HubMixin:
                 f"The pruner in {path} does not fit the model: expected {expected}, found {found}. Its base model may "
                 "be another one."
             )
-        model.model.pruner.float()
+        cls._prepare_pruner(model)
         model.load_state_dict(weights, strict=False)
+        model._freeze_base()
         return model, info
+
+    @staticmethod
+    def _name_base(path, place: dict) -> tuple[str | None, str | None]:
+        """What a pruner-only checkpoint will name: a folder, found from anywhere, or a Hub id at its revision."""
+        subfolder = place.get("subfolder", "")
+        if os.path.isdir(path):
+            return os.path.abspath(os.path.join(path, subfolder)), None
+        if subfolder:
+            return None, None
+        return str(path), extract_commit_hash(cached_file(path, CONFIG_NAME, **place), None)
+
+    @staticmethod
+    def _prepare_pruner(model) -> None:
+        pruner = model.model.pruner
+        if any(parameter.is_meta for parameter in pruner.parameters()):
+            raise ValueError(
+                "The device map offloads the pruner, half a million parameters that every prompt needs: give "
+                "'model.pruner' a device of its own in device_map."
+            )
+        # transformers keeps a loaded pruner in float32, but initialises a missing one in the model's precision.
+        pruner.float()
 
     @staticmethod
     def _require_all_weights(path, info: dict, fresh: set[str]) -> None:
@@ -157,8 +177,7 @@ class HubMixin:
         Returns:
             The model itself, in training mode.
         """
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(PRUNER))
+        self._freeze_base()
         base, revision = self._base
         if base is not None:
             self.config.base_model_name_or_path, self.config.base_model_revision = base, revision
@@ -170,27 +189,42 @@ class HubMixin:
             )
         return self.train()
 
+    def _freeze_base(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name.startswith(PRUNER))
+
     def save_pretrained(self, save_directory, *args, pruner_only: bool | None = None, **kwargs):
         """Saves weights, configuration and code; the folder opens with `trust_remote_code=True`.
 
         Args:
             pruner_only (`bool`, *optional*): The pruner's weights alone, with the base named in the configuration.
-                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, else `False`.
-                `False` writes a full checkpoint, which needs no base.
+                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as nothing but
+                the pruner is trainable, else `False`: a full checkpoint, which needs no base.
 
         Raises:
-            `ValueError`: `pruner_only=True` on a model that has no base to name.
+            `ValueError`: where a pruner-only checkpoint has no base to name, or would be written over its base.
         """
-        named = self.config.base_model_name_or_path is not None
-        if pruner_only and not named:
+        base = self.config.base_model_name_or_path
+        if pruner_only and base is None:
             raise ValueError(
                 "No base to name in a pruner-only checkpoint: load a stock checkpoint and call train_pruner_only()."
             )
+        if pruner_only is None:
+            pruner_only = base is not None
+            others = (parameter for name, parameter in self.named_parameters() if not name.startswith(PRUNER))
+            if pruner_only and any(parameter.requires_grad for parameter in others):
+                logger.warning("More than the pruner is trainable: saving all weights, not the pruner alone.")
+                pruner_only = False
+        if pruner_only and os.path.realpath(save_directory) == os.path.realpath(base):
+            raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
+        if pruner_only:
+            # One file: `from_pretrained` reads no index, and Trainer resumes from none.
+            kwargs.pop("max_shard_size", None)
         self.config.auto_map = {
             "AutoConfig": f"configuration_learnpruner.{self.config_class.__name__}",
             "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
         }
-        with self._saved_in_full() if named and pruner_only is False else nullcontext():
+        with nullcontext() if pruner_only else self._saved_in_full():
             return super().save_pretrained(save_directory, *args, **kwargs)
 
     @contextmanager

@@ -58,9 +58,6 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
         pruner_ratio: float | None = None,
         schedule: tuple[Cut, ...] | None = None,
         query_mask: torch.Tensor | None = None,
-        vision_kept: torch.Tensor | None = None,
-        vision_scores: torch.Tensor | None = None,
-        vision_counts: torch.Tensor | None = None,
         **kwargs,
     ) -> LearnPrunerCausalLMOutputWithPast:
         """The stock forward on fewer vision tokens; at a ratio of 1, or without images, the stock forward itself.
@@ -73,8 +70,7 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
             schedule (`tuple[Cut, ...]`, *optional*): Cuts in place of LearnPruner's two, for this call.
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
                 Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
-                first supervised one.
-            vision_kept, vision_scores, vision_counts: Set by `generate`.
+                first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
 
         Raises:
             `ValueError`: where images and placeholders do not match, or where a cut cannot be made
@@ -93,8 +89,7 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
             "image_sizes": image_sizes,
             "mm_encoder_outputs": mm_encoder_outputs,
         }
-        plan = {"vision_kept": vision_kept, "vision_scores": vision_scores, "vision_counts": vision_counts}
-        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask, **plan)
+        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask)
 
 
 register_key_conversion(LearnPrunerLlavaForConditionalGeneration, "llava")

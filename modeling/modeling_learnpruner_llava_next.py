@@ -77,9 +77,6 @@ class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMix
         pruner_ratio: float | None = None,
         schedule: tuple[Cut, ...] | None = None,
         query_mask: torch.Tensor | None = None,
-        vision_kept: torch.Tensor | None = None,
-        vision_scores: torch.Tensor | None = None,
-        vision_counts: torch.Tensor | None = None,
         **kwargs,
     ) -> LearnPrunerCausalLMOutputWithPast:
         """As [`LearnPrunerLlavaForConditionalGeneration.forward`]."""
@@ -97,8 +94,7 @@ class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMix
             "logits_to_keep": logits_to_keep,
             "mm_encoder_outputs": mm_encoder_outputs,
         }
-        plan = {"vision_kept": vision_kept, "vision_scores": vision_scores, "vision_counts": vision_counts}
-        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask, **plan)
+        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask)
 
 
 register_key_conversion(LearnPrunerLlavaNextForConditionalGeneration, "llava_next")

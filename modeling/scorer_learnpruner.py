@@ -55,17 +55,17 @@ def rank(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
 
-def top_k(scores: torch.Tensor, candidates: torch.Tensor, counts: list[int]) -> torch.Tensor:
+def top_k(scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Marks the best candidates of each row.
 
     Args:
         scores, candidates: As in [`rank`].
-        counts (`list[int]` of length `rows`): How many to mark, at most the row's candidates.
+        counts (`torch.Tensor` of shape `(rows,)`, int64): How many to mark, at most the row's candidates.
 
     Returns:
         `torch.Tensor` of shape `(rows, columns)`, bool.
     """
-    return rank(scores, candidates) < torch.tensor(counts, device=scores.device).unsqueeze(1)
+    return rank(scores, candidates) < counts.unsqueeze(1)
 
 
 def top_k_with_diversity(
@@ -78,7 +78,8 @@ def top_k_with_diversity(
     chosen by score. Structure rows (NaN features) are chosen last, in order.
 
     Args:
-        scores, candidates, counts: As in [`top_k`].
+        scores, candidates: As in [`rank`].
+        counts (`list[int]` of length `rows`): How many to mark; on the host, which runs the greedy rounds.
         features (`torch.Tensor` of shape `(rows, columns, d)`, any float dtype): What similarity is measured on.
         diversity (`float`): Share of `counts`, in [0, 1].
 

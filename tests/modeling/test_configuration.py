@@ -46,6 +46,12 @@ def test_default_layer_scales_with_depth(depth, layer):
     assert LearnPrunerLlavaConfig.from_base_config(base).pruner_layer == layer
 
 
+def test_no_layer_means_the_default_layer():
+    config = config_of(pruner_layer=1)
+    config.pruner_layer = None
+    assert config.pruner_layer == 2
+
+
 @pytest.mark.parametrize(("name", "value"), BAD)
 def test_bad_values_are_refused_on_construction(name, value):
     with pytest.raises(ValueError, match=name):

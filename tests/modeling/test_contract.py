@@ -77,6 +77,40 @@ def test_loss_needs_no_other_labels(family):
     assert outputs.loss.item() == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
 
 
+@pytest.mark.parametrize("keep", [5, torch.tensor([30, 31, 32, 35])])
+def test_labels_of_the_kept_logits(keep):
+    """As the stock class takes them: labels of just the rows whose logits were asked for."""
+    stock, pruned = tiny_pair()
+    inputs = build_inputs("llava", [[2, (32, 32), 18]])
+    rows = slice(-keep, None) if isinstance(keep, int) else keep
+    labels = inputs["input_ids"][:, rows]
+    assert stock(**inputs, labels=labels, logits_to_keep=keep).loss.isfinite()
+    query_mask = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    query_mask[:, torch.arange(query_mask.shape[1])[rows].min() :] = False
+    outputs = pruned(**inputs, labels=labels, logits_to_keep=keep)
+    expected = pruned(**inputs, query_mask=query_mask)
+    assert torch.equal(outputs.kept_mask[1], expected.kept_mask[1])
+    assert torch.allclose(outputs.logits, expected.logits[:, rows], atol=1e-5)
+    assert outputs.loss.isfinite()
+
+
+def test_shifted_labels_of_dropped_rows_are_ignored():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    labels = inputs["input_ids"]
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = pruned(**inputs, labels=labels).loss
+    assert pruned(**inputs, labels=labels, shift_labels=shifted).loss.item() == pytest.approx(expected.item())
+
+
+def test_return_dict_of_the_text_configuration():
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    expected = pruned(**inputs).logits
+    pruned.config.text_config.return_dict = False
+    assert torch.equal(pruned(**inputs).logits, expected)
+
+
 def test_positions_are_those_of_the_unpruned_prompt(monkeypatch):
     """Invariant 5, read off the rotary embeddings that each layer gets."""
     stock, pruned = tiny_pair()
@@ -114,8 +148,9 @@ def test_any_schedule_of_cuts(family, layers):
     assert (outputs.logits - expected)[rows].abs().max() < 1e-4
     arguments = {**inputs, "max_new_tokens": 6, "do_sample": False, "schedule": schedule}
     assert torch.equal(pruned.generate(**arguments), pruned.generate(**arguments, use_cache=False))
-    assert torch.equal(pruned.generate(**arguments)[0], pruned.generate(**arguments, num_beams=1)[0])
-    assert pruned(**inputs).kept_mask[0].shape == rows.shape
+    assert torch.equal(
+        pruned.generate(**arguments, num_beams=2), pruned.generate(**arguments, num_beams=2, use_cache=False)
+    )
 
 
 def test_no_state_between_calls():

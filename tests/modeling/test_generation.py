@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, LlamaForCausalLM, set_seed
+from transformers.generation.candidate_generator import CandidateGenerator
 
-from tiny_models import FAMILIES, IMAGE, LAYERS, PAD, build_inputs, samples_of, tiny_config, tiny_pair
+from oracles import masked
+from tiny_models import FAMILIES, IMAGE, LAYERS, PAD, STOCK, build_inputs, samples_of, tiny_config, tiny_pair
 
 pytestmark = pytest.mark.core
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -82,10 +84,12 @@ def test_beams_in_a_batch_equal_beams_alone():
     _, pruned = tiny_pair()
     inputs = build_inputs("llava", samples_of("mixed", "llava"))
     together = pruned.generate(**inputs, **GREEDY, num_beams=3)
-    alone = build_inputs("llava", samples_of("mixed", "llava"))
-    first = {name: alone[name][:1, alone["attention_mask"][0].bool()] for name in ("input_ids", "attention_mask")}
-    single = pruned.generate(**first, pixel_values=alone["pixel_values"][:1], **GREEDY, num_beams=3)
-    assert torch.equal(together[0, -8:], single[0, -8:])
+    pixels = inputs["pixel_values"]
+    for row, images in enumerate(({"pixel_values": pixels[:1]}, {"pixel_values": pixels[1:]}, {})):
+        valid = inputs["attention_mask"][row].bool()
+        alone = {name: inputs[name][row : row + 1, valid] for name in ("input_ids", "attention_mask")}
+        single = pruned.generate(**alone, **images, **GREEDY, num_beams=3)
+        assert torch.equal(together[row, -8:], single[0, -8:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -137,6 +141,47 @@ def test_assisted_decoding_equals_greedy(batch, assistant):
     assert torch.equal(pruned.generate(**arguments, assistant_model=helper), greedy)
 
 
+class Foresight(CandidateGenerator):
+    """Proposes the greedy answer itself, every third time with a wrong token in it."""
+
+    def __init__(self, answer):
+        self.answer, self.calls = answer, 0
+
+    def get_candidates(self, input_ids, **kwargs):
+        self.calls += 1
+        length = input_ids.shape[1]
+        candidates = self.answer[:, : min(length + 4, self.answer.shape[1] - 1)].clone()
+        if self.calls % 3 == 0 and candidates.shape[1] > length + 1:
+            candidates[:, length + 1] = 7
+        return candidates, None
+
+    def update_candidate_strategy(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("batch", ["one", "two_images", "image_last"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_accepted_and_rejected_candidates(family, batch, monkeypatch):
+    """From the very first step, where candidates stand behind the prompt that is cut."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    arguments = {**inputs, "do_sample": False, "max_new_tokens": 14, "suppress_tokens": [IMAGE]}
+    greedy = pruned.generate(**arguments)
+    monkeypatch.setattr(pruned, "_get_candidate_generator", lambda *args, **kwargs: Foresight(greedy))
+    lengths = []
+    pruned.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    result = pruned.generate(**arguments, prompt_lookup_num_tokens=4, return_dict_in_generate=True)
+    assert torch.equal(result.sequences, greedy)
+    assert len(lengths) < 7  # candidates were accepted,
+    assert lengths[0] == inputs["input_ids"].shape[1] + 4  # in the first step too
+    expected = pruned(**inputs)
+    for cut in range(2):
+        assert torch.equal(result.past_key_values.kept_mask[cut], expected.kept_mask[cut])
+        assert result.past_key_values.vision_scores[cut].shape == expected.vision_scores[cut].shape
+
+
 @pytest.mark.parametrize("batch", ["one", "two_images"])
 def test_prompt_lookup_equals_greedy(batch):
     _, pruned = tiny_pair()
@@ -144,10 +189,7 @@ def test_prompt_lookup_equals_greedy(batch):
     # The prompt ends in a token that its text holds before, so that a candidate is found in the first step.
     inputs["input_ids"][:, -1] = inputs["input_ids"][:, -5]
     greedy = pruned.generate(**inputs, **GREEDY)
-    looked_up = pruned.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=1, return_dict_in_generate=True)
-    assert torch.equal(looked_up.sequences, greedy)
-    expected = pruned(**inputs).kept_mask
-    assert all(torch.equal(a[:, : b.shape[1]], b) for a, b in zip(looked_up.past_key_values.kept_mask, expected))
+    assert torch.equal(pruned.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=1), greedy)
 
 
 @pytest.mark.parametrize("cache", [DynamicCache, lambda: DynamicCache(config=tiny_config().text_config)])
@@ -189,9 +231,6 @@ def test_a_second_turn_on_the_same_cache(family, second, cache):
         both["pixel_values"] = torch.cat(
             [pad(x["pixel_values"], (0, 0) * 3 + (0, crops - x["pixel_values"].shape[1])) for x in (first, more)]
         )
-    from oracles import masked
-    from tiny_models import STOCK
-
     stock = STOCK[family](tiny_config(family)).eval()
     stock.load_state_dict({k: v for k, v in pruned.state_dict().items() if ".pruner." not in k})
     steps = torch.ones(1, GREEDY["max_new_tokens"], dtype=torch.bool)
@@ -203,6 +242,44 @@ def test_a_second_turn_on_the_same_cache(family, second, cache):
         expected = stock(input_ids=result.sequences, attention_mask=attention_mask, **both).logits
     expected = expected[:, whole.shape[1] - 1 : -1]
     assert (torch.stack(result.logits, 1) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("how", ["ids", "embeddings"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_second_turn_of_a_padded_batch(family, how):
+    """Several images, a text-only row, a row whose first answer ended early: a gap in the mask. Against the oracle."""
+    stock, pruned = tiny_pair(family)
+    first = build_inputs(family, samples_of("mixed", family))
+    held = DynamicCache()
+    arguments = {"do_sample": False, "max_new_tokens": 5, "past_key_values": held, "return_dict_in_generate": True}
+    result = pruned.generate(**first, **arguments)
+    kept_first = [mask.clone() for mask in result.past_key_values.kept_mask]
+    more = build_inputs(family, [[2, (32, 32), 5], [4], [1, (32, 32), 1, (32, 32), 3]], seed=9)
+    answered = torch.ones(3, 5, dtype=torch.long)
+    answered[1, -2:] = 0
+    mask = torch.cat([first["attention_mask"], answered, more["attention_mask"]], 1)
+    ids = torch.cat([result.sequences, more["input_ids"]], 1)
+    images = {name: more[name] for name in ("pixel_values", "image_sizes") if name in more}
+    prompt = {"input_ids": ids} if how == "ids" else {"inputs_embeds": pruned.get_input_embeddings()(ids)}
+    result = pruned.generate(**prompt, **images, attention_mask=mask, **arguments, output_logits=True)
+
+    kept = []
+    for old, new in zip(kept_first, result.past_key_values.kept_mask):
+        between = mask[:, old.shape[1] : ids.shape[1] - new.shape[1]].bool()
+        kept.append(torch.cat([old, between, new, torch.ones(3, 5, dtype=torch.bool)], 1))
+    whole_mask = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], 1)
+    order = ((first, 0), (more, 0), (first, 1), (first, 2), (more, 1), (more, 2))  # by row of the batch
+    if family == "llava_next":
+        crops = max(turn["pixel_values"].shape[1] for turn in (first, more))
+        for turn in (first, more):
+            missing = crops - turn["pixel_values"].shape[1]
+            turn["pixel_values"] = torch.nn.functional.pad(turn["pixel_values"], (0, 0) * 3 + (0, missing))
+    both = {name: torch.stack([turn[name][image] for turn, image in order]) for name in images}
+    positions = (whole_mask.cumsum(-1) - 1).clamp(min=0)
+    sequences = torch.cat([ids, result.sequences[:, -5:]], 1)
+    with masked(stock, kept, (0, pruned.config.pruner_layer), whole_mask, LAYERS):
+        logits = stock(input_ids=sequences, attention_mask=whole_mask, position_ids=positions, **both).logits
+    assert (torch.stack(result.logits, 1) - logits[:, ids.shape[1] - 1 : -1]).abs().max() < 1e-4
 
 
 def test_text_first_image_in_the_second_turn_with_padding():

@@ -121,8 +121,9 @@ def test_prepared_masks_on_a_pruned_cache():
     cache = pruned(**build_inputs("llava", samples_of("one", "llava"))).past_key_values
     with pytest.raises(ValueError, match="2D attention_mask"):
         pruned(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.zeros(1, 1, 1, 40))
-    with pytest.raises(ValueError, match="whole conversation"):
-        pruned(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.zeros(1, 0))
+    for columns in (0, 1, cache.get_seq_length(), cache.get_seq_length() + 2):
+        with pytest.raises(ValueError, match="whole conversation"):
+            pruned(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.ones(1, columns))
 
 
 @pytest.mark.parametrize("how", ["positions", "lengths"])

@@ -195,7 +195,7 @@ def test_scores_are_float32_and_nan_for_structure():
 def test_ties_go_to_the_lower_index():
     scores = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     everywhere = torch.ones_like(scores, dtype=torch.bool)
-    assert top_k(scores, everywhere, [2]).tolist() == [[False, True, True, False, False]]
+    assert top_k(scores, everywhere, torch.tensor([2])).tolist() == [[False, True, True, False, False]]
     same = torch.ones(1, 5, 4)
     chosen = top_k_with_diversity(torch.zeros(1, 5), everywhere, [3], same, 0.5)
     assert chosen.tolist() == [[True, True, True, False, False]]

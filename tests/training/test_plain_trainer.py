@@ -126,7 +126,9 @@ def test_training_forward(family, checkpointing, base):
     outputs = model(**batch)
     assert outputs.kept_mask is None
     assert seen[0][1] == batch["input_ids"].shape[1]
+    assert not model.config.pruner_trained
     outputs.loss.backward()
+    assert model.config.pruner_trained
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (".pruner." in name), name
 
