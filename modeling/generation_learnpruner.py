@@ -167,6 +167,9 @@ class PrunedModelMixin:
                 use_cache_now = self.config.text_config.use_cache if use_cache is None else use_cache
                 refuse_decoder_inputs(self, **decoder, use_cache=use_cache_now, kwargs=kwargs)
             if pixel_values is not None:
+                if image_sizes is not None:
+                    # One transfer to the host, in place of the stock model's several for each image.
+                    features["image_sizes"] = torch.as_tensor(image_sizes).tolist()
                 encoded = self.get_image_features(pixel_values=pixel_values, **features, return_dict=True)
                 mm_encoder_outputs, pixel_values = {"image": encoded}, None
             if pruning.counts is None:

@@ -39,6 +39,7 @@ class LearnPrunerLlavaNextModel(PrunedModelMixin, LlavaNextModel):
             raise ValueError("LLaVA-NeXT lays out its tokens by image_sizes: pass it with the images.")
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         features = self.selected_features(outputs, vision_feature_layer, strategy)
+        image_sizes = torch.as_tensor(image_sizes).tolist()  # once: the stock functions would do so for each image
         crops = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
             for size in image_sizes

@@ -1,5 +1,6 @@
 """What a caller sees: layouts, shapes, labels, positions, and a model that holds nothing between two calls."""
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -252,6 +253,47 @@ def test_counts_do_not_depend_on_the_pixels():
         inputs["pixel_values"] = inputs["pixel_values"] * scale
         counts.add(tuple(tuple(kept.sum(1).tolist()) for kept in pruned(**inputs).kept_mask))
     assert len(counts) == 1
+
+
+@contextlib.contextmanager
+def host_waits(log):
+    """Logs every call by which Python reads a tensor's values."""
+    names = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu", "numpy")
+    methods = {name: getattr(torch.Tensor, name) for name in names}
+
+    def logged(name):
+        def method(self, *args, **kwargs):
+            log.append(name)
+            return methods[name](self, *args, **kwargs)
+
+        return method
+
+    for name in names:
+        setattr(torch.Tensor, name, logged(name))
+    try:
+        yield
+    finally:
+        for name, method in methods.items():
+            setattr(torch.Tensor, name, method)
+
+
+@pytest.mark.parametrize("batch", ["one", "padded", "mixed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_host_waits_once_more_than_stock_and_never_inside_the_layers(family, batch):
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    counts = {}
+    for model in (stock, pruned):
+        log = []
+        text = model.model.language_model
+        text.layers[0].register_forward_pre_hook(lambda *args, log=log: log.append("first layer"))
+        text.norm.register_forward_pre_hook(lambda *args, log=log: log.append("norm"))
+        with host_waits(log):
+            model(**inputs)
+        inside = log[log.index("first layer") + 1 : log.index("norm")]
+        assert not inside
+        counts[model] = len(log) - 2
+    assert counts[pruned] <= counts[stock] + 1
 
 
 @pytest.mark.parametrize("family", FAMILIES)
