@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .cuts_learnpruner import Cut, LearnedScore, PruningCall, check_schedule, learnpruner_schedule
 from .decoder_learnpruner import PRUNED_TEXT_MODELS
@@ -126,6 +126,7 @@ class PrunedModelMixin:
         # "default" leaves out the [CLS] token.
         return torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -143,9 +144,8 @@ class PrunedModelMixin:
         schedule: tuple[Cut, ...] | None = None,
         query_mask: torch.Tensor | None = None,
         pruning: PruningCall | None = None,
-        return_dict: bool | None = None,
         **kwargs,
-    ) -> LearnPrunerModelOutputWithPast | tuple:
+    ) -> LearnPrunerModelOutputWithPast:
         """The stock forward; with images and a ratio below 1, the same on fewer tokens.
 
         Args:
@@ -192,10 +192,9 @@ class PrunedModelMixin:
             return_dict=True,
             **kwargs,
         )
-        outputs = LearnPrunerModelOutputWithPast(
+        return LearnPrunerModelOutputWithPast(
             **outputs, kept_mask=pruning.kept_mask, vision_scores=pruning.decided_scores
         )
-        return outputs if return_dict in (None, True) else outputs.to_tuple()
 
     def _warn_if_untrained(self, pruning: PruningCall) -> None:
         learned = any(isinstance(cut.score, LearnedScore) for cut in pruning.schedule)
