@@ -16,7 +16,7 @@ from .guards_learnpruner import check_transformers_version
 logger = logging.get_logger(__name__)
 
 PRUNER = "model.pruner."
-# What of from_pretrained's arguments says where to find a repository's files, and what of it must not follow to the base.
+# What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs")
 
