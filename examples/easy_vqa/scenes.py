@@ -1,0 +1,233 @@
+"""Scenes of several objects, composed from the public easy-vqa images, with questions about them.
+
+The package's images show one shape each. Here some of them stand in a 3 x 3 grid (192 x 192 pixels: at a patch of 8,
+the 576 vision tokens of LLaVA-1.5), on plain ground elsewhere, and the questions are the package's own kinds asked of
+the whole scene. Train scenes are made of train images alone, test scenes of test images.
+"""
+
+import random
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as Picture
+
+CELL, GRID = 64, 3
+SIDE = CELL * GRID
+SHAPES = ("circle", "rectangle", "triangle")
+COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+# Objects of a scene: the standard set, and a harder one of more objects and of the smaller half of the shapes.
+OBJECTS = {"standard": (2, 4), "hard": (4, 6)}
+KINDS = ("color", "shape", "presence", "count")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One image of the package.
+
+    Attributes:
+        path (`Path`): Its file.
+        shape, color (`str`): As the package's own questions and answers tell.
+        box (`tuple[int, int, int, int]`): Left, top, right, bottom of the shape, in pixels of the image.
+        area (`int`): Pixels of the shape.
+        ground (`tuple[int, int, int]`): Red, green and blue of what it stands on.
+    """
+
+    path: Path
+    shape: str
+    color: str
+    box: tuple[int, int, int, int]
+    area: int
+    ground: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """An image and what stands in it; `boxes` in pixels of the scene, one for each of `objects`."""
+
+    image: Picture.Image
+    objects: tuple[Source, ...]
+    boxes: tuple[tuple[int, int, int, int], ...]
+
+
+def _package(split: str):
+    if split not in ("train", "test"):
+        raise ValueError(f"The split is 'train' or 'test', got {split!r}.")
+    try:
+        import easy_vqa
+
+        questions = getattr(easy_vqa, f"get_{split}_questions")()
+        paths = getattr(easy_vqa, f"get_{split}_image_paths")()
+        if not paths:
+            raise OSError("it has no images")
+    except (ImportError, OSError, ValueError) as error:
+        raise ImportError(
+            f"The easy-vqa package is missing or damaged ({error}): pip install --force-reinstall easy-vqa==1.0"
+        ) from error
+    return questions, paths
+
+
+def _labels(questions: tuple[list, list, list]) -> dict[int, tuple[str, str]]:
+    """(shape, color) of each image whose questions tell both. A thing is there if it is the answer, or if the question
+    names it and the answer affirms it ("is there not a red shape?" is affirmed by "no").
+    """
+    facts = defaultdict(set)
+    for question, answer, image in zip(*questions):
+        words = set(re.findall(r"\w+", question))
+        if answer not in ("yes", "no"):
+            facts[image] |= words | {answer}
+        elif (answer == "yes") != bool(words & {"not", "no"}):
+            facts[image] |= words
+    found = {
+        image: ([s for s in SHAPES if s in told], [c for c in COLORS if c in told]) for image, told in facts.items()
+    }
+    return {image: (s[0], c[0]) for image, (s, c) in found.items() if len(s) == len(c) == 1}
+
+
+@cache
+def sources(split: str) -> tuple[Source, ...]:
+    """The labelled images of a split, in the order of their numbers.
+
+    Raises:
+        `ValueError`: for an unknown split.
+        `ImportError`: where the package or one of its images is missing or damaged.
+    """
+    questions, paths = _package(split)
+    found = []
+    for image, (shape, color) in sorted(_labels(questions).items()):
+        try:
+            pixels = np.asarray(Picture.open(paths[image]).convert("RGB")).astype(int)
+        except (KeyError, OSError) as error:
+            raise ImportError(
+                f"Image {image} of easy-vqa is missing or damaged: pip install --force-reinstall easy-vqa==1.0"
+            ) from error
+        # A shape may cover a corner, but not all, and ground is lighter than any shape.
+        ground = max((pixels[row, column].tolist() for row in (0, -1) for column in (0, -1)), key=sum)
+        rows, columns = np.nonzero(np.abs(pixels - ground).sum(-1) > 60)
+        box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
+        found.append(Source(Path(paths[image]), shape, color, box, len(rows), tuple(ground)))
+    return tuple(found)
+
+
+def make_scene(rng: random.Random, images: tuple[Source, ...], objects: tuple[int, int]) -> Scene:
+    """Puts `objects` (least, most) images into different cells of the grid."""
+    chosen = rng.sample(images, rng.randint(*objects))
+    cells = rng.sample(range(GRID * GRID), len(chosen))
+    tiles = [Picture.open(source.path).convert("RGB") for source in chosen]
+    scene = Picture.new("RGB", (SIDE, SIDE), chosen[0].ground)
+    boxes = []
+    for source, tile, cell in zip(chosen, tiles, cells):
+        left, top = cell % GRID * CELL, cell // GRID * CELL
+        scene.paste(tile, (left, top))
+        boxes.append(tuple(edge + offset for edge, offset in zip(source.box, (left, top) * 2)))
+    return Scene(scene, tuple(chosen), tuple(boxes))
+
+
+def ask(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:
+    """One question of a kind and its answer, or `None` where the scene allows none of it.
+
+    - color: of a shape that stands once. shape: of a color that stands once.
+    - presence: of a shape, a color, or both; as often yes as no, and a "no" of both names what is there apart.
+    - count: of all shapes, of one shape, or of one color.
+    """
+    shapes = Counter(source.shape for source in scene.objects)
+    colors = Counter(source.color for source in scene.objects)
+    if kind == "color":
+        once = [source for source in scene.objects if shapes[source.shape] == 1]
+        if not once:
+            return None
+        source = rng.choice(once)
+        form = rng.choice(("what color is the {}?", "what is the color of the {}?"))
+        return form.format(source.shape), source.color
+    if kind == "shape":
+        once = [source for source in scene.objects if colors[source.color] == 1]
+        if not once:
+            return None
+        source = rng.choice(once)
+        return rng.choice(("what shape is {}?", "what is the {} shape?")).format(source.color), source.shape
+    if kind == "presence":
+        pairs = {(source.color, source.shape) for source in scene.objects}
+        wanted = rng.random() < 0.5
+        named = rng.choice(("shape", "color", "both"))
+        if named == "shape":
+            things = [shape for shape in SHAPES if (shape in shapes) == wanted]
+        elif named == "color":
+            things = [f"{color} shape" for color in COLORS if (color in colors) == wanted]
+        else:
+            apart = [(color, shape) for color in COLORS if color in colors for shape in SHAPES if shape in shapes]
+            things = [" ".join(pair) for pair in apart if (pair in pairs) == wanted]
+        if not things:
+            return None
+        form = rng.choice(("is there a {}?", "does the image contain a {}?", "is a {} present?"))
+        return form.format(rng.choice(things)), "yes" if wanted else "no"
+    if kind == "count":
+        named = rng.choice(("all", "shape", "color"))
+        if named == "all":
+            return "how many shapes are there?", str(len(scene.objects))
+        if named == "shape":
+            shape = rng.choice(SHAPES)
+            return f"how many {shape}s are there?", str(shapes[shape])
+        color = rng.choice(COLORS)
+        return f"how many {color} shapes are there?", str(colors[color])
+    raise ValueError(f"The kinds of questions are {KINDS}, got {kind!r}.")
+
+
+def scene_at(
+    split: str, level: str, seed: int, number: int, per_scene: int
+) -> tuple[Scene, list[tuple[str, str, str]]]:
+    """Scene `number` of a data set, and `per_scene` questions of all kinds in turn: (kind, question, answer).
+
+    It depends on the arguments alone, so that any part of a set can be made on its own.
+    """
+    if level not in OBJECTS:
+        raise ValueError(f"The level is one of {sorted(OBJECTS)}, got {level!r}.")
+    rng = random.Random(f"{split} {level} {seed} {number}")
+    images = sources(split)
+    if level == "hard":
+        middle = sorted(source.area for source in images)[len(images) // 2]
+        images = tuple(source for source in images if source.area <= middle)
+    scene = make_scene(rng, images, OBJECTS[level])
+    asked, turn = [], number
+    while len(asked) < per_scene:
+        kind = KINDS[turn % len(KINDS)]
+        turn += 1
+        question = ask(rng, scene, kind)
+        if question is not None:
+            asked.append((kind, *question))
+    return scene, asked
+
+
+def scene_dataset(split: str, scenes: int, *, level: str = "standard", seed: int = 0, per_scene: int = 4) -> Dataset:
+    """A data set with one row for each question.
+
+    Args:
+        split (`str`): `"train"` or `"test"`: of which images the scenes are made.
+        scenes (`int`): How many scenes.
+        level (`str`): `"standard"` or `"hard"`.
+        seed (`int`): Another seed, other scenes.
+        per_scene (`int`): Questions of each scene.
+
+    Returns:
+        [`Dataset`]: image, question, answer, kind, scene (its number), boxes `(objects, 4)` in pixels.
+    """
+
+    def rows():
+        for number in range(scenes):
+            scene, asked = scene_at(split, level, seed, number, per_scene)
+            for kind, question, answer in asked:
+                yield {
+                    "image": scene.image,
+                    "question": question,
+                    "answer": answer,
+                    "kind": kind,
+                    "scene": number,
+                    "boxes": [list(box) for box in scene.boxes],
+                }
+
+    text = {name: Value("string") for name in ("question", "answer", "kind")}
+    features = Features({"image": Image(), **text, "scene": Value("int32"), "boxes": List(List(Value("int32"), 4))})
+    return Dataset.from_list(list(rows()), features=features)

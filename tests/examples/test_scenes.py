@@ -1,0 +1,135 @@
+"""Scenes say the truth: what is drawn, where it stands, and what the answers are."""
+
+import random
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from scenes import COLORS, KINDS, OBJECTS, SHAPES, SIDE, ask, scene_at, scene_dataset, sources
+
+# What the package draws with: matplotlib's colors of these names, but for brown, green and gray.
+RED_GREEN_BLUE = {
+    "black": (0, 0, 0),
+    "blue": (0, 0, 255),
+    "brown": (165, 42, 42),
+    "gray": (128, 128, 128),
+    "green": (0, 255, 0),
+    "red": (255, 0, 0),
+    "teal": (0, 128, 128),
+    "yellow": (255, 255, 0),
+}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_labels_from_the_questions_are_the_colors_of_the_pixels(split):
+    from PIL import Image
+
+    images = sources(split)
+    assert len(images) > 800
+    for source in images[::7]:
+        pixels = np.asarray(Image.open(source.path).convert("RGB")).astype(int)
+        left, top, right, bottom = source.box
+        middle = pixels[(top + bottom) // 2, (left + right) // 2]
+        assert np.abs(middle - RED_GREEN_BLUE[source.color]).max() < 30, source
+        # A shape fills its box as its kind does: a rectangle all, a circle pi / 4, a triangle half.
+        share = source.area / ((right - left) * (bottom - top))
+        kinds = {"rectangle": (0.9, 1.01), "circle": (0.68, 0.9), "triangle": (0.4, 0.68)}
+        low, high = kinds[source.shape]
+        assert low < share < high, (source, share)
+
+
+def test_splits_share_no_image():
+    assert not {source.path for source in sources("train")} & {source.path for source in sources("test")}
+
+
+@pytest.mark.parametrize("level", OBJECTS)
+def test_boxes_hold_the_objects_and_nothing_else(level):
+    for number in range(40):
+        scene, _ = scene_at("test", level, 0, number, 1)
+        least, most = OBJECTS[level]
+        assert least <= len(scene.objects) <= most
+        assert scene.image.size == (SIDE, SIDE)
+        pixels = np.asarray(scene.image).astype(int)
+        inside = np.zeros((SIDE, SIDE), dtype=bool)
+        for source, (left, top, right, bottom) in zip(scene.objects, scene.boxes):
+            assert not inside[top:bottom, left:right].any()
+            inside[top:bottom, left:right] = True
+            middle = pixels[(top + bottom) // 2, (left + right) // 2]
+            assert np.abs(middle - RED_GREEN_BLUE[source.color]).max() < 30
+        # Ground is light everywhere else.
+        assert pixels[~inside].min() > 150
+
+
+def test_the_hard_shapes_are_the_smaller_ones():
+    areas = sorted(source.area for source in sources("test"))
+    for number in range(20):
+        scene, _ = scene_at("test", "hard", 1, number, 1)
+        assert max(source.area for source in scene.objects) <= areas[len(areas) // 2]
+
+
+def answer_by_hand(question, objects):
+    """A second reading of each question, from its words alone."""
+    words = re.findall(r"\w+", question)
+    shapes = [word.removesuffix("s") for word in words if word.removesuffix("s") in SHAPES]
+    colors = [word for word in words if word in COLORS]
+    fit = [thing for thing in objects if thing.shape in (shapes or SHAPES) and thing.color in (colors or COLORS)]
+    if words[0] == "how":
+        return str(len(fit))
+    if words[0] in ("is", "does"):
+        return "yes" if fit else "no"
+    assert len(fit) == 1, question
+    return fit[0].shape if colors else fit[0].color
+
+
+@pytest.mark.parametrize("level", OBJECTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers(kind, level):
+    rng = random.Random(0)
+    answers = Counter()
+    for number in range(300):
+        scene, _ = scene_at("test", level, 2, number, 1)
+        asked = ask(rng, scene, kind)
+        if asked is not None:
+            question, answer = asked
+            assert answer == answer_by_hand(question, scene.objects), question
+            answers[answer] += 1
+    assert len(answers) >= {"color": 8, "shape": 3, "presence": 2, "count": 4}[kind]
+    if kind == "presence":
+        assert 0.35 < answers["yes"] / answers.total() < 0.65
+
+
+def test_dataset():
+    one, same, other = (scene_dataset("test", 6, seed=seed, per_scene=5) for seed in (0, 0, 1))
+    assert len(one) == 30
+    assert set(one.column_names) == {"image", "question", "answer", "kind", "scene", "boxes"}
+    assert set(one["kind"]) == set(KINDS)
+    assert one["question"] == same["question"]
+    assert one["question"] != other["question"]
+    assert np.array_equal(np.asarray(one[7]["image"]), np.asarray(same[7]["image"]))
+    assert all(len(box) == 4 for box in one[3]["boxes"])
+    # A longer set begins with the shorter one.
+    assert scene_dataset("test", 9, per_scene=5)["answer"][:30] == one["answer"]
+
+
+@pytest.mark.parametrize(("split", "level"), [("validation", "standard"), ("test", "easy")])
+def test_unknown_names(split, level):
+    with pytest.raises(ValueError, match="is"):
+        scene_dataset(split, 1, level=level)
+    with pytest.raises(ValueError, match="kinds"):
+        ask(random.Random(0), scene_at("test", "standard", 0, 0, 1)[0], "place")
+
+
+def test_a_damaged_package(monkeypatch):
+    import easy_vqa
+
+    sources.cache_clear()
+    monkeypatch.setattr(easy_vqa, "get_test_image_paths", dict)
+    with pytest.raises(ImportError, match=r"pip install --force-reinstall easy-vqa==1\.0"):
+        sources("test")
+    monkeypatch.setattr(easy_vqa, "get_test_image_paths", lambda: {0: "nowhere.png"})
+    with pytest.raises(ImportError, match="missing or damaged"):
+        sources("test")
+    monkeypatch.undo()
+    sources.cache_clear()

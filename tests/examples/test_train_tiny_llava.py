@@ -1,0 +1,98 @@
+"""The recipe of the small model: its packing, its stages, and that a killed run goes on as if it had not been."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import train_tiny_llava as recipe
+from scenes import scene_at
+
+QUESTIONS = [
+    [("what color is the circle?", "teal"), ("how many shapes are there?", "3"), ("is there a red shape?", "no")],
+]
+
+
+@pytest.fixture(scope="module")
+def model_and_processor():
+    torch.manual_seed(0)
+    processor = recipe.build_processor()
+    return recipe.build_model(processor).eval(), processor
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return scene_at("train", "standard", 0, 0, 1)[0]
+
+
+def test_anatomy(model_and_processor):
+    model, processor = model_and_processor
+    assert 4e6 < sum(parameter.numel() for parameter in model.parameters()) < 6e6
+    assert 1e6 < sum(parameter.numel() for parameter in model.model.vision_tower.parameters()) < 2e6
+    assert model.config.text_config.num_hidden_layers >= 8
+    words = set()
+    for number in range(400):
+        for _, question, answer in scene_at("train", ("standard", "hard")[number % 2], 0, number, 4)[1]:
+            words |= {question, answer}
+    ids = processor.tokenizer(sorted(words), add_special_tokens=False).input_ids
+    assert processor.tokenizer.unk_token_id not in {number for row in ids for number in row}
+
+
+def test_pixels_are_the_processors(model_and_processor, scene):
+    _, processor = model_and_processor
+    inputs = processor(images=scene.image, text="<s><image>", return_tensors="pt")
+    assert torch.allclose(recipe.pixels_of([scene], processor), inputs["pixel_values"], atol=1e-5)
+    assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == 576
+
+
+@torch.no_grad()
+def test_packed_questions_are_answered_as_if_alone(model_and_processor, scene):
+    model, processor = model_and_processor
+    batch = recipe.pack_questions(QUESTIONS, processor)
+    labels = batch.pop("labels")[0]
+    packed = model(pixel_values=recipe.pixels_of([scene], processor), **batch).logits[0, :-1][labels[1:] != -100]
+    alone = []
+    for question, answer in QUESTIONS[0]:
+        message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        prompt = processor.apply_chat_template(message)
+        inputs = processor(images=scene.image, text=f"{prompt} {answer}", return_tensors="pt")
+        alone.append(model(**inputs).logits[0, -2:])
+    assert (packed - torch.cat(alone)).abs().max() < 1e-4
+
+
+def test_patch_classes_mark_the_objects(scene):
+    classes = recipe.patch_classes(scene).reshape(24, 24)
+    assert len(np.unique(classes[classes > 0])) == len({(s.shape, s.color) for s in scene.objects})
+    for source, (left, top, right, bottom) in zip(scene.objects, scene.boxes):
+        number = 1 + recipe.SHAPES.index(source.shape) * 8 + recipe.COLORS.index(source.color)
+        assert classes[(top + bottom) // 16, (left + right) // 16] == number
+    assert (classes == 0).mean() > 0.5
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "SCENES", 1)
+    monkeypatch.setattr(recipe, "QUESTIONS", 2)
+    steps = ["--steps", "2", "2", "3", "--save-every", "1"]
+    assert recipe.main(["--output", str(tmp_path / "whole"), *steps]) == 0
+    save, saves = recipe.Run.save, []
+
+    def killed_after(run):
+        save(run)
+        saves.append(run.stage)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe.Run, "save", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(["--output", str(tmp_path / "cut"), *steps])
+    monkeypatch.setattr(recipe.Run, "save", save)
+    assert recipe.main(["--output", str(tmp_path / "cut"), *steps]) == 0
+    one, other = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+    assert type(AutoProcessor.from_pretrained(tmp_path / "whole")).__name__ == "LlavaProcessor"
+    assert (tmp_path / "whole" / "model.safetensors").stat().st_size < 24e6
+    assert json.loads((tmp_path / "whole" / "log.json").read_text()) == []
+
+    assert recipe.main(["--output", str(tmp_path / "cut"), "--seed", "5", *steps]) == 2
