@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+import transformers
 
 from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
 
@@ -164,6 +165,24 @@ def test_no_state_between_calls():
         pruned(**inputs, pruner_ratio=7.0)
     assert {name: set(vars(module)) for name, module in pruned.named_modules()} == before
     assert torch.equal(pruned(**inputs).logits, first.logits)
+
+
+def test_an_untrained_pruner_says_so_at_its_first_pruned_call(caplog):
+    _, pruned = tiny_pair()
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    transformers.utils.logging.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        pruned(**inputs, pruner_ratio=1.0)
+        pruned(**build_inputs("llava", [[5]]))
+        assert "untrained" not in caplog.text
+        pruned(**inputs)
+        assert caplog.text.count("untrained") == 1
+    transformers.utils.logging.warning_once.cache_clear()
+    caplog.clear()
+    pruned.config.pruner_trained = True
+    with caplog.at_level("WARNING"):
+        pruned(**inputs)
+    assert "untrained" not in caplog.text
 
 
 def test_threads_with_different_ratios():
