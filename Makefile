@@ -7,6 +7,9 @@ TORCH_ARGS ?=
 # The oldest supported transformers; guards_learnpruner.py and pyproject.toml say the same.
 FLOOR = transformers==5.20.0
 
+# Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test test-floor test-matrix quality style clean
 
 demo: .venv/installed

@@ -3,20 +3,37 @@
 
 import argparse
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 
+class Parser(argparse.ArgumentParser):
+    """Bad arguments are one line on stderr, as all bad input is."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def ratio(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        value = 0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ratio in (0, 1]; give one such as 0.1 or 1/9")
     return value
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id or folder; only its configuration is read")
     parser.add_argument("--ratio", type=ratio, nargs="+", help="default: 1/3, 2/9, 1/9 and 1/18")
-    parser.add_argument("--tokens", type=int, help="vision tokens of the image; default: one crop of the model")
+    parser.add_argument("--tokens", type=positive, help="vision tokens of the image; default: one crop of the model")
 
 
 def run_budget(arguments: argparse.Namespace) -> None:
@@ -43,7 +60,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--question", required=True)
     parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=positive, default=32)
     parser.add_argument("--picture", type=Path, help="write the image with the kept patches of both cuts here (PNG)")
 
 
@@ -61,7 +78,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns the exit status: 2, with one line on stderr, where the input is bad."""
-    parser = argparse.ArgumentParser(prog="learnpruner", description="Visual token pruning for Hugging Face VLMs.")
+    parser = Parser(prog="learnpruner", description="Visual token pruning for Hugging Face VLMs.")
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, (add, run, purpose) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=purpose, description=purpose)
@@ -71,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
-        print(f"learnpruner: {error}", file=sys.stderr)
+        # Messages of transformers run over several lines.
+        print(f"learnpruner: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

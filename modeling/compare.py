@@ -1,13 +1,15 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """One question about one image, pruned and unpruned in the same process: answers, tokens, time, cache, a picture."""
 
+import importlib.util
 import statistics
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
@@ -26,6 +28,8 @@ class Comparison:
         seconds, stock_seconds (`float`): Median wall clock of `generate`, image encoding included.
         cache_bytes, stock_cache_bytes (`int`): Keys and values held at the end.
         kept (`tuple[torch.Tensor, ...]`, each `(tokens,)` bool): Survivors of each cut, in the image's token order.
+        pixels (`torch.Tensor` of shape `(height, width, 3)`, in [0, 1]): What the vision tower saw, the first crop of
+            it for LLaVA-NeXT. The patches lie on this, not on the file, which the processor may have cropped.
     """
 
     question: str
@@ -37,6 +41,7 @@ class Comparison:
     cache_bytes: int
     stock_cache_bytes: int
     kept: tuple[torch.Tensor, ...]
+    pixels: torch.Tensor
 
     def __str__(self) -> str:
         cuts = " -> ".join(map(str, self.tokens))
@@ -55,6 +60,29 @@ def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values that a cache holds."""
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def load_image(path: Path) -> Image.Image:
+    """Reads an image whole, so that a damaged one is found here.
+
+    Raises:
+        `ValueError`: where there is none, or Pillow cannot read it.
+    """
+    if not path.is_file():
+        raise ValueError(f"no such image: {path}")
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises the latter
+        raise ValueError(f"{path} is not an image that Pillow can read, or is damaged ({error})") from error
+
+
+def shown_pixels(processor: ProcessorMixin, pixel_values: torch.Tensor) -> torch.Tensor:
+    """Undoes the normalisation of the first crop: `(..., 3, height, width)` to `(height, width, 3)` in [0, 1]."""
+    first = pixel_values.flatten(0, -4)[0].permute(1, 2, 0).float().cpu()
+    mean, std = (
+        torch.tensor(values) for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
+    return (first * std + mean).clamp(0, 1)
 
 
 def build_prompt(processor: ProcessorMixin, question: str) -> str:
@@ -110,55 +138,85 @@ def compare(
         cache_bytes=cache_bytes(cache),
         stock_cache_bytes=cache_bytes(results["stock"].past_key_values),
         kept=kept,
+        pixels=shown_pixels(processor, inputs["pixel_values"]),
     )
 
 
-def save_picture(comparison: Comparison, image: Image.Image, model: PreTrainedModel, path: Path) -> None:
+def patch_grids(comparison: Comparison, patch_size: int) -> tuple[torch.Tensor, ...]:
+    """For each cut, which patches of `comparison.pixels` survive it: `(rows, columns)` bool."""
+    rows, columns = (size // patch_size for size in comparison.pixels.shape[:2])
+    patches = rows * columns
+    # Under the "full" strategy a [CLS] token stands before the patches.
+    start = 1 if comparison.tokens[0] == patches + 1 else 0
+    return tuple(kept[start : start + patches].view(rows, columns) for kept in comparison.kept)
+
+
+def save_picture(comparison: Comparison, patch_size: int, path: Path) -> None:
     """Draws the image and, for each cut, the image with the dropped patches dimmed.
 
     LLaVA-NeXT's further crops are not drawn: the first crop is the whole image.
     """
     from matplotlib import pyplot
 
-    vision = model.config.vision_config
-    side = vision.image_size // vision.patch_size
-    base = image.convert("RGB").resize((vision.image_size, vision.image_size), Image.Resampling.BICUBIC)
+    height, width, _ = comparison.pixels.shape
+    extent = (0, width, height, 0)
     figure, axes = pyplot.subplots(1, 1 + len(comparison.kept), figsize=(4.2 * (1 + len(comparison.kept)), 5.2))
-    panels = [None, *comparison.kept]
-    for axis, kept, number in zip([axes] if len(panels) == 1 else axes, panels, range(len(panels))):
-        axis.imshow(base, extent=(0, side, side, 0))
+    panels = [None, *patch_grids(comparison, patch_size)]
+    for axis, grid, number in zip([axes] if len(panels) == 1 else axes, panels, range(len(panels))):
+        axis.imshow(comparison.pixels.numpy(), extent=extent)
         axis.set_axis_off()
-        if kept is None:
+        if grid is None:
             axis.set_title(f"{comparison.tokens[0]} vision tokens")
             continue
-        grid = kept[: side * side].view(side, side)
-        shade = torch.zeros(side, side, 4)
+        shade = torch.zeros(*grid.shape, 4)
         shade[..., 3] = (~grid) * 0.82
-        axis.imshow(shade.numpy(), extent=(0, side, side, 0), interpolation="nearest")
+        axis.imshow(shade.numpy(), extent=extent, interpolation="nearest")
         axis.set_title(f"after cut {number}: {comparison.tokens[number]}")
-    caption = f"{comparison.question}\npruned: {comparison.answer!r}   unpruned: {comparison.stock_answer!r}"
-    figure.suptitle(caption, y=0.1, fontsize=11)
+    lines = (comparison.question, f"pruned: {comparison.answer!r}   unpruned: {comparison.stock_answer!r}")
+    caption = "\n".join(textwrap.fill(line, width=50 * len(panels)) for line in lines)
+    # A question may hold dollars, which are no formula.
+    figure.suptitle(caption, y=0.1, fontsize=11, parse_math=False)
     figure.tight_layout(rect=(0, 0.12, 1, 1))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def check_picture(path: Path) -> None:
+    """Raises `ValueError` or `ImportError` where no picture could be written."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("a picture needs matplotlib: pip install 'learnpruner[demo]'")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"the picture is a PNG, so its name must end in .png: {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"no such folder for the picture: {path.parent}")
+
+
+def load_processor(model: str) -> ProcessorMixin:
+    """The processor of a checkpoint, or of its base where it holds a pruner alone.
+
+    Raises:
+        `ValueError`: where there is none, or the checkpoint is of no supported family.
+    """
+    config = pruned_class(model).config_class.from_pretrained(model)
+    base, revision = config.base_model_name_or_path, config.base_model_revision
+    try:
+        return AutoProcessor.from_pretrained(base or model, **({"revision": revision} if revision else {}))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no processor at {base or model}: save the base model's there, processor.save_pretrained(folder) ({error})"
+        ) from error
 
 
 def compare_file(
     model: str, image: Path, question: str, ratio: float | None, max_new_tokens: int, picture: Path | None
 ) -> Comparison:
     """The `learnpruner compare` command. Bad input is refused before the model is loaded."""
-    if not image.is_file():
-        raise ValueError(f"no such image: {image}")
-    try:
-        loaded = Image.open(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{image} is not an image that Pillow can read") from error
-    if picture is not None and not picture.parent.is_dir():
-        raise ValueError(f"no such folder for the picture: {picture.parent}")
-    pruned_class(model)
-    processor = AutoProcessor.from_pretrained(model)
+    loaded = load_image(image)
+    if picture is not None:
+        check_picture(picture)
+    processor = load_processor(model)
     pruned = LearnPrunerForConditionalGeneration.from_pretrained(model, dtype="auto").eval()
     comparison = compare(pruned, processor, loaded, question, ratio, max_new_tokens)
     if picture is not None:
-        save_picture(comparison, loaded, pruned, picture)
+        save_picture(comparison, pruned.config.vision_config.patch_size, picture)
     return comparison

@@ -6,14 +6,12 @@ Loads `tiny-llava/` beside this file if it is there, else builds an untrained mo
 tokens, 8 decoder layers), and says so. Images and questions come from the public easy-vqa package.
 """
 
-import argparse
 import random
 import statistics
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
@@ -32,8 +30,8 @@ from transformers import (
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import mean_tokens
-from learnpruner.cli import ratio
-from learnpruner.compare import compare, save_picture
+from learnpruner.cli import Parser, positive, ratio
+from learnpruner.compare import compare, load_image, save_picture
 
 TRAINED = Path(__file__).parent / "tiny-llava"
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -53,8 +51,8 @@ def load_questions(limit: int, seed: int) -> list[tuple[str, str, Path]]:
         chosen = random.Random(seed).sample(range(len(questions)), min(limit, len(questions)))
         drawn = [(questions[i], answers[i], Path(paths[image_ids[i]])) for i in chosen]
         for _, _, path in drawn:
-            Image.open(path).verify()
-    except (ImportError, OSError, KeyError) as error:
+            load_image(path)
+    except (ImportError, OSError, ValueError, LookupError) as error:
         raise ImportError(
             f"The easy-vqa package is missing or damaged ({error}): pip install --force-reinstall easy-vqa==1.0"
         ) from error
@@ -63,13 +61,13 @@ def load_questions(limit: int, seed: int) -> list[tuple[str, str, Path]]:
 
 def build_untrained(folder: Path, seed: int) -> None:
     """Saves a random LLaVA with transformers' own classes, and a processor whose words are those of the questions."""
-    from easy_vqa import get_train_questions
+    from easy_vqa import get_test_questions
 
     torch.manual_seed(seed)
     backend = Tokenizer(WordLevel(unk_token="<unk>"))
     backend.pre_tokenizer = Sequence([WhitespaceSplit(), Split("?", "isolated")])
     backend.train_from_iterator(
-        get_train_questions()[0], WordLevelTrainer(special_tokens=[*SPECIAL.values(), "<image>"])
+        get_test_questions()[0], WordLevelTrainer(special_tokens=[*SPECIAL.values(), "<image>"])
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, padding_side="left", additional_special_tokens=["<image>"], **SPECIAL
@@ -100,15 +98,13 @@ def build_untrained(folder: Path, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="default: tiny-llava beside this file, else an untrained model")
     parser.add_argument("--ratio", type=ratio, default=32 / 576, help="default: 32 of 576 tokens")
-    parser.add_argument("--limit", type=int, default=5, help="questions to ask")
+    parser.add_argument("--limit", type=positive, default=5, help="questions to ask")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("demo_output"))
     arguments = parser.parse_args(argv)
-    if arguments.limit < 1:
-        parser.error("--limit must be at least 1")
 
     try:
         questions = load_questions(arguments.limit, arguments.seed)
@@ -127,10 +123,9 @@ def main(argv: list[str] | None = None) -> int:
 
     results = []
     for number, (question, answer, path) in enumerate(tqdm(questions, desc="asking", unit="question")):
-        image = Image.open(path).convert("RGB")
-        result = compare(model, processor, image, question, max_new_tokens=4)
+        result = compare(model, processor, load_image(path), question, max_new_tokens=4)
         picture = arguments.output / f"question-{number}.png"
-        save_picture(result, image, model, picture)
+        save_picture(result, model.config.vision_config.patch_size, picture)
         tqdm.write(f"\n{result}\ntrue answer      {answer!r}\npicture          {picture}")
         results.append(result)
 

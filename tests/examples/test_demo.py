@@ -1,6 +1,7 @@
 """The main job on the real images of the easy-vqa package."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -53,14 +54,18 @@ def test_without_pruning(demo, tmp_path, capsys):
     assert "576 vision tokens, 576.0 on average" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["package", "image"])
+@pytest.mark.parametrize("damage", ["package", "questions", "image", "checksum"])
 def test_missing_or_damaged_images(demo, damage, tmp_path, capsys, monkeypatch):
     if damage == "package":
         monkeypatch.setitem(sys.modules, "easy_vqa", None)
+    elif damage == "questions":
+        monkeypatch.setattr("easy_vqa.get_test_questions", lambda: json.loads("[["))
     else:
         import easy_vqa
 
-        (tmp_path / "broken.png").write_text("no image")
+        data = bytearray(Path(easy_vqa.get_test_image_paths()[0]).read_bytes())
+        data[60] ^= 255
+        (tmp_path / "broken.png").write_bytes(data if damage == "checksum" else b"no image")
         paths = dict.fromkeys(easy_vqa.get_test_image_paths(), tmp_path / "broken.png")
         monkeypatch.setattr(easy_vqa, "get_test_image_paths", lambda: paths)
     assert demo.main(["--output", str(tmp_path / "out")]) == 2

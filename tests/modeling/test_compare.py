@@ -1,0 +1,131 @@
+"""What `learnpruner compare` and its pictures promise: patches where the model saw them, and errors of one line."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.cli import main
+from learnpruner.compare import compare, patch_grids, save_picture
+
+from tiny_models import FAMILIES, PATCH, PATCHES, SIDE, tiny_config, tiny_pair, tiny_processor
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A stock LLaVA with its processor, as `base` in the current folder, beside `image.png`."""
+    monkeypatch.chdir(tmp_path)
+    tiny_pair("llava")[0].save_pretrained("base")
+    tiny_processor("llava").save_pretrained("base")
+    Image.new("RGB", (50, 40), "teal").save("image.png")
+    return tmp_path
+
+
+def bad_input(command, capsys):
+    """Runs a command that must fail with status 2 and one line, and returns that line."""
+    try:
+        status = main(command)
+    except SystemExit as stop:
+        status = stop.code
+    lines = capsys.readouterr().err.splitlines()
+    lines = [line for line in lines if line.startswith("learnpruner")]
+    assert status == 2
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.core
+def test_the_picture_shows_the_crop_that_the_model_saw(tmp_path):
+    """LLaVA-1.5's processor crops the centre: the sides of a wide image never reach the model."""
+    processor = tiny_processor("llava")
+    processor.image_processor.size = {"shortest_edge": SIDE}
+    processor.image_processor.crop_size = {"height": SIDE, "width": SIDE}
+    processor.image_processor.do_center_crop = True
+    image = Image.new("RGB", (3 * SIDE, SIDE), "red")
+    image.paste((64, 128, 192), (SIDE, 0, 2 * SIDE, SIDE))
+    comparison = compare(tiny_pair("llava")[1], processor, image, "w8", 0.3, max_new_tokens=1)
+    expected = torch.tensor([64, 128, 192]).div(255).expand(SIDE, SIDE, 3)
+    torch.testing.assert_close(comparison.pixels, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_picture_darkens_exactly_the_dropped_patches(family, tmp_path):
+    image = Image.new("RGB", (SIDE, SIDE), "white")
+    comparison = compare(tiny_pair(family)[1], tiny_processor(family), image, "w8", 0.3, max_new_tokens=1)
+    grids = patch_grids(comparison, PATCH)
+    for grid, kept in zip(grids, comparison.kept):
+        assert grid.shape == (SIDE // PATCH, SIDE // PATCH)
+        assert grid.flatten().tolist() == kept[:PATCHES].tolist()
+    save_picture(comparison, PATCH, tmp_path / "out.png")
+    grey = torch.frombuffer(bytearray(Image.open(tmp_path / "out.png").convert("L").tobytes()), dtype=torch.uint8)
+    # White under a shade of 0.82. A patch is about 103 pixels wide in a panel of 4.2 inches at 110 dpi.
+    dark = ((grey.int() - 46).abs() <= 2).sum().item()
+    dropped = sum((~grid).sum().item() for grid in grids)
+    assert dark / dropped == pytest.approx(103**2, rel=0.05)
+
+
+def test_a_class_token_before_the_patches_is_not_drawn():
+    config = tiny_config("llava")
+    config.vision_feature_select_strategy = "full"
+    processor = tiny_processor("llava")
+    processor.vision_feature_select_strategy = "full"
+    model = tiny_pair("llava", config=config)[1]
+    comparison = compare(model, processor, Image.new("RGB", (SIDE, SIDE)), "w8", 0.3, max_new_tokens=1)
+    assert comparison.tokens[0] == PATCHES + 1
+    for grid, kept in zip(patch_grids(comparison, PATCH), comparison.kept):
+        assert grid.flatten().tolist() == kept[1:].tolist()
+
+
+def test_a_caption_is_text_and_stays_inside_the_picture(tmp_path):
+    image = Image.new("RGB", (SIDE, SIDE))
+    comparison = compare(tiny_pair("llava")[1], tiny_processor("llava"), image, "w8", 0.3, max_new_tokens=1)
+    comparison.question, comparison.answer = r"$\broken costs $5?", "a long answer " * 40
+    save_picture(comparison, PATCH, tmp_path / "out.png")
+    width, height = Image.open(tmp_path / "out.png").size
+    assert width < 1500
+    assert height > 500
+
+
+@pytest.mark.core
+def test_compare_on_a_pruner_takes_the_processor_of_its_base(checkpoint, capsys):
+    LearnPrunerForConditionalGeneration.from_pretrained("base").train_pruner_only().save_pretrained("pruner")
+    assert main(["compare", "pruner", "--image", "image.png", "--question", "w8", "--max-new-tokens", "1"]) == 0
+    assert f"{PATCHES} -> " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--image": "cut.png"}, "cut.png"),
+        ({"--image": "bits.png"}, "bits.png"),
+        ({"--picture": "out.xyz"}, ".png"),
+        ({"--max-new-tokens": "0"}, "--max-new-tokens"),
+        ({"--ratio": "1/0"}, "--ratio"),
+        ({"model": "bare"}, "processor"),
+        ({"model": "none"}, "none"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_loaded(change, message, checkpoint, capsys, monkeypatch):
+    Image.effect_noise((64, 64), 50).save("noise.png")
+    data = bytearray((checkpoint / "noise.png").read_bytes())
+    (checkpoint / "cut.png").write_bytes(data[:200])
+    data[len(data) // 2] ^= 255
+    (checkpoint / "bits.png").write_bytes(data)
+    LlavaForConditionalGeneration(tiny_config()).save_pretrained("bare")
+    monkeypatch.setattr(LearnPrunerForConditionalGeneration, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    options = {"--image": "image.png", "--question": "w8", **change}
+    model = options.pop("model", "base")
+    line = bad_input(["compare", model, *(part for option in options.items() for part in option)], capsys)
+    assert message in line
+
+
+@pytest.mark.parametrize("tokens", ["0", "-5", "x"])
+def test_budget_needs_tokens(tokens, checkpoint, capsys):
+    assert "--tokens" in bad_input(["budget", "base", f"--tokens={tokens}"], capsys)
+
+
+def test_ratio_may_be_a_fraction(checkpoint, capsys):
+    main(["budget", "base", "--tokens", "576", "--ratio", "1/9"])
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "0.1111"
