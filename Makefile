@@ -16,10 +16,10 @@ demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
 
 test: .venv/installed
-	.venv/bin/python -m pytest -q
+	.venv/bin/python -m pytest
 
 test-floor: .venv-floor/installed
-	.venv-floor/bin/python -m pytest -q -m core
+	.venv-floor/bin/python -m pytest -m core
 
 test-matrix: test test-floor
 

@@ -215,7 +215,8 @@ def compare_file(
     if picture is not None:
         check_picture(picture)
     processor = load_processor(model)
-    pruned = LearnPrunerForConditionalGeneration.from_pretrained(model, dtype="auto").eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pruned = LearnPrunerForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(device)
     comparison = compare(pruned, processor, loaded, question, ratio, max_new_tokens)
     if picture is not None:
         save_picture(comparison, pruned.config.vision_config.patch_size, picture)

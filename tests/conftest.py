@@ -21,6 +21,10 @@ transformers.utils.logging.disable_progress_bar()
 UPSTREAM = ("Passing `generation_config` together with generation-related arguments",)
 
 
+def pytest_report_header():
+    return f"transformers {transformers.__version__}, torch {torch.__version__}"
+
+
 class FailOnDeprecation(logging.Handler):
     """transformers announces removals in its log; what it announces of our calls breaks in a later release."""
 
