@@ -72,11 +72,12 @@ class HubMixin:
         path = pretrained_model_name_or_path
         with_info = kwargs.pop("output_loading_info", False)
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
+        model_type = PreTrainedConfig.get_config_dict(path, **place)[0].get("model_type")
         if config is None:
-            config, kwargs = cls._read_config(path, place, kwargs)
+            config, kwargs = cls._read_config(path, model_type, place, kwargs)
         elif config.model_type == cls.config_class.base_model_type:
             config = cls.config_class.from_base_config(config)
-        stock = cls._is_stock(path, place)
+        stock = model_type == cls.config_class.base_model_type
 
         if config.base_model_name_or_path is not None:
             model, info = cls._from_base(path, config, place, model_args, kwargs)
@@ -90,18 +91,12 @@ class HubMixin:
         return (model, info) if with_info else model
 
     @classmethod
-    def _is_stock(cls, path, place: dict) -> bool:
-        config_dict, _ = PreTrainedConfig.get_config_dict(path, **place)
-        return config_dict.get("model_type") == cls.config_class.base_model_type
-
-    @classmethod
-    def _read_config(cls, path, place: dict, kwargs: dict):
-        config_dict, _ = PreTrainedConfig.get_config_dict(path, **place)
+    def _read_config(cls, path, model_type: str | None, place: dict, kwargs: dict):
         known = (cls.config_class.base_model_type, cls.config_class.model_type)
-        if config_dict.get("model_type") not in known:
+        if model_type not in known:
             raise ValueError(
                 f"{cls.__name__} loads checkpoints of type {' or '.join(known)}, and {path} is of type "
-                f"{config_dict.get('model_type')!r}. LearnPrunerForConditionalGeneration picks the class."
+                f"{model_type!r}. LearnPrunerForConditionalGeneration picks the class."
             )
         # "auto" is for the model to resolve; the configuration would take it as it is.
         names = {field.name for field in fields(cls.config_class)} - {"dtype"}

@@ -79,7 +79,7 @@ WORDS = (
 
 
 def build_processor() -> LlavaProcessor:
-    """Words are tokens: 52 of them and the special ones."""
+    """Every word of the questions and answers is a token of its own."""
     names = [*SPECIAL.values(), "<image>", *WORDS]
     backend = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
     backend.pre_tokenizer = Sequence([WhitespaceSplit(), Split("?", "isolated")])
