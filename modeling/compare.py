@@ -14,6 +14,7 @@ from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
 from .cache_learnpruner import PrunedCache
+from .hub_learnpruner import find_base
 
 RUNS = 3
 
@@ -198,7 +199,7 @@ def load_processor(model: str) -> ProcessorMixin:
         `ValueError`: where there is none, or the checkpoint is of no supported family.
     """
     config = pruned_class(model).config_class.from_pretrained(model)
-    base, revision = config.base_model_name_or_path, config.base_model_revision
+    base, revision = find_base(model, config.base_model_name_or_path), config.base_model_revision
     try:
         return AutoProcessor.from_pretrained(base or model, **({"revision": revision} if revision else {}))
     except (OSError, ValueError) as error:

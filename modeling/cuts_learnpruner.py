@@ -109,6 +109,15 @@ class LearnedScore:
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         return images.model.pruner(images.features)
 
+    def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
+        """Keep probabilities of each image's patches in training, each `(patches,)` float32.
+
+        Args:
+            scores (`list[torch.Tensor]` of shape `(patches,)`, float32): Keep minus drop logits of each image.
+            shares (`list[float]`): What the budget keeps of each image, R1 / N.
+        """
+        return [score.sigmoid() for score in scores]
+
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
         with torch.autocast(scores.device.type, enabled=False):
             return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
@@ -198,7 +207,7 @@ class PruningCall:
             cut drops it, even where it is a vision token.
         answer_length (`int`): Tokens of this call behind the prompt: candidates, or an answer run without a cache.
         gates (`torch.Tensor` of shape `(batch, sequence)`, float32): Keep probabilities, 1 for text; `soft` only.
-        image_scores (`list[torch.Tensor]`), shares (`list[float]`): For the budget term; `soft` only.
+        probabilities (`list[torch.Tensor]`), shares (`list[float]`): Each image's, for the budget term; `soft` only.
         decisions (`list[tuple[torch.Tensor, torch.Tensor]]`): Kept mask and scores of each cut made.
     """
 
@@ -213,7 +222,7 @@ class PruningCall:
     last: torch.Tensor | None = None
     answer_length: int = 0
     gates: torch.Tensor | None = None
-    image_scores: list[torch.Tensor] = field(default_factory=list)
+    probabilities: list[torch.Tensor] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)
     decisions: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -272,6 +281,8 @@ class PruningCall:
         self.count_table = torch.tensor(self.counts, device=vision.device)
         if not self.will_cut or self.schedule[0].layer > 0:
             return
+        if self.soft and not isinstance(self.schedule[0].score, LearnedScore):
+            return
 
         # On the images' device: with a device map, or inputs left on the host, the prompt may be elsewhere.
         device = features[0].device
@@ -288,9 +299,12 @@ class PruningCall:
 
         self.vision_scores = to_prompt(scores, self.vision_scores)
         if self.soft:
-            self.gates = torch.where(self.vision_scores.isnan(), 1.0, self.vision_scores.sigmoid())
-            self.image_scores = [row[:size][~row[:size].isnan()] for row, size in zip(scores, sizes)]
+            patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, sizes)]
             self.shares = [count / size for count, size in zip(kept[1], sizes)]
+            self.probabilities = cut.score.gate(patches, self.shares)
+            scored = ~self.vision_scores.isnan()
+            gates = torch.cat(self.probabilities).to(vision.device)
+            self.gates = torch.ones_like(self.vision_scores).masked_scatter(scored, gates)
             return
         closes_sample = vision.gather(1, self.last.unsqueeze(1)).squeeze(1).to(device)
         last_image = [owner != after for owner, after in zip(owners, [*owners[1:], None])]

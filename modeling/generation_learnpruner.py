@@ -275,7 +275,7 @@ class PrunedGenerationMixin:
         if pruning.gates is None:
             # Without images the pruner has no part in the loss; a batch of text must still have a gradient.
             return sum((parameter.sum() * 0 for parameter in trained), labels.new_zeros((), dtype=torch.float32))
-        loss = budget_loss([scores.sigmoid() for scores in pruning.image_scores], pruning.shares)
+        loss = budget_loss(pruning.probabilities, pruning.shares)
         if num_items_in_batch is not None:
             # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise.
             loss = loss * (labels[:, 1:] != -100).sum() / num_items_in_batch

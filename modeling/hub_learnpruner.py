@@ -31,6 +31,19 @@ def register_key_conversion(cls: type, stock: str) -> None:
     register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
 
 
+def find_base(path, base: str | None, subfolder: str = "") -> str | None:
+    """Where the base is that a checkpoint at `path` names: a Hub id, a folder, or a folder relative to the checkpoint.
+
+    Raises:
+        `ValueError`: where a checkpoint of the Hub names a relative folder, which is nowhere on this machine.
+    """
+    if base is None or not base.startswith(("./", "../")):
+        return base
+    if not os.path.isdir(path):
+        raise ValueError(f"{path} names its base model by the relative path {base!r}, which only a local folder may.")
+    return os.path.abspath(os.path.join(path, subfolder, base))
+
+
 class HubMixin:
     """Loading and saving for classes for conditional generation whose base model holds a `pruner`.
 
@@ -71,6 +84,7 @@ class HubMixin:
         check_transformers_version()
         path = pretrained_model_name_or_path
         with_info = kwargs.pop("output_loading_info", False)
+        kwargs["ignore_mismatched_sizes"] = True  # not ignored: the error below names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
         model_type = PreTrainedConfig.get_config_dict(path, **place)[0].get("model_type")
         if config is None:
@@ -79,7 +93,9 @@ class HubMixin:
             config = cls.config_class.from_base_config(config)
         stock = model_type == cls.config_class.base_model_type
 
-        if config.base_model_name_or_path is not None:
+        base = find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
+        config.base_model_name_or_path = base
+        if base is not None:
             model, info = cls._from_base(path, config, place, model_args, kwargs)
         else:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)

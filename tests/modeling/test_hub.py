@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from learnpruner import LearnPrunerForConditionalGeneration, LearnPrunerLlavaForConditionalGeneration
 from learnpruner import guards_learnpruner as guards
+from learnpruner.hub_learnpruner import find_base
 
 from tiny_models import (
     FAMILIES,
@@ -185,6 +186,28 @@ def test_pruner_only_checkpoint_whose_base_is_gone(stock_folder, tmp_path):
     )
     inputs = build_inputs("llava", samples_of("one", "llava"))
     assert torch.equal(found(**inputs).logits, model(**inputs).logits)
+
+
+def test_base_beside_the_pruner(stock_folder, tmp_path):
+    """A local folder may name its base relative to itself, and opens wherever the two are moved."""
+    model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only().eval()
+    model.config.base_model_name_or_path = "../stock"
+    model.save_pretrained(tmp_path / "light")
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("stock", "light"):
+        shutil.move(tmp_path / name, tmp_path / "elsewhere" / name)
+    found = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "elsewhere" / "light")
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    assert torch.equal(found(**inputs).logits, model(**inputs).logits)
+    # Saved from there, the path still leads to the base.
+    found.save_pretrained(tmp_path / "again")
+    LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "again")
+
+
+def test_a_hub_repository_names_no_folder_of_this_machine():
+    with pytest.raises(ValueError, match="which only a local folder may"):
+        find_base("user/light", "../stock")
+    assert find_base("user/light", "user/base") == "user/base"
 
 
 def test_pruner_of_another_size_is_an_error(stock_folder, tmp_path):

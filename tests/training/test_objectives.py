@@ -1,0 +1,82 @@
+"""Gates: exact budgets, right gradients, and a training step that is an ordinary call."""
+
+import pytest
+import torch
+
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.budget_learnpruner import keep_counts
+from learnpruner.training.objectives import ArgmaxGate, TopKGate, soft_top_k, with_gate
+
+from tiny_models import LAYERS, build_inputs, tiny_pair
+
+
+@pytest.mark.parametrize("count", [1, 7, 7.3, 49])
+@pytest.mark.parametrize("scale", [0.01, 1, 50])
+def test_soft_top_k_is_exact(count, scale):
+    scores = scale * torch.randn(50, generator=torch.Generator().manual_seed(0))
+    probabilities = soft_top_k(scores, count)
+    assert probabilities.sum().item() == pytest.approx(count, abs=1e-3)
+    assert torch.equal(probabilities.argsort(), scores.argsort()) or scale == 50  # those at 0 and 1 tie
+    assert ((probabilities >= 0) & (probabilities <= 1)).all()
+
+
+def test_soft_top_k_gradient():
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(20, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(20, generator=generator, dtype=torch.float64)
+    (soft_top_k(scores, 4.0) * weight).sum().backward()
+    step = 1e-4 * torch.eye(20, dtype=torch.float64)
+    with torch.no_grad():
+        values = [[(soft_top_k(scores + sign * row, 4.0) * weight).sum() for sign in (1, -1)] for row in step]
+    numeric = torch.tensor([(up - down) / 2e-4 for up, down in values])
+    assert torch.allclose(scores.grad, numeric, atol=1e-5)
+    assert scores.grad.abs().max() > 0.01
+    # The budget is fixed: pushing all scores alike changes nothing.
+    assert scores.grad.sum().abs() < 1e-9
+
+
+def test_soft_top_k_anneals_to_the_hard_one():
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(2))
+    (probabilities,) = TopKGate(diversity=0, temperature=1e-3).gate([scores], [7 / 50])
+    hard = torch.zeros(50).scatter(0, scores.topk(7).indices, 1.0)
+    assert torch.allclose(probabilities, hard, atol=1e-2)
+
+
+def test_argmax_gate():
+    scores = torch.tensor([-1.0, 0.5, 3.0], requires_grad=True)
+    (gates,) = ArgmaxGate(diversity=0).gate([scores], [1 / 3])
+    assert gates.tolist() == [0, 1, 1]
+    gates.sum().backward()
+    soft = scores.detach().sigmoid()
+    assert torch.allclose(scores.grad, soft * (1 - soft))
+
+
+@pytest.mark.parametrize("gate", [ArgmaxGate(diversity=0.1), TopKGate(diversity=0.1, temperature=0.5)])
+def test_a_training_step_is_an_ordinary_call(gate, tmp_path):
+    tiny_pair("llava")[0].save_pretrained(tmp_path)
+    model = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path, pruner_ratio=0.5).train_pruner_only()
+    batch = build_inputs("llava", [[2, (32, 32), 8], [9]], side="right")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    labels[:, :-4] = -100
+    seen = []
+    model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["pruning"]), with_kwargs=True
+    )
+    schedule = with_gate(model.config, gate, ratio=0.25)
+    assert [cut.layer for cut in schedule] == [0, model.config.pruner_layer]
+    loss = model(**batch, labels=labels, schedule=schedule).loss
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == (".pruner." in name), name
+    (call,) = seen
+    (probabilities,) = call.probabilities
+    tokens = len(probabilities)
+    first, _ = keep_counts(tokens, 0.25, num_layers=LAYERS, pruner_layer=model.config.pruner_layer, stage_ratio=3.0)
+    if isinstance(gate, TopKGate):
+        assert probabilities.sum().item() == pytest.approx(first, abs=1e-3)
+    else:
+        assert set(probabilities.tolist()) <= {0.0, 1.0}
+    # Text is never gated.
+    vision = batch["input_ids"] == model.config.image_token_id
+    assert (call.gates[~vision] == 1).all()
+    assert torch.equal(call.gates[vision], probabilities)
