@@ -88,6 +88,11 @@ def _labels(questions: tuple[list, list, list]) -> dict[int, tuple[str, str]]:
     return {image: (s[0], c[0]) for image, (s, c) in found.items() if len(s) == len(c) == 1}
 
 
+def covered(pixels: np.ndarray, ground: tuple[int, int, int]) -> np.ndarray:
+    """Which of `pixels` `(height, width, 3)` are not ground: bool `(height, width)`."""
+    return np.abs(pixels.astype(int) - ground).sum(-1) > 60
+
+
 @cache
 def sources(split: str) -> tuple[Source, ...]:
     """The labelled images of a split, in the order of their numbers.
@@ -100,28 +105,33 @@ def sources(split: str) -> tuple[Source, ...]:
     found = []
     for image, (shape, color) in sorted(_labels(questions).items()):
         try:
-            pixels = np.asarray(Picture.open(paths[image]).convert("RGB")).astype(int)
+            pixels = np.asarray(Picture.open(paths[image]).convert("RGB"))
         except (KeyError, OSError) as error:
             raise ImportError(
                 f"Image {image} of easy-vqa is missing or damaged: pip install --force-reinstall easy-vqa==1.0"
             ) from error
         # A shape may cover a corner, but not all, and ground is lighter than any shape.
         ground = max((pixels[row, column].tolist() for row in (0, -1) for column in (0, -1)), key=sum)
-        rows, columns = np.nonzero(np.abs(pixels - ground).sum(-1) > 60)
+        rows, columns = np.nonzero(covered(pixels, ground))
         box = (int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1)
         found.append(Source(Path(paths[image]), shape, color, box, len(rows), tuple(ground)))
     return tuple(found)
 
 
-def make_scene(rng: random.Random, images: tuple[Source, ...], objects: tuple[int, int]) -> Scene:
-    """Puts `objects` (least, most) images into different cells of the grid."""
+@cache
+def _tile(path: Path) -> Picture.Image:
+    return Picture.open(path).convert("RGB")
+
+
+def make_scene(rng: random.Random, images: tuple[Source, ...], objects: tuple[int, int], *, grid: int = GRID) -> Scene:
+    """Puts `objects` (least, most) images into different cells of a `grid` x `grid` of cells."""
     chosen = rng.sample(images, rng.randint(*objects))
-    cells = rng.sample(range(GRID * GRID), len(chosen))
-    tiles = [Picture.open(source.path).convert("RGB") for source in chosen]
-    scene = Picture.new("RGB", (SIDE, SIDE), chosen[0].ground)
+    cells = rng.sample(range(grid * grid), len(chosen))
+    tiles = [_tile(source.path) for source in chosen]
+    scene = Picture.new("RGB", (CELL * grid, CELL * grid), chosen[0].ground)
     boxes = []
     for source, tile, cell in zip(chosen, tiles, cells):
-        left, top = cell % GRID * CELL, cell // GRID * CELL
+        left, top = cell % grid * CELL, cell // grid * CELL
         scene.paste(tile, (left, top))
         boxes.append(tuple(edge + offset for edge, offset in zip(source.box, (left, top) * 2)))
     return Scene(scene, tuple(chosen), tuple(boxes))

@@ -50,7 +50,7 @@ def test_pixels_are_the_processors(model_and_processor, scene):
 @torch.no_grad()
 def test_packed_questions_are_answered_as_if_alone(model_and_processor, scene):
     model, processor = model_and_processor
-    batch = recipe.pack_questions(QUESTIONS, processor)
+    batch = recipe.pack_questions(QUESTIONS, processor, 576)
     labels = batch.pop("labels")[0]
     packed = model(pixel_values=recipe.pixels_of([scene], processor), **batch).logits[0, :-1][labels[1:] != -100]
     alone = []
@@ -71,8 +71,44 @@ def test_patch_classes_mark_the_objects(scene):
     assert (classes == 0).mean() > 0.5
 
 
-def test_a_killed_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(recipe, "SCENES", 1)
+def test_patch_middles(scene):
+    middles = recipe.patch_middles(scene).reshape(24, 24)
+    assert middles.sum() == len(scene.objects)
+    for left, top, right, bottom in scene.boxes:
+        assert middles[(top + bottom) // 16, (left + right) // 16]
+
+
+def test_stages_train_what_they_say(tmp_path):
+    """The tower learns first and is frozen then; every weight that is read gets a gradient."""
+    run = recipe.Run(tmp_path, 0, dict.fromkeys(recipe.STAGES, 1))
+    seen = {}
+    for run.stage in recipe.STAGES:
+        run.model.zero_grad(set_to_none=True)
+        run.heads.zero_grad(set_to_none=True)
+        run.loss()[0].backward()
+        graded = {
+            name for name, p in [*run.model.named_parameters(), *run.heads.named_parameters()] if p.grad is not None
+        }
+        assert len(graded) == len(run._parameters())
+        seen[run.stage] = {"vision_tower" in name for name in graded}
+    assert seen == {"vision": {True, False}, "align": {False}, "answer": {False}}
+
+
+def test_alignment_goes_on_until_it_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "LOG_EVERY", 1)
+    run = recipe.Run(tmp_path, 0, {"vision": 0, "align": 2, "answer": 1})
+    answered = iter([0.95, 0.5, 0.6, 0.91, 0.3])
+    weight = run.model.lm_head.weight
+    monkeypatch.setattr(run, "loss", lambda: (weight.square().sum(), next(answered)))
+    run.train(save_every=10)
+    assert [(entry["stage"], entry["step"]) for entry in run.log] == [
+        *(("align", step) for step in (1, 2, 3, 4)),
+        ("answer", 1),
+    ]
+
+
+def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "plan_step", lambda stage, *rest: (1, 3 if stage == "answer" else 2, (1, 2)))
     monkeypatch.setattr(recipe, "QUESTIONS", 2)
     steps = ["--steps", "2", "2", "3", "--save-every", "1"]
     assert recipe.main(["--output", str(tmp_path / "whole"), *steps]) == 0
@@ -92,7 +128,17 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch):
     one, other = (AutoModelForImageTextToText.from_pretrained(tmp_path / name) for name in ("whole", "cut"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
     assert type(AutoProcessor.from_pretrained(tmp_path / "whole")).__name__ == "LlavaProcessor"
-    assert (tmp_path / "whole" / "model.safetensors").stat().st_size < 24e6
-    assert json.loads((tmp_path / "whole" / "log.json").read_text()) == []
+    assert (tmp_path / "whole" / "model.safetensors").stat().st_size < 12e6
+    assert one.dtype == torch.float32
+    assert json.loads((tmp_path / "whole" / "log.json").read_text())["steps"] == {"vision": 2, "align": 2, "answer": 3}
 
     assert recipe.main(["--output", str(tmp_path / "cut"), "--seed", "5", *steps]) == 2
+    assert "another seed" in capsys.readouterr().err
+    whole = (tmp_path / "cut" / "run.pt").read_bytes()
+    (tmp_path / "cut" / "run.pt").write_bytes(whole[: len(whole) // 2])
+    assert recipe.main(["--output", str(tmp_path / "cut"), *steps]) == 2
+    assert "damaged" in capsys.readouterr().err
+    (tmp_path / "cut" / "run.pt").write_bytes(whole)
+    monkeypatch.setattr(recipe, "WORDS", recipe.WORDS[:-1])
+    assert recipe.main(["--output", str(tmp_path / "cut"), *steps]) == 2
+    assert "another model" in capsys.readouterr().err

@@ -1,0 +1,283 @@
+"""Accuracy of a pruning method on scenes of easy-vqa images whose boxes are known (examples/easy_vqa/scenes.py).
+
+    python benchmarks/accuracy.py --model examples/easy_vqa/tiny-llava --method random --ratio 1/18 --output FILE.json
+
+Writes exact-match accuracy, overall and for each kind of question, with the tokens kept at each cut and all that is
+needed to run it again. The questions are the same for every method, ratio and seed; `--seed` draws what a method
+leaves to chance. `--unpruned FILE.json`, a run of `--method none` on the same questions, adds RelAcc: the mean over
+the kinds of question of accuracy / unpruned accuracy (a mean of ratios, as the paper takes it over benchmarks).
+benchmarks/render_accuracy.py makes the table and the plot.
+"""
+
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.utils import CONFIG_NAME, cached_file
+from transformers.utils.hub import extract_commit_hash
+
+import learnpruner
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.budget_learnpruner import mean_tokens
+from learnpruner.cache_learnpruner import PrunedCache
+from learnpruner.cli import Parser, positive, ratio
+from learnpruner.compare import build_prompt, load_processor
+from learnpruner.cuts_learnpruner import Cut, EncodedImages, learnpruner_schedule
+from learnpruner.scorer_learnpruner import top_k
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
+from scenes import OBJECTS, scene_dataset
+
+PER_SCENE = 4
+OUTSIDE = -1e6
+
+
+@dataclass(frozen=True)
+class GivenScores:
+    """Ranks by scores that the caller made, `(images, tokens)` in the order of the call's images."""
+
+    scores: torch.Tensor
+
+    def __call__(self, images: EncodedImages) -> torch.Tensor:
+        if self.scores.shape != images.present.shape:
+            raise ValueError(f"The scores are {tuple(self.scores.shape)}, and the images {tuple(images.present.shape)}")
+        return self.scores.to(images.features.device)
+
+    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
+        return top_k(scores, images.present, torch.tensor(counts, device=scores.device))
+
+
+def random_scores(tokens: int, seed: int, number: int) -> torch.Tensor:
+    """Uniform, from the seed and the number of the question alone, so that batches make no difference."""
+    rng = random.Random(f"{seed} {number}")
+    return torch.tensor([rng.random() for _ in range(tokens)])
+
+
+def box_scores(tokens: int, size: tuple[int, int], boxes: list[list[int]]) -> torch.Tensor:
+    """Patches whose middle is in a box, each object's from the middle outwards, objects in turn; then all others, the
+    nearest first. What can be known where boxes are known: an upper bound for methods that only look for objects.
+
+    Args:
+        tokens (`int`): Patches of the image, row by row.
+        size (`tuple[int, int]`): Width and height of the image, in pixels.
+        boxes: Left, top, right, bottom of each object, in pixels.
+    """
+    width, height = size
+    columns = math.isqrt(tokens * width // height)
+    side = width / columns
+    y, x = (side * (torch.arange(tokens) // columns + 0.5), side * (torch.arange(tokens) % columns + 0.5))
+    scores = torch.full((tokens,), -torch.inf)
+    for left, top, right, bottom in boxes:
+        distance = torch.hypot(x - (left + right) / 2, y - (top + bottom) / 2)
+        # A small object may hold no patch's middle: the patch under its own middle counts as inside.
+        inside = (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.min())
+        turn = distance.masked_fill(~inside, torch.inf).argsort(stable=True).argsort()
+        scores = torch.maximum(scores, torch.where(inside, -turn.float(), OUTSIDE - distance))
+    return scores
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a method may look at to make the schedule of one batch: the rows of the data, and their numbers."""
+
+    config: PreTrainedConfig
+    ratio: float
+    seed: int
+    tokens: int
+    rows: list[dict]
+    numbers: list[int]
+
+    def before_decoder(self, scores: list[torch.Tensor]) -> tuple[Cut, ...]:
+        return (Cut(0, lambda tokens: max(1, round(self.ratio * tokens)), GivenScores(torch.stack(scores))),)
+
+
+def no_cut(asked: Asked) -> tuple[Cut, ...]:
+    return ()
+
+
+def cut_learnpruner(asked: Asked) -> tuple[Cut, ...]:
+    return learnpruner_schedule(asked.config, asked.ratio)
+
+
+def cut_random(asked: Asked) -> tuple[Cut, ...]:
+    return asked.before_decoder([random_scores(asked.tokens, asked.seed, number) for number in asked.numbers])
+
+
+def cut_outside_boxes(asked: Asked) -> tuple[Cut, ...]:
+    return asked.before_decoder([box_scores(asked.tokens, row["image"].size, row["boxes"]) for row in asked.rows])
+
+
+METHODS: dict[str, Callable[[Asked], tuple[Cut, ...]]] = {
+    "none": no_cut,
+    "random": cut_random,
+    "oracle_boxes": cut_outside_boxes,
+    "learnpruner": cut_learnpruner,
+}
+
+
+@torch.no_grad()
+def answer_questions(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    data: Dataset,
+    method: str,
+    value: float,
+    seed: int,
+    batch_size: int,
+) -> tuple[list[str], dict]:
+    """Asks every question of the data greedily. Returns the answers, and the tokens kept (the same for each)."""
+    config, answers, kept = model.config, [], None
+    tokens = config.image_seq_length
+    for start in tqdm(range(0, len(data), batch_size), desc=f"{method} {value:.4f}", unit="batch"):
+        numbers = list(range(start, min(start + batch_size, len(data))))
+        rows = [data[number] for number in numbers]
+        schedule = METHODS[method](Asked(config, value, seed, tokens, rows, numbers))
+        inputs = processor(
+            images=[row["image"] for row in rows],
+            text=[build_prompt(processor, row["question"]) for row in rows],
+            padding=True,
+            return_tensors="pt",
+        ).to(model.device)
+        output = model.generate(
+            **inputs, schedule=schedule, do_sample=False, max_new_tokens=8, return_dict_in_generate=True
+        )
+        replies = output.sequences[:, inputs["input_ids"].shape[1] :]
+        answers += [reply.strip() for reply in processor.batch_decode(replies, skip_special_tokens=True)]
+        vision = inputs["input_ids"] == config.image_token_id
+        # Where nothing was cut the cache is the stock model's, which keeps no record.
+        cache = output.past_key_values
+        masks = cache.kept_mask if isinstance(cache, PrunedCache) else ()
+        counts = set(zip(*((mask & vision).sum(1).tolist() for mask in (vision, *masks))))
+        if len(counts | ({kept} if kept else set())) != 1:
+            raise RuntimeError(f"Images of one size kept different numbers of tokens: {counts}, {kept}")
+        (kept,) = counts
+    layers = tuple(cut.layer for cut in schedule)[: len(kept) - 1]
+    mean = mean_tokens(kept[1:], layers, kept[0], config.text_config.num_hidden_layers)
+    return answers, {"image": kept[0], "after_cuts": list(kept[1:]), "cut_layers": list(layers), "mean": mean}
+
+
+def relative_accuracy(result: dict, unpruned: dict) -> float:
+    """Mean over the kinds of question of accuracy / unpruned accuracy.
+
+    Raises:
+        `ValueError`: where the two did not ask the same model the same questions.
+    """
+    for name in ("base_sha256", "level", "n", "data"):
+        if result[name] != unpruned[name]:
+            raise ValueError(f"RelAcc compares runs of one model on the same questions; they differ in {name}.")
+    kinds = result["by_kind"]
+    return sum(kinds[kind]["accuracy"] / unpruned["by_kind"][kind]["accuracy"] for kind in kinds) / len(kinds)
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """sha256 of the base's weights, the pruner left out: the same for a base and for its pruner's checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".pruner." not in name:
+            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def commit_of(model: str) -> str | None:
+    """The commit that a Hub id stands for; `None` for a folder, which `base_sha256` identifies."""
+    return None if Path(model).is_dir() else extract_commit_hash(cached_file(model, CONFIG_NAME), None)
+
+
+def scored(data: Dataset, answers: list[str]) -> dict:
+    """Exact match, overall and for each kind of question."""
+    right = defaultdict(list)
+    for kind, true, answer in zip(data["kind"], data["answer"], answers):
+        right[kind].append(answer == true)
+    by_kind = {kind: {"accuracy": sum(right[kind]) / len(right[kind]), "n": len(right[kind])} for kind in sorted(right)}
+    return {"accuracy": sum(map(sum, right.values())) / len(answers), "n": len(answers), "by_kind": by_kind}
+
+
+def read_result(path: Path) -> dict:
+    """Raises `ValueError` where the file is not a result of this command."""
+    try:
+        result = json.loads(path.read_text())
+        missing = {"method", "level", "n", "by_kind", "tokens", "base_sha256", "data"} - set(result)
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of benchmarks/accuracy.py ({error})") from error
+    if missing:
+        raise ValueError(f"{path} is not a result of benchmarks/accuracy.py: it lacks {sorted(missing)}")
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="Hub id or folder of a stock or a pruned checkpoint")
+    parser.add_argument("--method", choices=METHODS, required=True)
+    parser.add_argument("--ratio", type=ratio, help="mean share of tokens kept, such as 1/18; none takes no ratio")
+    parser.add_argument("--limit", type=positive, default=2000, help="questions")
+    parser.add_argument("--seed", type=int, default=0, help="of what the method leaves to chance")
+    parser.add_argument("--level", choices=OBJECTS, default="standard")
+    parser.add_argument("--unpruned", type=Path, help="the result of --method none on the same questions, for RelAcc")
+    parser.add_argument("--batch-size", type=positive, default=32)
+    parser.add_argument("--threads", type=positive, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, required=True, help="JSON")
+    arguments = parser.parse_args(argv)
+    if (arguments.ratio is None) != (arguments.method == "none"):
+        parser.error("--method none takes no --ratio, and every other method needs one")
+    value = arguments.ratio or 1.0
+    torch.set_num_threads(arguments.threads)
+    try:
+        unpruned = read_result(arguments.unpruned) if arguments.unpruned else None
+        if unpruned and unpruned["method"] != "none":
+            raise ValueError(f"--unpruned {arguments.unpruned} holds a run of {unpruned['method']!r}, not of 'none'.")
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        scenes = math.ceil(arguments.limit / PER_SCENE)
+        data = scene_dataset("test", scenes, level=arguments.level, per_scene=PER_SCENE).select(range(arguments.limit))
+        processor = load_processor(arguments.model)
+        torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
+        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model).eval()
+        start = time.perf_counter()
+        answers, tokens = answer_questions(
+            model, processor, data, arguments.method, value, arguments.seed, arguments.batch_size
+        )
+        result = {
+            "method": arguments.method,
+            "ratio": value,
+            "seed": arguments.seed,
+            "level": arguments.level,
+            **scored(data, answers),
+            "tokens": tokens,
+            "model": arguments.model,
+            "model_revision": commit_of(arguments.model),
+            "base_sha256": weights_digest(model),
+            "pruner_trained": model.config.pruner_trained,
+            "data": hashlib.sha256("\n".join([*data["question"], *data["answer"]]).encode()).hexdigest(),
+            "seconds": round(time.perf_counter() - start, 1),
+            "versions": {
+                "learnpruner": learnpruner.__version__,
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        if unpruned:
+            result["relative_accuracy"] = relative_accuracy(result, unpruned)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        print(f"accuracy: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({name: result[name] for name in ("method", "level", "accuracy", "n", "tokens")}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Table and plot from the JSON files of benchmarks/accuracy.py.
+
+    python benchmarks/render_accuracy.py benchmarks/results/accuracy/*.json --into README.md --plot accuracy.png
+
+`--into` fills the part of a Markdown file between `<!-- accuracy -->` and `<!-- /accuracy -->`; without it the table
+is printed. Runs of one method at one budget that differ by their seed alone are one row: mean and, in brackets, the
+lowest and highest. Pruned runs are set beside the unpruned run of the same model and questions among the files.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from learnpruner.cli import Parser
+
+from accuracy import read_result, relative_accuracy
+
+START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
+MISSING = "not measured"
+
+
+def group_runs(results: list[dict]) -> dict[tuple, list[dict]]:
+    """Runs that differ by their seed alone, by (level, method, mean tokens); each has `relative_accuracy`, or `None`
+    where the unpruned run is not among them.
+    """
+    unpruned = {(r["base_sha256"], r["level"], r["data"]): r for r in results if r["method"] == "none"}
+    if len({sha for sha, _, _ in unpruned} | {r["base_sha256"] for r in results}) > 1:
+        raise ValueError("The files are of several base models: render one model's at a time.")
+    groups = defaultdict(list)
+    for result in sorted(results, key=lambda r: (r["level"] != "standard", -r["tokens"]["mean"], r["method"])):
+        base = unpruned.get((result["base_sha256"], result["level"], result["data"]))
+        relative = relative_accuracy(result, base) if base else None
+        groups[result["level"], result["method"], result["tokens"]["mean"]].append(
+            {**result, "relative_accuracy": relative}
+        )
+    return dict(groups)
+
+
+def spread(values: list[float | None]) -> str:
+    if None in values:
+        return MISSING
+    mean = f"{100 * sum(values) / len(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f}-{100 * max(values):.1f})"
+
+
+def table(groups: dict[tuple, list[dict]]) -> str:
+    """Markdown, in percent."""
+    kinds = sorted({kind for runs in groups.values() for run in runs for kind in run["by_kind"]})
+    head = ["scenes", "method", "mean tokens", "after each cut", "runs", "accuracy", "RelAcc", *kinds]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for (level, method, mean), runs in groups.items():
+        cuts = " -> ".join(map(str, runs[0]["tokens"]["after_cuts"])) or "none"
+        cells = [level, method, f"{mean:.1f}", cuts, str(len(runs))]
+        cells += [spread([run[name] for run in runs]) for name in ("accuracy", "relative_accuracy")]
+        cells += [spread([run["by_kind"][kind]["accuracy"] for run in runs]) for kind in kinds]
+        lines.append("| " + " | ".join(cells) + " |")
+    questions = sorted({run["n"] for runs in groups.values() for run in runs})
+    versions = sorted({f"transformers {r['versions']['transformers']}" for runs in groups.values() for r in runs})
+    lines += ["", f"Percent; {' or '.join(map(str, questions))} test questions a run; {', '.join(versions)}."]
+    return "\n".join(lines)
+
+
+def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
+    """Accuracy against mean tokens, a panel for each level, a line for each method."""
+    from matplotlib import pyplot
+
+    levels = list(dict.fromkeys(level for level, _, _ in groups))
+    figure, axes = pyplot.subplots(1, len(levels), figsize=(5.5 * len(levels), 4), sharey=True, squeeze=False)
+    for axis, level in zip(axes[0], levels):
+        methods = dict.fromkeys(method for place, method, _ in groups if place == level)
+        for method in methods:
+            points = sorted(
+                (mean, [100 * run["accuracy"] for run in runs])
+                for (place, name, mean), runs in groups.items()
+                if (place, name) == (level, method)
+            )
+            if method == "none":
+                axis.axhline(sum(points[0][1]) / len(points[0][1]), color="black", linestyle=":", label="unpruned")
+                continue
+            means = [sum(values) / len(values) for _, values in points]
+            low = [mean - min(values) for mean, (_, values) in zip(means, points)]
+            high = [max(values) - mean for mean, (_, values) in zip(means, points)]
+            axis.errorbar([x for x, _ in points], means, yerr=[low, high], marker="o", capsize=3, label=method)
+        axis.set(title=f"{level} scenes", xlabel="vision tokens, mean over the decoder's layers", xscale="log")
+        ticks = sorted({mean for place, method, mean in groups if place == level and method != "none"})
+        axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], minor=False)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0][0].set_ylabel("exact-match accuracy, %")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks/accuracy.py")
+    parser.add_argument("--into", type=Path, help="Markdown file with the two marks")
+    parser.add_argument("--plot", type=Path, help="PNG")
+    arguments = parser.parse_args(argv)
+    try:
+        groups = group_runs([read_result(path) for path in arguments.results])
+        text = table(groups)
+        if arguments.into:
+            before, start, rest = arguments.into.read_text().partition(START)
+            _, end, after = rest.partition(END)
+            if not start or not end:
+                raise ValueError(f"{arguments.into} has no {START} ... {END} to fill.")
+            arguments.into.write_text(f"{before}{START}\n{text}\n{END}{after}")
+        else:
+            print(text)
+        if arguments.plot:
+            save_plot(groups, arguments.plot)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"render_accuracy: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The accuracy benchmark: what each method may keep, what is counted, and what the table says."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from learnpruner.budget_learnpruner import keep_counts
+
+import accuracy
+import render_accuracy
+import train_tiny_llava as recipe
+from scenes import KINDS, scene_dataset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The anatomy of the small model, untrained."""
+    folder = tmp_path_factory.mktemp("untrained")
+    torch.manual_seed(0)
+    processor = recipe.build_processor()
+    recipe.build_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def run(folder, tmp_path, *arguments, name="result.json"):
+    assert accuracy.main(["--model", str(folder), "--output", str(tmp_path / name), *map(str, arguments)]) == 0
+    return json.loads((tmp_path / name).read_text())
+
+
+COUNTS = {"none": [], "random": [32], "oracle_boxes": [32]}
+COUNTS["learnpruner"] = list(keep_counts(576, 1 / 18, num_layers=8, pruner_layer=3, stage_ratio=3.0))
+
+
+@pytest.mark.parametrize("method", accuracy.METHODS)
+def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
+    asked = []
+    answer_questions = accuracy.answer_questions
+
+    def recorded(*args):
+        answers, tokens = answer_questions(*args)
+        asked.append((args[2], answers))
+        return answers, tokens
+
+    monkeypatch.setattr(accuracy, "answer_questions", recorded)
+    ratio = () if method == "none" else ("--ratio", "1/18")
+    results = [run(folder, tmp_path, "--method", method, *ratio, "--limit", 10, "--batch-size", n) for n in (4, 10)]
+    for result in results:
+        assert result["tokens"]["image"] == 576
+        assert result["tokens"]["after_cuts"] == COUNTS[method]
+        assert result["tokens"]["mean"] == (576 if method == "none" else pytest.approx(32, abs=0.2))
+        assert result["n"] == 10
+        assert set(result["by_kind"]) == set(KINDS)
+        assert {"model_revision", "base_sha256", "seed", "versions", "data"} <= set(result)
+    # The batch makes no difference, and exact match is what a person would count.
+    (data, answers), (_, same) = asked
+    assert answers == same
+    right = [true == answer for true, answer in zip(data["answer"], answers)]
+    assert results[0]["accuracy"] == sum(right) / 10
+
+
+def test_exact_match_by_kind():
+    data = scene_dataset("test", 3, per_scene=4)
+    answers = [answer if number % 3 else "nothing" for number, answer in enumerate(data["answer"])]
+    result = accuracy.scored(data, answers)
+    assert result["accuracy"] == pytest.approx(8 / 12)
+    for kind in KINDS:
+        rows = [number for number, name in enumerate(data["kind"]) if name == kind]
+        wrong = [number for number in rows if number % 3 == 0]
+        assert result["by_kind"][kind] == {"accuracy": 1 - len(wrong) / len(rows), "n": len(rows)}
+
+
+def test_boxes_come_first_and_in_turn():
+    data = scene_dataset("test", 20, level="hard", per_scene=1)
+    for row in data:
+        scores = accuracy.box_scores(576, row["image"].size, row["boxes"])
+        order = scores.argsort(descending=True, stable=True).tolist()
+        middles = [(8 * (token % 24) + 4, 8 * (token // 24) + 4) for token in order]
+
+        def owner(middle):
+            x, y = middle
+            return [n for n, (l, t, r, b) in enumerate(row["boxes"]) if l <= x < r and t <= y < b]  # noqa: B023, E741
+
+        owners = [owner(middle) for middle in middles]
+        inside = sum(len(found) > 0 for found in owners)
+        # The first tokens are one of each object: the one nearest its middle.
+        first = middles[: len(row["boxes"])]
+        for left, top, right, bottom in row["boxes"]:
+            center = ((left + right) / 2, (top + bottom) / 2)
+            nearest = min(math.dist(center, middle) for middle in middles)
+            assert nearest in [pytest.approx(math.dist(center, middle)) for middle in first]
+        # Behind the boxes no token is in a box (an object that holds no patch's middle has one token all the same).
+        assert all(not found for found in owners[inside + len(row["boxes"]) :])
+        assert scores.isfinite().all()
+
+
+def test_random_is_uniform_and_its_own():
+    kept = torch.stack([accuracy.random_scores(576, 0, number).argsort(descending=True)[:32] for number in range(400)])
+    share = torch.bincount(kept.flatten(), minlength=576) / 400
+    assert share.mean() == pytest.approx(32 / 576)
+    assert share.max() < 0.12
+    assert torch.equal(accuracy.random_scores(9, 1, 2), accuracy.random_scores(9, 1, 2))
+    assert not torch.equal(accuracy.random_scores(9, 1, 2), accuracy.random_scores(9, 2, 2))
+
+
+def fake(method, ratio, seed, right, **changes):
+    """A result file as the command writes it, with `right` of 10 for each kind in turn."""
+    by_kind = {kind: {"accuracy": number / 10, "n": 10} for kind, number in zip(sorted(KINDS), right)}
+    result = {"method": method, "ratio": ratio, "seed": seed, "level": "standard", "n": 40, "by_kind": by_kind}
+    result |= {"accuracy": sum(right) / 40, "base_sha256": "a", "data": "d", "versions": {"transformers": "5.23.0"}}
+    cuts = [] if method == "none" else [round(576 * ratio)]
+    return result | {"tokens": {"image": 576, "after_cuts": cuts, "mean": 576 * ratio}} | changes
+
+
+def write(folder, *results):
+    paths = [folder / f"{number}.json" for number in range(len(results))]
+    for path, result in zip(paths, results):
+        path.write_text(json.dumps(result))
+    return [str(path) for path in paths]
+
+
+def test_relative_accuracy_is_a_mean_of_ratios(folder, tmp_path):
+    unpruned, pruned = fake("none", 1, 0, (10, 5, 8, 10)), fake("random", 0.1, 0, (5, 5, 4, 0))
+    assert accuracy.relative_accuracy(pruned, unpruned) == pytest.approx((0.5 + 1 + 0.5 + 0) / 4)
+    for change in ({"base_sha256": "b"}, {"data": "e"}, {"level": "hard"}, {"n": 41}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            accuracy.relative_accuracy(pruned, unpruned | change)
+
+
+def test_unpruned_file_gives_relative_accuracy(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "answer_questions", lambda model, p, data, *rest: (data["answer"], {"mean": 576}))
+    run(folder, tmp_path, "--method", "none", "--limit", 8, name="none.json")
+    unpruned = ("--unpruned", tmp_path / "none.json")
+    result = run(folder, tmp_path, "--method", "random", "--ratio", 0.2, "--limit", 8, *unpruned)
+    assert result["relative_accuracy"] == 1.0
+
+
+def test_table_and_plot(tmp_path, capsys):
+    paths = write(
+        tmp_path,
+        fake("none", 1, 0, (10, 10, 10, 8)),
+        fake("random", 1 / 18, 0, (5, 5, 5, 4)),
+        fake("random", 1 / 18, 1, (6, 6, 5, 4)),
+        fake("learnpruner", 1 / 18, 0, (9, 9, 9, 8)),
+        fake("random", 1 / 18, 0, (5, 5, 5, 4), level="hard"),
+    )
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- accuracy -->\nold\n<!-- /accuracy -->\nafter\n")
+    assert render_accuracy.main([*paths, "--into", str(page), "--plot", str(tmp_path / "plot.png")]) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- accuracy -->\n")
+    assert text.endswith("<!-- /accuracy -->\nafter\n")
+    assert "old" not in text
+    rows = [re.split(r" *\| *", line)[1:-1] for line in text.splitlines() if line.startswith("| ")]
+    by_name = {(row[0], row[1]): row for row in rows}
+    assert by_name["standard", "none"][2:7] == ["576.0", "none", "1", "95.0", "100.0"]
+    assert by_name["standard", "random"][2:7] == ["32.0", "32", "2", "50.0 (47.5-52.5)", "52.5 (50.0-55.0)"]
+    assert by_name["standard", "learnpruner"][5:7] == ["87.5", "92.5"]
+    # No unpruned run of the hard scenes was given.
+    assert by_name["hard", "random"][6] == "not measured"
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+    assert render_accuracy.main([*paths, "--into", str(paths[0])]) == 2
+    assert "<!-- accuracy -->" in capsys.readouterr().err
+    assert (
+        render_accuracy.main(
+            write(tmp_path, fake("none", 1, 0, (1,) * 4), fake("none", 1, 0, (1,) * 4, base_sha256="b"))
+        )
+        == 2
+    )
+    assert "several base models" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--method", "none", "--ratio", "0.5"], "--ratio"),
+        (["--method", "random"], "--ratio"),
+        (["--method", "random", "--ratio", "0"], "--ratio"),
+        (["--method", "guess", "--ratio", "0.5"], "learnpruner"),
+        (["--method", "none", "--level", "easy"], "hard"),
+        (["--method", "none", "--limit", "0"], "--limit"),
+    ],
+)
+def test_bad_arguments(arguments, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        accuracy.main(["--model", "nowhere", "--output", str(tmp_path / "x.json"), *arguments])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_bad_files(folder, tmp_path, capsys):
+    (path,) = write(tmp_path, fake("random", 0.1, 0, (1,) * 4))
+    output = ["--output", str(tmp_path / "out" / "x.json"), "--method", "none"]
+    for arguments, says in (
+        (["--model", str(tmp_path / "nowhere")], "nowhere"),
+        (["--model", str(folder), "--unpruned", str(tmp_path / "missing.json")], "missing.json"),
+        (["--model", str(folder), "--unpruned", str(folder / "config.json")], "it lacks"),
+        (["--model", str(folder), "--unpruned", path], "'random'"),
+    ):
+        assert accuracy.main([*output, *arguments]) == 2
+        assert says in capsys.readouterr().err
+    assert not Path(output[1]).exists()
+    assert render_accuracy.main([str(tmp_path / "missing.json")]) == 2
+    assert "missing.json" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_shape(folder, tmp_path, capsys):
+    """Weights that do not fit the configuration are an error, not a model with random weights."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in folder.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 256
+    (other / "config.json").write_text(json.dumps(config))
+    arguments = ["--model", str(other), "--method", "none", "--limit", "4", "--output", str(tmp_path / "x.json")]
+    assert accuracy.main(arguments) == 2
+    assert "gate_proj" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
