@@ -1,0 +1,178 @@
+"""Samples of every layout become the same batch, and what cannot be a sample is said, not swallowed."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image
+
+from learnpruner.training.data import PrunerCollator, load_samples, read_messages
+
+import train_tiny_llava as recipe
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return recipe.build_processor()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for number, color in enumerate(("red", "blue")):
+        Image.new("RGB", (192, 192), color).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "short.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+QUESTION, ANSWER = "what color is the circle?", "teal"
+TURNS = [
+    {"from": "human", "value": f"<image>\n{QUESTION}"},
+    {"from": "gpt", "value": ANSWER},
+    {"from": "human", "value": "how many shapes are there?"},
+    {"from": "gpt", "value": "3"},
+]
+
+
+def decoded_labels(processor, labels):
+    return processor.tokenizer.convert_ids_to_tokens(labels[labels != -100].tolist())
+
+
+def test_layouts_agree(processor, pictures):
+    picture = Image.open(pictures / "0.png")
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]},
+        {"role": "assistant", "content": ANSWER},
+    ]
+    rows = [
+        {"image": picture, "question": QUESTION, "answer": ANSWER},
+        {"image": str(pictures / "0.png"), "conversations": TURNS[:2]},
+        {"images": [picture], "messages": chat},
+    ]
+    batches = [PrunerCollator(processor)([row]) for row in rows]
+    for batch in batches[1:]:
+        assert all(torch.equal(batch[name], batches[0][name]) for name in batches[0])
+    assert decoded_labels(processor, batches[0]["labels"]) == [ANSWER, "</s>"]
+    # What is asked for is the prompt that generation gets.
+    prompt = processor.apply_chat_template(read_messages(rows[0])[:1], add_generation_prompt=True)
+    expected = processor(images=picture, text=prompt, return_tensors="pt")["input_ids"]
+    assert torch.equal(batches[0]["input_ids"][:, : expected.shape[1]], expected)
+
+
+def test_answers_of_every_turn_are_labels_and_nothing_else(processor, pictures):
+    long = {"image": str(pictures / "0.png"), "conversations": TURNS}
+    text = {"conversations": [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no"}]}
+    both = {
+        "image": [str(pictures / "0.png"), str(pictures / "1.png")],
+        "conversations": [
+            {"from": "human", "value": "<image><image> what shape is red?"},
+            {"from": "gpt", "value": "circle"},
+        ],
+    }
+    batch = PrunerCollator(processor)([long, text, both])
+    answers = [[ANSWER, "</s>", "3", "</s>"], ["no", "</s>"], ["circle", "</s>"]]
+    assert [decoded_labels(processor, labels) for labels in batch["labels"]] == answers
+    # A label is its own token: the model shifts.
+    said = batch["labels"] != -100
+    assert torch.equal(batch["labels"][said], batch["input_ids"][said])
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum(1).tolist() == [
+        576,
+        0,
+        1152,
+    ]
+    assert len(batch["pixel_values"]) == 3
+
+
+def test_text_only_batch(processor):
+    batch = PrunerCollator(processor)([{"question": "is there a circle?", "answer": "no"}] * 2)
+    assert "pixel_values" not in batch
+    assert decoded_labels(processor, batch["labels"][0]) == ["no", "</s>"]
+
+
+def test_truncation_never_cuts_an_image(processor, pictures):
+    row = {"image": str(pictures / "0.png"), "conversations": TURNS}
+    whole = PrunerCollator(processor)([row])
+    length = whole["input_ids"].shape[1]
+    cut = PrunerCollator(processor, max_length=length - 3)([row])
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :-3])
+    assert torch.equal(cut["labels"], whole["labels"][:, :-3])
+    assert torch.equal(cut["pixel_values"], whole["pixel_values"])
+    with pytest.raises(ValueError, match="cuts image tokens"):
+        PrunerCollator(processor, max_length=100)([row])
+
+
+def write(folder, rows, name="data.json"):
+    text = json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows))
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def llava_rows(*images):
+    return [
+        {"id": str(n), "conversations": TURNS[:2], **({} if image is None else {"image": image})}
+        for n, image in enumerate(images)
+    ]
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_llava_files(name, processor, pictures, caplog):
+    rows = llava_rows("0.png", "missing.png", ["1.png"], "broken.png", "short.png")
+    rows.append({"conversations": [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no"}]})
+    path = write(pictures, rows, name)
+    samples = load_samples(path)
+    assert len(samples) == 3
+    assert "3 of 6 samples left out" in caplog.text
+    batch = PrunerCollator(processor)([samples[number] for number in range(3)])
+    assert len(batch["pixel_values"]) == 2
+    with pytest.raises(ValueError, match=r"missing\.png"):
+        load_samples(path, strict=True)
+
+
+def test_a_share_of_the_samples(pictures):
+    path = write(pictures, [{"question": f"{n}", "answer": "no"} for n in range(50)])
+    some, same, other = (load_samples(path, share=0.1, seed=seed)["question"] for seed in (0, 0, 1))
+    assert len(some) == 5
+    assert list(some) == list(same) != list(other)
+
+
+def test_streams_stay_streams(processor, pictures, caplog):
+    rows = [{"image": str(pictures / name), "question": QUESTION, "answer": ANSWER} for name in ("0.png", "broken.png")]
+    stream = load_samples(IterableDataset.from_generator(lambda: iter(rows)))
+    assert isinstance(stream, IterableDataset)
+    assert len(list(stream)) == 1
+    assert "left out" in caplog.text
+    with pytest.raises(ValueError, match="take"):
+        load_samples(stream, share=0.5)
+
+
+def test_data_sets_of_pictures(processor):
+    rows = [{"image": Image.new("RGB", (192, 192), "red"), "question": QUESTION, "answer": ANSWER}] * 2
+    samples = load_samples(Dataset.from_list(rows))
+    batch = PrunerCollator(processor)([samples[0], samples[1]])
+    assert batch["pixel_values"].shape == (2, 3, 192, 192)
+
+
+def test_bad_samples(processor, pictures):
+    collate = PrunerCollator(processor)
+    with pytest.raises(ValueError, match="0 images and 1 places"):
+        collate([{"conversations": TURNS}])
+    with pytest.raises(ValueError, match="messages, conversations, or question"):
+        collate([{"text": "x"}])
+    with pytest.raises(ValueError, match="No sample is left"):
+        load_samples(write(pictures, llava_rows("missing.png")))
+    with pytest.raises(ValueError, match="no list of samples"):
+        load_samples(write(pictures, []))
+    (pictures / "bad.json").write_text("[{")
+    with pytest.raises(ValueError, match="not JSON"):
+        load_samples(pictures / "bad.json")
+    with pytest.raises(OSError, match="nowhere"):
+        load_samples("nowhere.json")
+    with pytest.raises(ValueError, match="share"):
+        load_samples(pictures / "data.json", share=0)
+    silent = recipe.build_processor()
+    silent.chat_template = None
+    with pytest.raises(ValueError, match="chat template"):
+        PrunerCollator(silent)

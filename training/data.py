@@ -1,0 +1,248 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""Image-question samples of the usual layouts, and the collator that makes them a batch with answers as labels.
+
+A sample is a row with one of
+
+- `messages` in chat form and `images`;
+- `conversations` as LLaVA's data has them (`from`, `value`, an `<image>` where an image stands) and `image`;
+- `question`, `answer` and `image`.
+
+`image` and `images` hold a picture, a path, or a list of them; a sample without any is text alone, and welcome.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from PIL import Image
+from transformers import ProcessorMixin
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+LLAVA_IMAGE = "<image>"
+LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def load_samples(
+    source: str | Path | Dataset | IterableDataset,
+    image_folder: str | Path | None = None,
+    share: float = 1.0,
+    seed: int = 0,
+    strict: bool = False,
+) -> Dataset | IterableDataset:
+    """Reads samples, takes a share of them, and leaves out those whose images cannot be read.
+
+    Args:
+        source (`str`, `Path` or a data set): A JSON or JSON Lines file such as LLaVA-665K's, or rows in any of the
+            layouts above; a streamed data set stays streamed.
+        image_folder (`str` or `Path`, *optional*): Where relative image paths start. Defaults to the file's folder.
+        share (`float`): In (0, 1]: how many of the samples, drawn by `seed`. Not for streamed data.
+        strict (`bool`): An image that cannot be read is an error; otherwise its sample is left out, and counted.
+
+    Raises:
+        `ValueError`: where nothing is left, `share` is out of range, or, if `strict`, an image cannot be read.
+        `OSError`: where there is no such file.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is in (0, 1], got {share}.")
+    if isinstance(source, str | Path):
+        path = Path(source)
+        image_folder = path.parent if image_folder is None else image_folder
+        source = Dataset.from_list(_read_rows(path))
+    streamed = isinstance(source, IterableDataset)
+    if share < 1:
+        if streamed:
+            raise ValueError("share needs to know how many samples there are: use take() on a streamed data set.")
+        source = source.shuffle(seed=seed).select(range(max(1, round(share * len(source)))))
+
+    def readable(row: dict) -> bool:
+        try:
+            read_images(row, image_folder)
+        except OSError as error:
+            if strict:
+                raise ValueError(f"An image cannot be read: {error}. Mend it, or leave such samples out.") from error
+            if streamed:
+                logger.warning(f"A sample is left out: {error}")
+            return False
+        return True
+
+    def located(row: dict) -> dict:
+        place = {name: _locate(row[name], image_folder) for name in ("image", "images") if row.get(name) is not None}
+        return {**row, **place}
+
+    # A data set holds a file's images as paths, so that they are read again only when they are needed.
+    paths = [name for name in ("image", "images") if name in (source.column_names or ())]
+    found = source.filter(readable)
+    if image_folder is not None and paths:
+        found = found.map(located)
+    if not streamed:
+        if len(found) == 0:
+            raise ValueError(f"No sample is left of {len(source)}: none has images that can be read.")
+        if len(found) < len(source):
+            logger.warning(f"{len(source) - len(found)} of {len(source)} samples left out: an image cannot be read.")
+    return found
+
+
+def _read_rows(path: Path) -> list[dict]:
+    text = path.read_text()
+    try:
+        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"{path} holds no list of samples.")
+    # One layout for all rows: LLaVA-665K has rows without an image, and rows whose image is a list.
+    for row in rows:
+        row["images"] = _as_list(row.pop("image", None)) + _as_list(row.get("images"))
+    names = ("images", "messages", "conversations", "question", "answer")
+    return [{name: row[name] for name in names if name in row} for row in rows]
+
+
+def _as_list(value) -> list:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _locate(value, folder):
+    if isinstance(value, list):
+        return [_locate(one, folder) for one in value]
+    return str(Path(folder) / value) if isinstance(value, str) and folder is not None else value
+
+
+def read_images(row: dict, image_folder: str | Path | None = None) -> list[Image.Image]:
+    """The images of a sample, read whole.
+
+    Raises:
+        `OSError`: where one is missing, or no image, or damaged.
+    """
+    images = []
+    for value in _as_list(row.get("image")) + _as_list(row.get("images")):
+        picture = Image.open(_locate(value, image_folder)) if isinstance(value, str | Path) else value
+        try:
+            images.append(picture.convert("RGB"))
+        except SyntaxError as error:  # Pillow's PNG reader
+            raise OSError(str(error)) from error
+    return images
+
+
+def read_messages(row: dict) -> list[dict]:
+    """The conversation of a sample in chat form: `role`, and `content` as a list of image and text parts.
+
+    Raises:
+        `ValueError`: where the row has none of the known layouts.
+    """
+    if row.get("messages") is not None:
+        return [{**message, "content": _parts(message["content"])} for message in row["messages"]]
+    if row.get("conversations") is not None:
+        return [{"role": LLAVA_ROLES[turn["from"]], "content": _split(turn["value"])} for turn in row["conversations"]]
+    if row.get("question") is not None and row.get("answer") is not None:
+        images = [{"type": "image"}] * (len(_as_list(row.get("image"))) + len(_as_list(row.get("images"))))
+        return [
+            {"role": "user", "content": [*images, {"type": "text", "text": row["question"]}]},
+            {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]},
+        ]
+    raise ValueError(f"A sample has messages, conversations, or question and answer; this one has {sorted(row)}.")
+
+
+def _parts(content) -> list[dict]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    # A data set fills up parts that lack a field with None.
+    return [{name: value for name, value in part.items() if value is not None} for part in content]
+
+
+def _split(text: str) -> list[dict]:
+    parts = []
+    for number, piece in enumerate(text.split(LLAVA_IMAGE)):
+        if number:
+            parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+class PrunerCollator:
+    """Makes rows a batch: the processor's chat template, every key that it returns, and labels on answers alone.
+
+    Rows are filled up on the right. Nothing is cut off silently: where `max_length` would cut an image token it is an
+    error, and where it cuts text, text is what is lost.
+
+    Args:
+        processor ([`ProcessorMixin`]): The base model's, with a chat template.
+        max_length (`int`, *optional*): Tokens of the longest row.
+    """
+
+    def __init__(self, processor: ProcessorMixin, max_length: int | None = None):
+        if processor.chat_template is None:
+            raise ValueError("The processor has no chat template: set processor.chat_template to the base model's.")
+        self.processor, self.max_length = processor, max_length
+        self.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            `ValueError`: where a row's images and placeholders differ in number, or `max_length` cuts an image.
+        """
+        texts, answers, images = [], [], []
+        for row in rows:
+            messages, pictures = read_messages(row), read_images(row)
+            places = sum(part["type"] == "image" for message in messages for part in message["content"])
+            if places != len(pictures):
+                raise ValueError(f"A sample has {len(pictures)} images and {places} places for them: {messages}")
+            text, spans = self._render(messages)
+            texts.append(text)
+            answers.append(spans)
+            images += pictures
+        batch = self.processor(
+            text=texts, images=images or None, padding=True, padding_side="right", return_tensors="pt"
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        labels = torch.full_like(ids, -100)
+        for number, (text, spans) in enumerate(zip(texts, answers)):
+            self._label(text, spans, ids[number], labels[number])
+        length = ids.shape[1]
+        if self.max_length is not None and length > self.max_length:
+            if (ids[:, self.max_length :] == self.image_token_id).any():
+                raise ValueError(
+                    f"max_length={self.max_length} cuts image tokens off a row of {length}: raise it, or use smaller "
+                    "images."
+                )
+            batch = {
+                name: value[:, : self.max_length] if value.shape[:2] == mask.shape else value
+                for name, value in batch.items()
+            }
+            labels = labels[:, : self.max_length]
+        return {**batch, "labels": labels}
+
+    def _render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and where its answers stand in it, in characters."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.processor.apply_chat_template(messages[:number], add_generation_prompt=True)
+                after = self.processor.apply_chat_template(messages[: number + 1])
+                if not after.startswith(before):
+                    raise ValueError(
+                        "The chat template renders a conversation's beginning otherwise than on its own, so that its "
+                        "answers cannot be found."
+                    )
+                spans.append((len(before), len(after)))
+        text = self.processor.apply_chat_template(messages)
+        return text, spans
+
+    def _label(self, text: str, spans: list[tuple[int, int]], ids: torch.Tensor, labels: torch.Tensor) -> None:
+        """Labels the tokens that begin inside a span. The processor has made many of each image token."""
+        # apply_chat_template has written the special tokens.
+        tokens = self.processor.tokenizer(text, return_offsets_mapping=True)
+        place, known = 0, ids.tolist()
+        for token, (start, end) in zip(tokens["input_ids"], tokens["offset_mapping"]):
+            if token == self.image_token_id:
+                while place < len(known) and known[place] == token:
+                    place += 1
+                continue
+            if place >= len(known) or known[place] != token:
+                raise ValueError("The processor's tokens are not those of its text: its answers cannot be found.")
+            if end > start and any(first <= start < last for first, last in spans):
+                labels[place] = token
+            place += 1
