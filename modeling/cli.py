@@ -70,9 +70,21 @@ def run_compare(arguments: argparse.Namespace) -> None:
     print(compare_file(**{name: value for name, value in vars(arguments).items() if name != "run"}))
 
 
+def add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, help="YAML file of settings; training/configs has some")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="settings that win over the file: --learning_rate 1e-3")
+
+
+def run_train(arguments: argparse.Namespace) -> None:
+    from learnpruner.training.command import parse_arguments, train
+
+    train(*parse_arguments(arguments.config, arguments.flags))
+
+
 COMMANDS = {
     "budget": (add_budget, run_budget, "what a ratio means for a checkpoint: tokens of one image after each cut"),
     "compare": (add_compare, run_compare, "one question about one image, pruned and unpruned, and what was kept"),
+    "train": (add_train, run_train, "a pruner for a base model, from a configuration file"),
 }
 
 
