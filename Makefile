@@ -4,16 +4,37 @@ PYTHON ?= python3
 # CPU build from PyTorch's own index: make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+# Budgets of `make accuracy`: mean vision tokens of 576.
+TOKENS ?= 192 128 64 32
 # The oldest supported transformers; guards_learnpruner.py and pyproject.toml say the same.
 FLOOR = transformers==5.20.0
 
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-floor test-matrix quality style clean
+.PHONY: demo accuracy test test-floor test-matrix quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
+
+# Every accuracy figure of examples/easy_vqa/README.md: about 2,000 questions each, an hour or more on two cores.
+RESULTS = benchmarks/results/accuracy
+ASK = .venv/bin/python benchmarks/accuracy.py --model examples/easy_vqa/learnpruner-tiny-llava
+accuracy: .venv/installed
+	set -e; for level in standard hard; do \
+	  $(ASK) --level $$level --method none --output $(RESULTS)/$$level-none.json; \
+	  for tokens in $(TOKENS); do \
+	    for method in oracle_boxes learnpruner; do \
+	      $(ASK) --level $$level --method $$method --ratio $$tokens/576 --output $(RESULTS)/$$level-$$method-$$tokens.json; \
+	    done; \
+	    for seed in 0 1 2; do \
+	      $(ASK) --level $$level --method random --seed $$seed --ratio $$tokens/576 \
+	        --output $(RESULTS)/$$level-random-$$tokens-$$seed.json; \
+	    done; \
+	  done; \
+	done
+	.venv/bin/python benchmarks/render_accuracy.py $(RESULTS)/*.json --into examples/easy_vqa/README.md \
+	  --plot benchmarks/results/accuracy.png
 
 test: .venv/installed
 	.venv/bin/python -m pytest

@@ -38,11 +38,14 @@ from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.cuts_learnpruner import Cut, EncodedImages, learnpruner_schedule
 from learnpruner.scorer_learnpruner import top_k
+from learnpruner.training.metrics import ExactMatch, RelAcc
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
 from scenes import OBJECTS, scene_dataset
 
 PER_SCENE = 4
+FIELDS = {"method", "seed", "level", "accuracy", "n", "by_kind", "tokens", "base_sha256", "pruner_sha256", "data"}
+FIELDS |= {"versions"}
 OUTSIDE = -1e6
 
 
@@ -68,8 +71,8 @@ def random_scores(tokens: int, seed: int, number: int) -> torch.Tensor:
 
 
 def box_scores(tokens: int, size: tuple[int, int], boxes: list[list[int]]) -> torch.Tensor:
-    """Patches whose middle is in a box, each object's from the middle outwards, objects in turn; then all others, the
-    nearest first. What can be known where boxes are known: an upper bound for methods that only look for objects.
+    """Patches whose middle is in a box, each object's from the middle outwards, objects in turn; then, where a budget
+    is larger than the boxes, all others, the nearest first. What looking for objects alone can do, with boxes known.
 
     Args:
         tokens (`int`): Patches of the image, row by row.
@@ -174,20 +177,27 @@ def relative_accuracy(result: dict, unpruned: dict) -> float:
     """Mean over the kinds of question of accuracy / unpruned accuracy.
 
     Raises:
-        `ValueError`: where the two did not ask the same model the same questions.
+        `ValueError`: where the two did not ask the same model the same questions, or the unpruned model had none of a
+            kind right.
     """
-    for name in ("base_sha256", "level", "n", "data"):
+    check_comparable(result, unpruned)
+    pairs = [(kind["accuracy"], unpruned["by_kind"][name]["accuracy"]) for name, kind in result["by_kind"].items()]
+    pruned, stock = zip(*pairs)
+    return RelAcc().compute(predictions=pruned, references=stock)["rel_acc"]
+
+
+def check_comparable(result: dict, unpruned: dict) -> None:
+    """Raises `ValueError` where two runs did not ask the same model the same questions."""
+    for name in ("base_sha256", "level", "data"):
         if result[name] != unpruned[name]:
             raise ValueError(f"RelAcc compares runs of one model on the same questions; they differ in {name}.")
-    kinds = result["by_kind"]
-    return sum(kinds[kind]["accuracy"] / unpruned["by_kind"][kind]["accuracy"] for kind in kinds) / len(kinds)
 
 
-def weights_digest(model: PreTrainedModel) -> str:
-    """sha256 of the base's weights, the pruner left out: the same for a base and for its pruner's checkpoint."""
+def weights_digest(model: PreTrainedModel, pruner: bool = False) -> str:
+    """sha256 of the base's weights, the pruner left out, or of the pruner's alone."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if ".pruner." not in name:
+        if (".pruner." in name) == pruner:
             digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -199,18 +209,23 @@ def commit_of(model: str) -> str | None:
 
 def scored(data: Dataset, answers: list[str]) -> dict:
     """Exact match, overall and for each kind of question."""
-    right = defaultdict(list)
+
+    def accuracy(pairs: list[tuple[str, str]]) -> dict:
+        given, true = zip(*pairs)
+        return {"accuracy": ExactMatch().compute(predictions=given, references=true)["exact_match"], "n": len(pairs)}
+
+    by_kind = defaultdict(list)
     for kind, true, answer in zip(data["kind"], data["answer"], answers):
-        right[kind].append(answer == true)
-    by_kind = {kind: {"accuracy": sum(right[kind]) / len(right[kind]), "n": len(right[kind])} for kind in sorted(right)}
-    return {"accuracy": sum(map(sum, right.values())) / len(answers), "n": len(answers), "by_kind": by_kind}
+        by_kind[kind].append((answer, true))
+    everything = [pair for pairs in by_kind.values() for pair in pairs]
+    return {**accuracy(everything), "by_kind": {kind: accuracy(by_kind[kind]) for kind in sorted(by_kind)}}
 
 
 def read_result(path: Path) -> dict:
     """Raises `ValueError` where the file is not a result of this command."""
     try:
         result = json.loads(path.read_text())
-        missing = {"method", "level", "n", "by_kind", "tokens", "base_sha256", "data"} - set(result)
+        missing = FIELDS - set(result)
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a result of benchmarks/accuracy.py ({error})") from error
     if missing:
@@ -236,6 +251,8 @@ def main(argv: list[str] | None = None) -> int:
     value = arguments.ratio or 1.0
     torch.set_num_threads(arguments.threads)
     try:
+        if arguments.output.is_dir():
+            raise ValueError(f"--output {arguments.output} is a folder: name a file.")
         unpruned = read_result(arguments.unpruned) if arguments.unpruned else None
         if unpruned and unpruned["method"] != "none":
             raise ValueError(f"--unpruned {arguments.unpruned} holds a run of {unpruned['method']!r}, not of 'none'.")
@@ -245,23 +262,20 @@ def main(argv: list[str] | None = None) -> int:
         processor = load_processor(arguments.model)
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
         model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model).eval()
-        start = time.perf_counter()
-        answers, tokens = answer_questions(
-            model, processor, data, arguments.method, value, arguments.seed, arguments.batch_size
-        )
-        result = {
+        about = {
             "method": arguments.method,
             "ratio": value,
             "seed": arguments.seed,
             "level": arguments.level,
-            **scored(data, answers),
-            "tokens": tokens,
             "model": arguments.model,
             "model_revision": commit_of(arguments.model),
             "base_sha256": weights_digest(model),
+            "pruner_sha256": weights_digest(model, pruner=True) if arguments.method == "learnpruner" else None,
             "pruner_trained": model.config.pruner_trained,
             "data": hashlib.sha256("\n".join([*data["question"], *data["answer"]]).encode()).hexdigest(),
-            "seconds": round(time.perf_counter() - start, 1),
+            "batch_size": arguments.batch_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": str(model.device),
             "versions": {
                 "learnpruner": learnpruner.__version__,
                 "transformers": transformers.__version__,
@@ -270,11 +284,19 @@ def main(argv: list[str] | None = None) -> int:
             },
         }
         if unpruned:
+            check_comparable(about, unpruned)
+        start = time.perf_counter()
+        answers, tokens = answer_questions(
+            model, processor, data, arguments.method, value, arguments.seed, arguments.batch_size
+        )
+        result = {**about, **scored(data, answers), "tokens": tokens, "seconds": round(time.perf_counter() - start, 1)}
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        if unpruned:
             result["relative_accuracy"] = relative_accuracy(result, unpruned)
+            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"accuracy: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: result[name] for name in ("method", "level", "accuracy", "n", "tokens")}))
     return 0
 

@@ -24,7 +24,7 @@ def group_runs(results: list[dict]) -> dict[tuple, list[dict]]:
     where the unpruned run is not among them.
     """
     unpruned = {(r["base_sha256"], r["level"], r["data"]): r for r in results if r["method"] == "none"}
-    if len({sha for sha, _, _ in unpruned} | {r["base_sha256"] for r in results}) > 1:
+    if len({r["base_sha256"] for r in results}) > 1:
         raise ValueError("The files are of several base models: render one model's at a time.")
     groups = defaultdict(list)
     for result in sorted(results, key=lambda r: (r["level"] != "standard", -r["tokens"]["mean"], r["method"])):
@@ -33,6 +33,12 @@ def group_runs(results: list[dict]) -> dict[tuple, list[dict]]:
         groups[result["level"], result["method"], result["tokens"]["mean"]].append(
             {**result, "relative_accuracy": relative}
         )
+    for (level, method, mean), runs in groups.items():
+        what = f"runs of {method} on {level} scenes at {mean:.1f} tokens"
+        if len({(run["data"], run["pruner_sha256"]) for run in runs}) > 1:
+            raise ValueError(f"The {what} are of several sets of questions, or of several pruners: render one's.")
+        if len({run["seed"] for run in runs}) < len(runs):
+            raise ValueError(f"Two {what} have the same seed.")
     return dict(groups)
 
 

@@ -114,7 +114,7 @@ class LearnedScore:
 
         Args:
             scores (`list[torch.Tensor]` of shape `(patches,)`, float32): Keep minus drop logits of each image.
-            shares (`list[float]`): What the budget keeps of each image, R1 / N.
+            shares (`list[float]`): What the budget keeps of each image's patches, in (0, 1].
         """
         return [score.sigmoid() for score in scores]
 
@@ -300,7 +300,8 @@ class PruningCall:
         self.vision_scores = to_prompt(scores, self.vision_scores)
         if self.soft:
             patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, sizes)]
-            self.shares = [count / size for count, size in zip(kept[1], sizes)]
+            # Structure is kept last, so the budget is one of patches.
+            self.shares = [min(1.0, count / len(patch)) for count, patch in zip(kept[1], patches)]
             self.probabilities = cut.score.gate(patches, self.shares)
             scored = ~self.vision_scores.isnan()
             gates = torch.cat(self.probabilities).to(vision.device)

@@ -31,13 +31,17 @@ def register_key_conversion(cls: type, stock: str) -> None:
     register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
 
 
+def _is_relative(base: str | None) -> bool:
+    return base is not None and base.startswith(("./", "../"))
+
+
 def find_base(path, base: str | None, subfolder: str = "") -> str | None:
     """Where the base is that a checkpoint at `path` names: a Hub id, a folder, or a folder relative to the checkpoint.
 
     Raises:
         `ValueError`: where a checkpoint of the Hub names a relative folder, which is nowhere on this machine.
     """
-    if base is None or not base.startswith(("./", "../")):
+    if not _is_relative(base):
         return base
     if not os.path.isdir(path):
         raise ValueError(f"{path} names its base model by the relative path {base!r}, which only a local folder may.")
@@ -87,13 +91,15 @@ class HubMixin:
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: the error below names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
         model_type = PreTrainedConfig.get_config_dict(path, **place)[0].get("model_type")
+        # Given for this call, a folder is relative to where the caller stands.
+        given = kwargs.get("base_model_name_or_path") if config is None else None
         if config is None:
             config, kwargs = cls._read_config(path, model_type, place, kwargs)
         elif config.model_type == cls.config_class.base_model_type:
             config = cls.config_class.from_base_config(config)
         stock = model_type == cls.config_class.base_model_type
 
-        base = find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
+        base = given or find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
         config.base_model_name_or_path = base
         if base is not None:
             model, info = cls._from_base(path, config, place, model_args, kwargs)
@@ -225,7 +231,8 @@ class HubMixin:
             if pruner_only and any(parameter.requires_grad for parameter in others):
                 logger.warning("More than the pruner is trainable: saving all weights, not the pruner alone.")
                 pruner_only = False
-        if pruner_only and os.path.realpath(save_directory) == os.path.realpath(base):
+        beside = os.path.join(save_directory, base) if _is_relative(base) else base
+        if pruner_only and os.path.realpath(save_directory) == os.path.realpath(beside):
             raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
         if pruner_only:
             # One file: `from_pretrained` reads no index, and Trainer resumes from none.

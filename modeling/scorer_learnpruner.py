@@ -116,7 +116,7 @@ def budget_loss(probabilities: list[torch.Tensor], shares: list[float]) -> torch
 
     Args:
         probabilities (`list[torch.Tensor]` of shape `(tokens,)`, float32): Keep probabilities of each image.
-        shares (`list[float]`): R1 / N of each image.
+        shares (`list[float]`): R1 / patches of each image.
     """
     errors = torch.stack([p.mean() - share for p, share in zip(probabilities, shares)])
     return BUDGET_WEIGHT * errors.square().mean()

@@ -227,6 +227,8 @@ class PrunerCollator:
                         "The chat template renders a conversation's beginning otherwise than on its own, so that its "
                         "answers cannot be found."
                     )
+                if len(after) == len(before):
+                    raise ValueError("The chat template leaves out the assistant's turns: there is no answer to learn.")
                 spans.append((len(before), len(after)))
         text = self.processor.apply_chat_template(messages)
         return text, spans

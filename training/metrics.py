@@ -14,16 +14,21 @@ import evaluate
 NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 DIGITS = {word: str(max(0, place - 1)) for place, word in enumerate(NUMBERS)}
 ARTICLES = {"a", "an", "the"}
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 
 
 def normalize_answer(text: str) -> str:
-    """Lower case, without articles, punctuation and apostrophes, small numbers as digits: VQA's reading of an answer.
+    """Lower case, without articles and punctuation, small numbers as digits: VQA's reading of an answer.
 
-    VQA's table of contractions only puts apostrophes where they were forgotten; leaving them out does the same.
+    VQA has a table of contractions that puts forgotten apostrophes back; here apostrophes are left out everywhere, so
+    that "dont" is "don't" as there, and also "we'll" is "well".
     """
-    text = re.sub(r"(?<=\d),(?=\d)", "", text.lower().strip())
-    text = re.sub(r"(?<!\d)\.|\.(?!\d)", "", text.replace("'", ""))
-    words = re.sub(r"[^\w\s.:%$-]", " ", text).split()
+    text = " ".join(text.lower().replace("'", "").split())
+    number = re.search(r"\d,\d", text) is not None
+    for mark in PUNCTUATION:
+        between_words = mark in text and not (f"{mark} " in text or f" {mark}" in text or number)
+        text = text.replace(mark, " " if between_words else "")
+    words = re.sub(r"\.(?!\d)", "", text).split()
     return " ".join(DIGITS.get(word, word) for word in words if word not in ARTICLES)
 
 
@@ -60,13 +65,15 @@ class VQAAccuracy(_AnswerMetric):
 
     @staticmethod
     def _score(prediction: str, answers: list[str]) -> float:
+        if len(answers) < 4:
+            raise ValueError(f"VQA accuracy asks whether three other people agree; here are {len(answers)} answers.")
         same = [normalize_answer(answer) == normalize_answer(prediction) for answer in answers]
         return statistics.fmean(min(1.0, (sum(same) - one) / 3) for one in same)
 
 
 class ANLS(_AnswerMetric):
-    """Average normalized Levenshtein similarity (Biten et al., ICCV 2019; DocVQA): 1 - distance / longer length, 0
-    below one half, of the best reference. References: lists of answers. Returns `anls`.
+    """Average normalized Levenshtein similarity (Biten et al., ICCV 2019): 1 - distance / longer length of the best
+    reference, 0 where that is not above one half. References: lists of answers. Returns `anls`.
     """
 
     several = True
@@ -83,7 +90,7 @@ class ANLS(_AnswerMetric):
         prediction, answer = (" ".join(text.lower().split()) for text in (prediction, answer))
         longest = max(len(prediction), len(answer), 1)
         similarity = 1 - edit_distance(prediction, answer) / longest
-        return similarity if similarity >= 0.5 else 0.0
+        return similarity if similarity > 0.5 else 0.0
 
 
 def edit_distance(one: str, other: str) -> int:
@@ -108,13 +115,13 @@ class RelaxedAccuracy(_AnswerMetric):
 
     def _right(self, prediction: str, answer: str) -> bool:
         found, true = self._number(prediction), self._number(answer)
-        if found is None or true is None:
+        if found is None or not true:
             return prediction.strip().lower() == answer.strip().lower()
         return abs(found - true) <= self.tolerance * abs(true)
 
     @staticmethod
     def _number(text: str) -> float | None:
-        text = text.strip().replace(",", "")
+        text = text.strip()
         try:
             return float(text[:-1]) / 100 if text.endswith("%") else float(text)
         except ValueError:
@@ -123,7 +130,8 @@ class RelaxedAccuracy(_AnswerMetric):
 
 class POPE(_AnswerMetric):
     """Object hallucination (Li et al., EMNLP 2023) with "yes" as the positive class: `f1`, `accuracy`, `precision`,
-    `recall` and `yes_ratio`. An answer is a no if its first sentence says no or not, else a yes, as POPE reads it.
+    `recall` and `yes_ratio`. An answer is a no if "No", "no" or "not" is a word of its first sentence, else a yes:
+    POPE's own rule.
     """
 
     def _compute(self, predictions, references):
@@ -140,7 +148,7 @@ class POPE(_AnswerMetric):
 
     @staticmethod
     def _yes(text: str) -> bool:
-        return not {"no", "not"} & set(re.findall(r"\w+", text.partition(".")[0].lower()))
+        return not {"No", "no", "not"} & set(text.partition(".")[0].replace(",", "").split())
 
 
 class RelAcc(evaluate.Metric):

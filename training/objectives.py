@@ -30,8 +30,10 @@ class ArgmaxGate(LearnedScore):
     """
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
-        soft = super().gate(scores, shares)
-        return [(score > 0).float() + p - p.detach() for score, p in zip(scores, soft)]
+        return [(score > 0).float() + (p - p.detach()) for score, p in zip(scores, self.soft(scores, shares))]
+
+    def soft(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
+        return super().gate(scores, shares)
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,21 @@ class TopKGate(LearnedScore):
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
         return [soft_top_k(score / self.temperature, share * len(score)) for score, share in zip(scores, shares)]
 
+    soft = gate
+
 
 @dataclass(frozen=True)
 class RecordedGate(LearnedScore):
-    """Another gate, whose mean keep probability and mean entropy in bits are noted for each image."""
+    """Another gate, whose mean and whose probabilities' mean entropy in bits are noted for each image."""
 
-    inner: LearnedScore
+    inner: ArgmaxGate | TopKGate
     record: list[torch.Tensor]
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
         gates = self.inner.gate(scores, shares)
         with torch.no_grad():
-            for gate in gates:
-                entropy = torch.special.entr(gate) + torch.special.entr(1 - gate)
+            for gate, soft in zip(gates, self.inner.soft(scores, shares)):
+                entropy = torch.special.entr(soft) + torch.special.entr(1 - soft)
                 self.record.append(torch.stack([gate.mean(), entropy.mean() / math.log(2)]))
         return gates
 

@@ -1,16 +1,20 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """A `Trainer` for the pruner alone: every budget at once, taught by the unpruned model, judged by real cuts."""
 
+import json
 import random
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from learnpruner.cuts_learnpruner import LearnedScore
+from learnpruner.hub_learnpruner import HubMixin
 
 from .objectives import ArgmaxGate, RecordedGate, TopKGate, with_gate
+
+RUN_FILE = "pruner_run.json"
 
 
 @dataclass
@@ -56,16 +60,59 @@ class PrunerTrainingArguments(TrainingArguments):
 class PrunerTrainer(Trainer):
     """Trains the pruner of a LearnPruner model and nothing else; the base is frozen when the trainer is made.
 
-    Takes what `Trainer` takes. Checkpoints hold the pruner alone. Evaluation cuts for real, at the configuration's
-    ratio. Logs carry the mean keep probability (`keep_rate`) and how undecided the gates are (`gate_entropy`, in
-    bits).
+    Takes a model of this project, and what else `Trainer` takes. Checkpoints hold the pruner alone. Evaluation cuts
+    for real, at the configuration's ratio. Logs carry the mean gate (`keep_rate`) and how undecided the keep
+    probabilities are (`gate_entropy`, in bits).
+
+    Raises:
+        `ValueError`: for another model, a loss of one's own or label smoothing (the shipped forward has the loss), and
+            several GPUs in one process (start one for each: `accelerate launch`).
     """
 
     def __init__(self, model, args: PrunerTrainingArguments, *rest, **kwargs):
+        if not isinstance(model, HubMixin):
+            raise ValueError(
+                f"PrunerTrainer trains the pruner of a LearnPruner model, got {type(model).__name__}: load one with "
+                "LearnPrunerForConditionalGeneration.from_pretrained."
+            )
+        if args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
+            raise ValueError("The shipped forward has the loss: no label_smoothing_factor and no compute_loss_func.")
+        if args.n_gpu > 1:
+            raise ValueError(f"One process with {args.n_gpu} GPUs: start one for each, with `accelerate launch`.")
         super().__init__(model.train_pruner_only(), args, *rest, **kwargs)
         self._recorded: list[torch.Tensor] = []
 
-    def make_gate(self) -> LearnedScore:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`.
+
+        Raises:
+            `ValueError`: where a run to go on from was of another base, seed, objective or length.
+        """
+        config, args = self.model.config, self.args
+        run = {
+            "base": config.base_model_name_or_path,
+            "revision": config.base_model_revision,
+            "seed": args.seed,
+            "objective": args.objective,
+            "max_steps": args.max_steps,
+            "num_train_epochs": args.num_train_epochs,
+        }
+        record = Path(args.output_dir) / RUN_FILE
+        if resume_from_checkpoint and record.exists():
+            before = json.loads(record.read_text())
+            differ = [
+                f"{name} {before.get(name)!r}, not {run[name]!r}" for name in run if before.get(name) != run[name]
+            ]
+            if differ:
+                raise ValueError(
+                    f"{args.output_dir} holds another run ({'; '.join(differ)}): choose another output_dir."
+                )
+        if self.is_world_process_zero():
+            record.parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(run, indent=1) + "\n")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def make_gate(self) -> ArgmaxGate | TopKGate:
         """The gate of the current step."""
         diversity = self.model.config.pruner_diversity
         if self.args.objective == "paper":
@@ -98,7 +145,11 @@ class PrunerTrainer(Trainer):
         rows = inputs["labels"][:, 1:] != -100
         student, teacher = (values[:, :-1][rows].float().log_softmax(-1) for values in (logits, teacher))
         divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
-        return divergence / (rows.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return divergence / rows.sum().clamp_min(1)
+        # The items are those of all processes, whose gradients are averaged: as the stock trainer does with its loss.
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return divergence / num_items_in_batch * processes
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._recorded and "loss" in logs:

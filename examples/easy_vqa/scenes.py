@@ -106,7 +106,7 @@ def sources(split: str) -> tuple[Source, ...]:
     for image, (shape, color) in sorted(_labels(questions).items()):
         try:
             pixels = np.asarray(Picture.open(paths[image]).convert("RGB"))
-        except (KeyError, OSError) as error:
+        except (KeyError, OSError, SyntaxError) as error:  # Pillow's PNG reader raises the last
             raise ImportError(
                 f"Image {image} of easy-vqa is missing or damaged: pip install --force-reinstall easy-vqa==1.0"
             ) from error
@@ -141,7 +141,8 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:
     """One question of a kind and its answer, or `None` where the scene allows none of it.
 
     - color: of a shape that stands once. shape: of a color that stands once.
-    - presence: of a shape, a color, or both; as often yes as no, and a "no" of both names what is there apart.
+    - presence: of a shape, a color, or both; as often yes as no where the scene allows both, and a "no" of both names
+      what is there apart.
     - count: of all shapes, of one shape, or of one color.
     """
     shapes = Counter(source.shape for source in scene.objects)

@@ -18,7 +18,6 @@ times fewer steps here than AdamW, in bfloat16 autocast.
 A checkpoint is written every `--save-every` steps; the same command goes on from it.
 """
 
-import argparse
 import json
 import math
 import pickle
@@ -47,6 +46,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from learnpruner.cli import Parser, positive
+
 from scenes import CELL, COLORS, GRID, KINDS, OBJECTS, SHAPES, SIDE, Scene, ask, covered, make_scene, sources
 
 PATCH = 8
@@ -57,6 +58,14 @@ LEARNING_RATE = {"vision": 2e-2, "align": 1e-2, "answer": 1e-2}
 ADAMW_LEARNING_RATE = 2e-3
 QUESTIONS = 24  # a scene
 LOG_EVERY = 50
+# A question follows its image at once, an answer its question after a space, and ends the text.
+CHAT_TEMPLATE = (
+    "<s>{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>"
+    "{% elif message['role'] == 'assistant' %} {{ part['text'] }}</s>"
+    "{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
 # Which word asks for which patches is found all at once, sooner or later: the text aligns until it answers that many.
 ALIGNED = 0.9
 WORDS = (
@@ -102,7 +111,7 @@ def build_processor() -> LlavaProcessor:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template="<s><image>{{ messages[0]['content'][1]['text'] }}",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -334,9 +343,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         state = {"seed": self.seed, "steps": self.steps, "stage": self.stage, "step": self.step, "log": self.log}
         state |= {"model": self.model.state_dict(), "heads": self.heads.state_dict()}
-        # Renamed when whole: a run that is killed while it writes keeps its last checkpoint.
         state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
         torch.save(state, self.folder / "run.tmp")
+        # Renamed when whole: a run that is killed while it writes keeps its last checkpoint.
         (self.folder / "run.tmp").rename(self.folder / "run.pt")
 
     def export(self) -> None:
@@ -371,9 +380,12 @@ class Run:
             return self.heads(layer.float(), tower.pooler_output.float(), classes, middles)
         asked = []
         for scene in scenes:
-            tries = (ask(rng, scene, rng.choice(KINDS)) for _ in iter(int, 1))
-            questions = (question for question in tries if question is not None)
-            asked.append([next(questions) for _ in range(QUESTIONS)])
+            questions = []
+            while len(questions) < QUESTIONS:
+                question = ask(rng, scene, rng.choice(KINDS))
+                if question is not None:
+                    questions.append(question)
+            asked.append(questions)
         tokens = (grid * CELL // PATCH) ** 2
         batch = pack_questions(asked, self.processor, tokens)
         labels, ids = batch.pop("labels"), batch.pop("input_ids")
@@ -435,12 +447,12 @@ class Run:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, nargs=3, default=(2500, 1800, 1500), metavar=STAGES)
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save-every", type=positive, default=200)
+    parser.add_argument("--threads", type=positive, default=2)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:

@@ -113,6 +113,7 @@ def fake(method, ratio, seed, right, **changes):
     result = {"method": method, "ratio": ratio, "seed": seed, "level": "standard", "n": 40, "by_kind": by_kind}
     result |= {"accuracy": sum(right) / 40, "base_sha256": "a", "data": "d", "versions": {"transformers": "5.23.0"}}
     cuts = [] if method == "none" else [round(576 * ratio)]
+    result["pruner_sha256"] = "p" if method == "learnpruner" else None
     return result | {"tokens": {"image": 576, "after_cuts": cuts, "mean": 576 * ratio}} | changes
 
 
@@ -126,9 +127,14 @@ def write(folder, *results):
 def test_relative_accuracy_is_a_mean_of_ratios(folder, tmp_path):
     unpruned, pruned = fake("none", 1, 0, (10, 5, 8, 10)), fake("random", 0.1, 0, (5, 5, 4, 0))
     assert accuracy.relative_accuracy(pruned, unpruned) == pytest.approx((0.5 + 1 + 0.5 + 0) / 4)
-    for change in ({"base_sha256": "b"}, {"data": "e"}, {"level": "hard"}, {"n": 41}):
+    for change in ({"base_sha256": "b"}, {"data": "e"}, {"level": "hard"}):
         with pytest.raises(ValueError, match=next(iter(change))):
             accuracy.relative_accuracy(pruned, unpruned | change)
+
+
+def test_nothing_right_unpruned_is_said(tmp_path):
+    with pytest.raises(ValueError, match="not above 0"):
+        accuracy.relative_accuracy(fake("random", 0.1, 0, (1,) * 4), fake("none", 1, 0, (1, 0, 1, 1)))
 
 
 def test_unpruned_file_gives_relative_accuracy(folder, tmp_path, monkeypatch):
@@ -173,6 +179,10 @@ def test_table_and_plot(tmp_path, capsys):
         == 2
     )
     assert "several base models" in capsys.readouterr().err
+    for change, says in (({}, "same seed"), ({"seed": 1, "data": "e"}, "questions"), ({"seed": 1}, None)):
+        results = fake("random", 0.1, 0, (1,) * 4), fake("random", 0.1, 0, (1,) * 4) | change
+        assert render_accuracy.main(write(tmp_path, *results)) == (2 if says else 0)
+        assert (says or "") in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def test_pruner_only_checkpoint_whose_base_is_gone(stock_folder, tmp_path):
     assert torch.equal(found(**inputs).logits, model(**inputs).logits)
 
 
-def test_base_beside_the_pruner(stock_folder, tmp_path):
+def test_base_beside_the_pruner(stock_folder, tmp_path, monkeypatch):
     """A local folder may name its base relative to itself, and opens wherever the two are moved."""
     model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only().eval()
     model.config.base_model_name_or_path = "../stock"
@@ -201,7 +201,17 @@ def test_base_beside_the_pruner(stock_folder, tmp_path):
     assert torch.equal(found(**inputs).logits, model(**inputs).logits)
     # Saved from there, the path still leads to the base.
     found.save_pretrained(tmp_path / "again")
-    LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "again")
+    again = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(**inputs).logits, found(**inputs).logits)
+    # A folder given for this call is relative to the caller, not to the checkpoint.
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    light = tmp_path / "elsewhere" / "light"
+    given = LearnPrunerForConditionalGeneration.from_pretrained(light, base_model_name_or_path="./stock")
+    assert torch.equal(given(**inputs).logits, found(**inputs).logits)
+    # And the base is as safe as one that is named in full.
+    found.config.base_model_name_or_path = "../stock"
+    with pytest.raises(ValueError, match="holds the base model"):
+        found.save_pretrained(tmp_path / "elsewhere" / "stock")
 
 
 def test_a_hub_repository_names_no_folder_of_this_machine():

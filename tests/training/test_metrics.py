@@ -20,6 +20,9 @@ def score(metric, predictions, references):
         ("1,000", "1000", True),
         ("3.5", "35", False),
         ("cat, dog", "cat dog", True),
+        ("t-shirt", "t shirt", True),
+        (".5", "5", False),
+        ("1,000 (one)", "1000 1", True),
         ("cat", "cats", False),
         ("", "cat", False),
     ],
@@ -41,6 +44,8 @@ def test_vqa_accuracy(given, expected):
         ("kitten", ["sitting"], 1 - 3 / 7),
         ("Kitten", ["kitten"], 1.0),
         ("abcd", ["wxyd"], 0.0),
+        ("abcd", ["abxy"], 0.0),
+        ("abcde", ["abcxy"], 0.6),
         ("abcd", ["wxyd", "abcx"], 0.75),
         ("", ["a"], 0.0),
     ],
@@ -54,7 +59,8 @@ def test_anls(prediction, references, expected):
     [
         ("95", "100", True),
         ("94.9", "100", False),
-        ("1,050", "1000", True),
+        ("1,050", "1000", False),
+        ("0.0", "0", False),
         ("5%", "0.05", True),
         ("Yes", "yes", True),
         ("cat", "dog", False),
@@ -68,7 +74,7 @@ def test_relaxed_accuracy(prediction, reference, right):
 
 
 def test_pope():
-    predictions = ["Yes, there is.", "No.", "There is not a dog. Yes", "yes", "Nothing to say"]
+    predictions = ["Yes, there is.", "No, nothing.", "There is not a dog. Yes", "yes", "Nothing to say"]
     result = score(POPE, predictions, ["yes", "yes", "no", "no", "yes"])
     # Said yes: 1, 4 and 5; of these 1 and 5 are so; 3 things are there.
     assert result == {
@@ -79,6 +85,11 @@ def test_pope():
         "yes_ratio": 0.6,
     }
     assert score(POPE, ["no"], ["yes"])["f1"] == 0
+
+
+def test_vqa_accuracy_needs_people():
+    with pytest.raises(ValueError, match="three other people"):
+        score(VQAAccuracy, ["red"], [["red"]])
 
 
 def test_rel_acc_is_a_mean_of_ratios():
@@ -92,7 +103,7 @@ def test_in_parts_as_in_one(name):
     """`add_batch` is how a benchmark feeds a metric."""
     several = name in ("vqa_accuracy", "anls")
     predictions = [0.5, 0.2, 0.9] if name == "rel_acc" else ["yes", "no", "2"]
-    references = [1.0, 0.4, 0.9] if name == "rel_acc" else [["yes"] * 3, ["ni"] * 3, ["2", "3", "no"]]
+    references = [1.0, 0.4, 0.9] if name == "rel_acc" else [["yes"] * 4, ["ni"] * 4, ["2", "3", "no", "2"]]
     if name != "rel_acc" and not several:
         references = [answers[0] for answers in references]
     whole, parts = METRICS[name](), METRICS[name]()

@@ -102,6 +102,41 @@ def test_distillation_is_the_divergence_from_the_stock_model(base, tmp_path):
     assert trainer._distillation(model, batch, logits, 3 * rows).item() == pytest.approx(expected / rows / 3, rel=1e-4)
 
 
+@pytest.mark.parametrize("weight", [0.0, 2.0])
+def test_the_loss(weight, base, tmp_path):
+    """Cross-entropy on the gated forward, plus the weighted divergence; the exact budget has no budget term."""
+    trainer = trainer_for(base, tmp_path / "run", distillation=weight)
+    batch = labelled(0, [[2, (32, 32), 8]])
+    trainer.state.max_steps = 10
+    loss, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
+    teacher = tiny_pair("llava")[0](**{name: value for name, value in batch.items() if name != "labels"}).logits
+    rows = batch["labels"][:, 1:] != -100
+    student, teacher = outputs.logits[:, :-1][rows].softmax(-1), teacher[:, :-1][rows].softmax(-1)
+    entropy = -student.log().gather(1, batch["labels"][:, 1:][rows].unsqueeze(1)).mean()
+    divergence = (teacher * (teacher / student).log()).sum(1).mean()
+    assert divergence > 1e-4
+    assert loss.item() == pytest.approx((entropy + weight * divergence).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"label_smoothing_factor": 0.1}, "label_smoothing"), ({"seed": 3}, None)],
+)
+def test_what_it_cannot_train(settings, says, base, tmp_path):
+    if says:
+        with pytest.raises(ValueError, match=says):
+            trainer_for(base, tmp_path / "run", **settings)
+    with pytest.raises(ValueError, match="LearnPruner model"):
+        PrunerTrainer(tiny_pair("llava")[0], PrunerTrainingArguments(output_dir=str(tmp_path)))
+
+
+def test_another_run_is_not_continued(base, tmp_path):
+    trainer_for(base, tmp_path / "run").train()
+    for settings in ({"seed": 5}, {"objective": "paper"}, {"max_steps": 9}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            trainer_for(base, tmp_path / "run", **settings).train(resume_from_checkpoint=True)
+
+
 def test_resume_gives_the_same_weights(base, tmp_path):
     whole = trainer_for(base, tmp_path / "run")
     whole.train()
