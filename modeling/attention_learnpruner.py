@@ -1,5 +1,7 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""Cut 2: the attention that text rows pay to vision columns in one layer, on any attention backend."""
+"""Cut 2: the attention that text rows pay to vision columns in one layer, on any attention backend. And the mask that
+lets gates stand in for cut 1 in training.
+"""
 
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 # Query rows scored at a time: bounds the memory of a long question over a long image.
 ROWS_AT_A_TIME = 128
+# What is left of a key whose gate is 0: nothing that shows in float32, and enough for its gradient to be the right one.
+GATE_FLOOR = 1e-8
 
 
 def attention_received(
@@ -75,3 +79,27 @@ def _mean_over_rows(queries, keys, key_valid, rows, weights, length):
         received += (logits.softmax(-1).mean(1) * counted)[..., past:].sum(1)
         watchers += (visible & counted)[..., past:].sum(1)
     return received / watchers.clamp(min=1), watchers > 0
+
+
+def gated_causal_mask(gates: torch.Tensor, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The causal mask of a prompt, with each key's exponential in the softmax multiplied by its gate.
+
+    The masked softmax of Dynamic-LLaVA (arXiv 2412.00876): at gates of 0 and 1 it is the cut itself, in between it is
+    differentiable, and a dropped key still has a gradient. (Gates times embeddings would be undone by the layers'
+    normalisation.) A row sees itself whatever its gate.
+
+    Args:
+        gates (`torch.Tensor` of shape `(batch, sequence)`, float32): In [0, 1], 1 for text.
+        attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 at padding.
+        dtype (`torch.dtype`): Of the layers' input.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, 1, sequence, sequence)`: what is added to the attention logits.
+    """
+    length = gates.shape[1]
+    own = torch.eye(length, dtype=torch.bool, device=gates.device)
+    seen = torch.ones_like(own).tril()
+    if attention_mask is not None:
+        seen = (seen & attention_mask.bool().unsqueeze(1)) | own
+    bias = (gates + GATE_FLOOR).log().to(dtype).unsqueeze(1).masked_fill(own, 0)
+    return bias.masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)

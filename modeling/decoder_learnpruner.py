@@ -12,9 +12,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_learnpruner import gated_causal_mask
 from .cache_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
 from .cuts_learnpruner import Cut, DecoderState, PruningCall
-from .guards_learnpruner import refuse_prepared_mask
+from .guards_learnpruner import refuse_gating, refuse_prepared_mask
 
 
 class PhysicalRows:
@@ -100,8 +101,11 @@ class PrunedDecoderMixin:
             **kwargs,
         }
         if pruning is not None and pruning.gates is not None:
-            gates = pruning.gates.unsqueeze(-1).to(inputs_embeds)
-            return super().forward(inputs_embeds=inputs_embeds * gates, **arguments)
+            refuse_prepared_mask(attention_mask)
+            refuse_gating(self.config)
+            gates = pruning.gates.to(inputs_embeds.device)
+            arguments["attention_mask"] = gated_causal_mask(gates, attention_mask, inputs_embeds.dtype)
+            return super().forward(inputs_embeds=inputs_embeds, **arguments)
         if pruning is None and not is_pruned(past_key_values):
             return super().forward(input_ids=input_ids, inputs_embeds=inputs_embeds, **arguments)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import logging
@@ -69,6 +69,15 @@ def refuse_prepared_mask(attention_mask: Any) -> None:
         raise ValueError(
             "Pruning needs a 2D attention_mask (batch, sequence), or None: a prepared mask names keys that a cut "
             f"removes. {OR_NO_PRUNING}"
+        )
+
+
+def refuse_gating(text_config: PreTrainedConfig) -> None:
+    """Raises `ValueError` where the attention backend cannot weigh keys, as training does."""
+    if text_config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            f"Training weighs vision tokens in the attention, which {text_config._attn_implementation!r} cannot: load "
+            "the model with attn_implementation='sdpa'. Evaluation and generation run on any backend."
         )
 
 

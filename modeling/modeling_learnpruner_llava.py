@@ -65,7 +65,7 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
                 As in the stock class; the label that a dropped row would predict is ignored. In training mode the
-                prompt stays whole, keep probabilities gate its vision tokens, and the loss adds a budget term.
+                prompt stays whole, gates weigh its vision tokens in the attention, and the loss adds a budget term.
             pruner_ratio (`float`, *optional*): In place of the configuration's, for this call.
             schedule (`tuple[Cut, ...]`, *optional*): Cuts in place of LearnPruner's two, for this call.
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):

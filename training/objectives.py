@@ -25,7 +25,7 @@ BISECTIONS = 40
 class ArgmaxGate(LearnedScore):
     """The paper's: forward the hard argmax over {drop, keep}, backward its softmax (straight-through).
 
-    Dropped tokens are multiplied by 0 and not masked out, so that they still get a gradient. The budget term of the
+    A dropped token keeps a trace in the softmax (`GATE_FLOOR`), so that it still gets a gradient. The budget term of the
     shipped forward (Dynamic-LLaVA, arXiv 2412.00876) asks for the mean of these gates; that form is an assumption.
     """
 
