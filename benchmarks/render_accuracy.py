@@ -2,9 +2,10 @@
 
     python benchmarks/render_accuracy.py benchmarks/results/accuracy/*.json --into README.md --plot accuracy.png
 
-`--into` fills the part of a Markdown file between `<!-- accuracy -->` and `<!-- /accuracy -->`; without it the table
-is printed. Runs of one method at one budget that differ by their seed alone are one row: mean and, in brackets, the
-lowest and highest. Pruned runs are set beside the unpruned run of the same model and questions among the files.
+`--into` fills the part of a Markdown file between `<!-- accuracy -->` and `<!-- /accuracy -->`, or between marks of
+another name; without it the table is printed. Runs of one method at one budget that differ by their seed alone are one
+row: mean and, in brackets, the lowest and highest. Pruned runs are set beside the unpruned run of the same model and
+questions among the files.
 """
 
 import sys
@@ -15,7 +16,6 @@ from learnpruner.cli import Parser
 
 from accuracy import read_result, relative_accuracy
 
-START, END = "<!-- accuracy -->", "<!-- /accuracy -->"
 MISSING = "not measured"
 
 
@@ -103,17 +103,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks/accuracy.py")
     parser.add_argument("--into", type=Path, help="Markdown file with the two marks")
+    parser.add_argument("--mark", default="accuracy", help="name of the marks")
     parser.add_argument("--plot", type=Path, help="PNG")
     arguments = parser.parse_args(argv)
     try:
         groups = group_runs([read_result(path) for path in arguments.results])
         text = table(groups)
         if arguments.into:
-            before, start, rest = arguments.into.read_text().partition(START)
-            _, end, after = rest.partition(END)
+            opening, closing = f"<!-- {arguments.mark} -->", f"<!-- /{arguments.mark} -->"
+            before, start, rest = arguments.into.read_text().partition(opening)
+            _, end, after = rest.partition(closing)
             if not start or not end:
-                raise ValueError(f"{arguments.into} has no {START} ... {END} to fill.")
-            arguments.into.write_text(f"{before}{START}\n{text}\n{END}{after}")
+                raise ValueError(f"{arguments.into} has no {opening} ... {closing} to fill.")
+            arguments.into.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
         else:
             print(text)
         if arguments.plot:

@@ -25,8 +25,8 @@ BISECTIONS = 40
 class ArgmaxGate(LearnedScore):
     """The paper's: forward the hard argmax over {drop, keep}, backward its softmax (straight-through).
 
-    A dropped token keeps a trace in the softmax (`GATE_FLOOR`), so that it still gets a gradient. The budget term of the
-    shipped forward (Dynamic-LLaVA, arXiv 2412.00876) asks for the mean of these gates; that form is an assumption.
+    A dropped token keeps a trace in the softmax (`GATE_FLOOR`), so that it still gets a gradient. The budget term of
+    the shipped forward (Dynamic-LLaVA, arXiv 2412.00876) asks for the mean of these gates; that form is an assumption.
     """
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:

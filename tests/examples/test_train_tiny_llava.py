@@ -94,6 +94,20 @@ def test_stages_train_what_they_say(tmp_path):
     assert seen == {"vision": {True, False}, "align": {False}, "answer": {False}}
 
 
+def test_model_card():
+    entries = [("vision", 50, 0.5, 60.0), ("vision", 80, 0.7, 120.0), ("answer", 50, 0.9, 6.0)]
+    log = [
+        {"stage": stage, "step": step, "loss": 0.25, "accuracy": right, "seconds_per_step": seconds}
+        for stage, step, right, seconds in entries
+    ]
+    about = {"seed": 3, "threads": 2, "machine": "toaster", "versions": {"torch": "2.x", "transformers": "5.y"}}
+    card = recipe.model_card(4_900_000, {**about, "log": log})
+    # 50 steps of a minute and 30 of two; 50 of six seconds.
+    assert "| vision | 80 | 0.250 | 0.700 | 110 |\n| answer | 50 | 0.250 | 0.900 | 5 |" in card
+    assert "--seed 3" in card
+    assert "toaster" in card
+
+
 def test_alignment_goes_on_until_it_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "LOG_EVERY", 1)
     run = recipe.Run(tmp_path, 0, {"vision": 0, "align": 2, "answer": 1})
