@@ -267,7 +267,8 @@ def main(argv: list[str] | None = None) -> int:
             "ratio": value,
             "seed": arguments.seed,
             "level": arguments.level,
-            "model": arguments.model,
+            # A folder's path says something of this machine only; the digest says which weights it held.
+            "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
             "model_revision": commit_of(arguments.model),
             "base_sha256": weights_digest(model),
             "pruner_sha256": weights_digest(model, pruner=True) if arguments.method == "learnpruner" else None,

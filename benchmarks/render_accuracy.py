@@ -88,8 +88,9 @@ def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
             high = [max(values) - mean for mean, (_, values) in zip(means, points)]
             axis.errorbar([x for x, _ in points], means, yerr=[low, high], marker="o", capsize=3, label=method)
         axis.set(title=f"{level} scenes", xlabel="vision tokens, mean over the decoder's layers", xscale="log")
-        ticks = sorted({mean for place, method, mean in groups if place == level and method != "none"})
-        axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks], minor=False)
+        ticks = sorted({round(mean) for place, _, mean in groups if place == level})
+        axis.set_xticks(ticks, ticks)
+        axis.set_xlim(0.7 * min(round(mean) for _, _, mean in groups), 1.2 * max(mean for _, _, mean in groups))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()

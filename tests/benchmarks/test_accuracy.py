@@ -56,6 +56,7 @@ def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
         assert result["n"] == 10
         assert set(result["by_kind"]) == set(KINDS)
         assert {"model_revision", "base_sha256", "seed", "versions", "data"} <= set(result)
+        assert result["model"] == folder.name
     # The batch makes no difference, and exact match is what a person would count.
     (data, answers), (_, same) = asked
     assert answers == same
