@@ -123,18 +123,43 @@ def _tile(path: Path) -> Picture.Image:
     return Picture.open(path).convert("RGB")
 
 
-def make_scene(rng: random.Random, images: tuple[Source, ...], objects: tuple[int, int], *, grid: int = GRID) -> Scene:
-    """Puts `objects` (least, most) images into different cells of a `grid` x `grid` of cells."""
-    chosen = rng.sample(images, rng.randint(*objects))
-    cells = rng.sample(range(grid * grid), len(chosen))
-    tiles = [_tile(source.path) for source in chosen]
-    scene = Picture.new("RGB", (CELL * grid, CELL * grid), chosen[0].ground)
+def make_scene(
+    rng: random.Random,
+    images: tuple[Source, ...],
+    objects: tuple[int, int],
+    *,
+    grid: tuple[int, int] = (GRID, GRID),
+    cell: int = CELL,
+) -> Scene:
+    """Puts `objects` (least, most) images into different cells of a grid of (rows, columns).
+
+    A `cell` of fewer pixels than an image has holds a part of it, with its shape whole: as the dataset's objects, with
+    less ground.
+    """
+    rows, columns = grid
+    fitting = [source for source in images if max(_extent(source, axis) for axis in (0, 1)) <= cell]
+    chosen = rng.sample(fitting, rng.randint(*objects))
+    places = rng.sample(range(rows * columns), len(chosen))
+    scene = Picture.new("RGB", (cell * columns, cell * rows), chosen[0].ground)
     boxes = []
-    for source, tile, cell in zip(chosen, tiles, cells):
-        left, top = cell % grid * CELL, cell // grid * CELL
-        scene.paste(tile, (left, top))
-        boxes.append(tuple(edge + offset for edge, offset in zip(source.box, (left, top) * 2)))
+    for source, place in zip(chosen, places):
+        tile, box = _tile(source.path), source.box
+        if cell < CELL:
+            left, top = (rng.randint(max(0, box[axis + 2] - cell), min(box[axis], CELL - cell)) for axis in (0, 1))
+            tile = tile.crop((left, top, left + cell, top + cell))
+            box = _moved(box, (-left, -top))
+        corner = (place % columns * cell, place // columns * cell)
+        scene.paste(tile, corner)
+        boxes.append(_moved(box, corner))
     return Scene(scene, tuple(chosen), tuple(boxes))
+
+
+def _extent(source: Source, axis: int) -> int:
+    return source.box[axis + 2] - source.box[axis]
+
+
+def _moved(box: tuple[int, int, int, int], by: tuple[int, int]) -> tuple[int, int, int, int]:
+    return tuple(edge + offset for edge, offset in zip(box, by * 2))
 
 
 def ask(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:

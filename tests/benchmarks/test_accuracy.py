@@ -12,7 +12,7 @@ from learnpruner.budget_learnpruner import keep_counts
 
 import accuracy
 import render_accuracy
-import train_tiny_llava as recipe
+import tiny_llava
 from scenes import KINDS, scene_dataset
 
 
@@ -21,8 +21,8 @@ def folder(tmp_path_factory):
     """The anatomy of the small model, untrained."""
     folder = tmp_path_factory.mktemp("untrained")
     torch.manual_seed(0)
-    processor = recipe.build_processor()
-    recipe.build_model(processor).save_pretrained(folder)
+    processor = tiny_llava.build_processor()
+    tiny_llava.build_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

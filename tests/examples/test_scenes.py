@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from scenes import COLORS, KINDS, OBJECTS, SHAPES, SIDE, ask, scene_at, scene_dataset, sources
+from scenes import COLORS, KINDS, OBJECTS, SHAPES, SIDE, ask, make_scene, scene_at, scene_dataset, sources
 
 # What the package draws with: matplotlib's colors of these names, but for brown, green and gray.
 RED_GREEN_BLUE = {
@@ -44,22 +44,35 @@ def test_splits_share_no_image():
     assert not {source.path for source in sources("train")} & {source.path for source in sources("test")}
 
 
+def check_boxes(scene, columns, rows):
+    """The boxes hold the objects whole and nothing else; ground is light everywhere else."""
+    assert scene.image.size == (columns, rows)
+    pixels = np.asarray(scene.image).astype(int)
+    inside = np.zeros((rows, columns), dtype=bool)
+    for source, (left, top, right, bottom) in zip(scene.objects, scene.boxes):
+        assert (right - left, bottom - top) == (source.box[2] - source.box[0], source.box[3] - source.box[1])
+        assert not inside[top:bottom, left:right].any()
+        inside[top:bottom, left:right] = True
+        middle = pixels[(top + bottom) // 2, (left + right) // 2]
+        assert np.abs(middle - RED_GREEN_BLUE[source.color]).max() < 30
+    assert pixels[~inside].min(initial=255) > 150
+
+
 @pytest.mark.parametrize("level", OBJECTS)
 def test_boxes_hold_the_objects_and_nothing_else(level):
     for number in range(40):
         scene, _ = scene_at("test", level, 0, number, 1)
         least, most = OBJECTS[level]
         assert least <= len(scene.objects) <= most
-        assert scene.image.size == (SIDE, SIDE)
-        pixels = np.asarray(scene.image).astype(int)
-        inside = np.zeros((SIDE, SIDE), dtype=bool)
-        for source, (left, top, right, bottom) in zip(scene.objects, scene.boxes):
-            assert not inside[top:bottom, left:right].any()
-            inside[top:bottom, left:right] = True
-            middle = pixels[(top + bottom) // 2, (left + right) // 2]
-            assert np.abs(middle - RED_GREEN_BLUE[source.color]).max() < 30
-        # Ground is light everywhere else.
-        assert pixels[~inside].min() > 150
+        check_boxes(scene, SIDE, SIDE)
+
+
+@pytest.mark.parametrize(("grid", "cell"), [((1, 3), 64), ((3, 2), 40), ((2, 2), 24)])
+def test_scenes_of_other_sizes(grid, cell):
+    rows, columns = grid
+    for number in range(40):
+        scene = make_scene(random.Random(number), sources("train"), (1, rows * columns), grid=grid, cell=cell)
+        check_boxes(scene, columns * cell, rows * cell)
 
 
 def test_the_hard_shapes_are_the_smaller_ones():

@@ -8,16 +8,16 @@ from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration
 
+import tiny_llava
 import train_pruner
-import train_tiny_llava as recipe
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "base"
     torch.manual_seed(0)
-    processor = recipe.build_processor()
-    recipe.build_model(processor).save_pretrained(folder)
+    processor = tiny_llava.build_processor()
+    tiny_llava.build_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 

@@ -1,14 +1,16 @@
 """The recipe of the small model: its packing, its stages, and that a killed run goes on as if it had not been."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import tiny_llava
 import train_tiny_llava as recipe
-from scenes import scene_at
+from scenes import COLORS, SHAPES, make_scene, scene_at, sources
 
 QUESTIONS = [
     [("what color is the circle?", "teal"), ("how many shapes are there?", "3"), ("is there a red shape?", "no")],
@@ -18,8 +20,8 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def model_and_processor():
     torch.manual_seed(0)
-    processor = recipe.build_processor()
-    return recipe.build_model(processor).eval(), processor
+    processor = tiny_llava.build_processor()
+    return tiny_llava.build_model(processor).eval(), processor
 
 
 @pytest.fixture(scope="module")
@@ -43,16 +45,16 @@ def test_anatomy(model_and_processor):
 def test_pixels_are_the_processors(model_and_processor, scene):
     _, processor = model_and_processor
     inputs = processor(images=scene.image, text="<s><image>", return_tensors="pt")
-    assert torch.allclose(recipe.pixels_of([scene], processor), inputs["pixel_values"], atol=1e-5)
+    assert torch.allclose(tiny_llava.pixels_of([scene], processor), inputs["pixel_values"], atol=1e-5)
     assert (inputs["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")).sum() == 576
 
 
 @torch.no_grad()
 def test_packed_questions_are_answered_as_if_alone(model_and_processor, scene):
     model, processor = model_and_processor
-    batch = recipe.pack_questions(QUESTIONS, processor, 576)
+    batch = tiny_llava.pack_questions(QUESTIONS, processor, 576)
     labels = batch.pop("labels")[0]
-    packed = model(pixel_values=recipe.pixels_of([scene], processor), **batch).logits[0, :-1][labels[1:] != -100]
+    packed = model(pixel_values=tiny_llava.pixels_of([scene], processor), **batch).logits[0, :-1][labels[1:] != -100]
     alone = []
     for question, answer in QUESTIONS[0]:
         message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
@@ -63,16 +65,16 @@ def test_packed_questions_are_answered_as_if_alone(model_and_processor, scene):
 
 
 def test_patch_classes_mark_the_objects(scene):
-    classes = recipe.patch_classes(scene).reshape(24, 24)
+    classes = tiny_llava.patch_classes(scene).reshape(24, 24)
     assert len(np.unique(classes[classes > 0])) == len({(s.shape, s.color) for s in scene.objects})
     for source, (left, top, right, bottom) in zip(scene.objects, scene.boxes):
-        number = 1 + recipe.SHAPES.index(source.shape) * 8 + recipe.COLORS.index(source.color)
+        number = 1 + SHAPES.index(source.shape) * 8 + COLORS.index(source.color)
         assert classes[(top + bottom) // 16, (left + right) // 16] == number
     assert (classes == 0).mean() > 0.5
 
 
 def test_patch_middles(scene):
-    middles = recipe.patch_middles(scene).reshape(24, 24)
+    middles = tiny_llava.patch_middles(scene).reshape(24, 24)
     assert middles.sum() == len(scene.objects)
     for left, top, right, bottom in scene.boxes:
         assert middles[(top + bottom) // 16, (left + right) // 16]
@@ -91,7 +93,20 @@ def test_stages_train_what_they_say(tmp_path):
         }
         assert len(graded) == len(run._parameters())
         seen[run.stage] = {"vision_tower" in name for name in graded}
-    assert seen == {"vision": {True, False}, "align": {False}, "answer": {False}}
+    assert seen == {"vision": {True, False}, "align": {False}, "answer": {False}, "sizes": {False}}
+
+
+def test_the_last_stage_sees_every_share_of_ground(scene):
+    """Never fewer tokens than the scene has: other scenes, from full ones to some with hardly any ground."""
+    plans = [recipe.plan_step("sizes", step, 0.5, random.Random(step)) for step in range(400)]
+    assert {plan.grid for plan in plans} == {(rows, columns) for rows in (1, 2, 3) for columns in (1, 2, 3)}
+    assert min(plan.cell for plan in plans) < max(plan.cell for plan in plans) == 64
+    assert sum(plan.grid == (3, 3) and plan.cell == 64 for plan in plans) > 160
+    for number, plan in enumerate(plans[:60]):
+        rng = random.Random(number)
+        drawn = make_scene(rng, sources("train"), plan.objects, grid=plan.grid, cell=plan.cell)
+        assert len(drawn.objects) <= plan.grid[0] * plan.grid[1]
+        assert tiny_llava.pixels_of([drawn], tiny_llava.build_processor())[0, 0].numel() == plan.tokens * 64
 
 
 def test_model_card():
@@ -110,7 +125,7 @@ def test_model_card():
 
 def test_alignment_goes_on_until_it_answers(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "LOG_EVERY", 1)
-    run = recipe.Run(tmp_path, 0, {"vision": 0, "align": 2, "answer": 1})
+    run = recipe.Run(tmp_path, 0, {"vision": 0, "align": 2, "answer": 1, "sizes": 0})
     answered = iter([0.95, 0.5, 0.6, 0.91, 0.3])
     weight = run.model.lm_head.weight
     monkeypatch.setattr(run, "loss", lambda: (weight.square().sum(), next(answered)))
@@ -122,9 +137,10 @@ def test_alignment_goes_on_until_it_answers(tmp_path, monkeypatch):
 
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(recipe, "plan_step", lambda stage, *rest: (1, 3 if stage == "answer" else 2, (1, 2)))
+    grids = {"vision": (2, 2), "align": (2, 2), "answer": (3, 3), "sizes": (1, 2)}
+    monkeypatch.setattr(recipe, "plan_step", lambda stage, *rest: recipe.Plan(1, grids[stage], (1, 2)))
     monkeypatch.setattr(recipe, "QUESTIONS", 2)
-    steps = ["--steps", "2", "2", "3", "--save-every", "1"]
+    steps = ["--steps", "2", "1", "1", "3", "--save-every", "1"]
     assert recipe.main(["--output", str(tmp_path / "whole"), *steps]) == 0
     save, saves = recipe.Run.save, []
 
@@ -144,7 +160,12 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
     assert type(AutoProcessor.from_pretrained(tmp_path / "whole")).__name__ == "LlavaProcessor"
     assert (tmp_path / "whole" / "model.safetensors").stat().st_size < 12e6
     assert one.dtype == torch.float32
-    assert json.loads((tmp_path / "whole" / "log.json").read_text())["steps"] == {"vision": 2, "align": 2, "answer": 3}
+    assert json.loads((tmp_path / "whole" / "log.json").read_text())["steps"] == {
+        "vision": 2,
+        "align": 1,
+        "answer": 1,
+        "sizes": 3,
+    }
 
     assert recipe.main(["--output", str(tmp_path / "cut"), "--seed", "5", *steps]) == 2
     assert "another seed" in capsys.readouterr().err
@@ -153,6 +174,6 @@ def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
     assert recipe.main(["--output", str(tmp_path / "cut"), *steps]) == 2
     assert "damaged" in capsys.readouterr().err
     (tmp_path / "cut" / "run.pt").write_bytes(whole)
-    monkeypatch.setattr(recipe, "WORDS", recipe.WORDS[:-1])
+    monkeypatch.setattr(tiny_llava, "WORDS", tiny_llava.WORDS[:-1])
     assert recipe.main(["--output", str(tmp_path / "cut"), *steps]) == 2
     assert "another model" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from learnpruner import LearnPrunerForConditionalGeneration, cli
 from learnpruner.training.command import parse_arguments
 
-import train_tiny_llava as recipe
+import tiny_llava
 
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
 
@@ -20,8 +20,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.ya
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    processor = recipe.build_processor()
-    recipe.build_model(processor).save_pretrained(tmp_path / "base")
+    processor = tiny_llava.build_processor()
+    tiny_llava.build_model(processor).save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     Image.new("RGB", (192, 192), "red").save(tmp_path / "0.png")
     turns = [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no"}]

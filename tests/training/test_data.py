@@ -9,12 +9,12 @@ from PIL import Image
 
 from learnpruner.training.data import PrunerCollator, load_samples, read_messages
 
-import train_tiny_llava as recipe
+import tiny_llava
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return recipe.build_processor()
+    return tiny_llava.build_processor()
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_bad_samples(processor, pictures):
         load_samples("nowhere.json")
     with pytest.raises(ValueError, match="share"):
         load_samples(pictures / "data.json", share=0)
-    silent = recipe.build_processor()
+    silent = tiny_llava.build_processor()
     silent.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         PrunerCollator(silent)
