@@ -18,15 +18,18 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 from datasets import Dataset
+from torch import nn
 from tqdm import tqdm
-from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -45,7 +48,8 @@ from scenes import OBJECTS, scene_dataset
 
 PER_SCENE = 4
 FIELDS = {"method", "seed", "level", "accuracy", "n", "by_kind", "tokens", "base_sha256", "pruner_sha256", "data"}
-FIELDS |= {"versions"}
+FIELDS |= {"versions", "name"}
+PRUNER_FIELDS = ("pruner_layer", "pruner_stage_ratio", "pruner_diversity", "pruner_query")
 OUTSIDE = -1e6
 
 
@@ -70,42 +74,126 @@ def random_scores(tokens: int, seed: int, number: int) -> torch.Tensor:
     return torch.tensor([rng.random() for _ in range(tokens)])
 
 
-def box_scores(tokens: int, size: tuple[int, int], boxes: list[list[int]]) -> torch.Tensor:
-    """Patches whose middle is in a box, each object's from the middle outwards, objects in turn; then, where a budget
-    is larger than the boxes, all others, the nearest first. What looking for objects alone can do, with boxes known.
+def patch_middles(tokens: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and y of each patch's middle, row by row, in pixels: each `(tokens,)`.
 
     Args:
-        tokens (`int`): Patches of the image, row by row.
+        tokens (`int`): Patches of the image.
         size (`tuple[int, int]`): Width and height of the image, in pixels.
-        boxes: Left, top, right, bottom of each object, in pixels.
     """
     width, height = size
     columns = math.isqrt(tokens * width // height)
     side = width / columns
-    y, x = (side * (torch.arange(tokens) // columns + 0.5), side * (torch.arange(tokens) % columns + 0.5))
+    return side * (torch.arange(tokens) % columns + 0.5), side * (torch.arange(tokens) // columns + 0.5)
+
+
+def box_patches(tokens: int, size: tuple[int, int], boxes: list[list[int]]) -> torch.Tensor:
+    """`(objects, tokens)` bool: patches whose middle is in an object's box. A small object may hold no patch's middle:
+    the patch nearest its own middle counts as inside.
+
+    Args:
+        boxes: Left, top, right, bottom of each object, in pixels.
+    """
+    x, y = patch_middles(tokens, size)
+    inside = [
+        (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.min())
+        for (left, top, right, bottom), distance in zip(boxes, _distances(x, y, boxes))
+    ]
+    return torch.stack(inside)
+
+
+def _distances(x: torch.Tensor, y: torch.Tensor, boxes: list[list[int]]) -> list[torch.Tensor]:
+    return [torch.hypot(x - (left + right) / 2, y - (top + bottom) / 2) for left, top, right, bottom in boxes]
+
+
+def box_scores(tokens: int, size: tuple[int, int], boxes: list[list[int]]) -> torch.Tensor:
+    """Patches of the boxes, each object's from the middle outwards, objects in turn; then, where a budget is larger
+    than the boxes, all others, the nearest first. What looking for objects alone can do, with boxes known.
+    """
     scores = torch.full((tokens,), -torch.inf)
-    for left, top, right, bottom in boxes:
-        distance = torch.hypot(x - (left + right) / 2, y - (top + bottom) / 2)
-        # A small object may hold no patch's middle: the patch under its own middle counts as inside.
-        inside = (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.min())
+    distances = _distances(*patch_middles(tokens, size), boxes)
+    for inside, distance in zip(box_patches(tokens, size, boxes), distances):
         turn = distance.masked_fill(~inside, torch.inf).argsort(stable=True).argsort()
         scores = torch.maximum(scores, torch.where(inside, -turn.float(), OUTSIDE - distance))
     return scores
 
 
+def grid_scores(tokens: int, size: tuple[int, int], count: int) -> torch.Tensor:
+    """1 for `count` patches spread evenly over the image, 0 for the others."""
+    width, height = size
+    columns = math.isqrt(tokens * width // height)
+    rows = tokens // columns
+    lines = min(rows, max(1, round(math.sqrt(count * rows / columns))))
+    scores = torch.zeros(rows, columns)
+    for line in range(lines):
+        here = count * (line + 1) // lines - count * line // lines
+        row = int((line + 0.5) * rows / lines)
+        scores[row, ((torch.arange(here) + 0.5) * columns / here).long()] = 1.0
+    return scores.flatten()
+
+
+@torch.no_grad()
+def cls_attention_scores(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What [CLS] pays each patch, mean over the heads, in the layer whose output LLaVA reads (FasterVLM,
+    arXiv 2412.01818): `(images, patches)` float32."""
+    layer = model.config.vision_feature_layer
+    (encoder,) = (module for module in model.model.vision_tower.modules() if isinstance(module, CLIPEncoder))
+    states = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
+    # The states of a negative number are that layer's output, those before them its input.
+    block = encoder.layers[layer]
+    inputs, attention = block.layer_norm1(states[layer - 1]), block.self_attn
+    heads = (len(inputs), -1, attention.num_heads, attention.head_dim)
+    query = attention.q_proj(inputs[:, :1]).view(heads).transpose(1, 2)
+    keys = attention.k_proj(inputs).view(heads).transpose(1, 2)
+    paid = (query @ keys.mT / math.sqrt(attention.head_dim)).float().softmax(-1)
+    return paid[:, :, 0, 1:].mean(1)
+
+
+@contextmanager
+def each_image_encoded_once(tower: nn.Module) -> Iterator[None]:
+    """The questions of a scene stand side by side in a batch: their image goes through the tower once for all."""
+    forward = tower.forward
+
+    def once(pixel_values: torch.Tensor, **kwargs):
+        _, place, counts = pixel_values.flatten(1).unique_consecutive(dim=0, return_inverse=True, return_counts=True)
+        outputs = forward(pixel_values[counts.cumsum(0) - counts], **kwargs)
+
+        def for_all(value):
+            if isinstance(value, tuple):
+                return tuple(map(for_all, value))
+            return None if value is None else value[place]
+
+        return type(outputs)(**{name: for_all(value) for name, value in outputs.items()})
+
+    tower.forward = once
+    try:
+        yield
+    finally:
+        del tower.forward
+
+
 @dataclass(frozen=True)
 class Asked:
-    """What a method may look at to make the schedule of one batch: the rows of the data, and their numbers."""
+    """What a method may look at to make the schedule of one batch: the model, the rows of the data, their numbers and
+    pixels."""
 
-    config: PreTrainedConfig
+    model: PreTrainedModel
     ratio: float
     seed: int
-    tokens: int
     rows: list[dict]
     numbers: list[int]
+    pixel_values: torch.Tensor
 
-    def before_decoder(self, scores: list[torch.Tensor]) -> tuple[Cut, ...]:
-        return (Cut(0, lambda tokens: max(1, round(self.ratio * tokens)), GivenScores(torch.stack(scores))),)
+    @property
+    def tokens(self) -> int:
+        return self.model.config.image_seq_length
+
+    @property
+    def count(self) -> int:
+        return max(1, round(self.ratio * self.tokens))
+
+    def before_decoder(self, scores: list[torch.Tensor] | torch.Tensor) -> tuple[Cut, ...]:
+        return (Cut(0, lambda tokens: self.count, GivenScores(torch.stack(list(scores)))),)
 
 
 def no_cut(asked: Asked) -> tuple[Cut, ...]:
@@ -113,11 +201,30 @@ def no_cut(asked: Asked) -> tuple[Cut, ...]:
 
 
 def cut_learnpruner(asked: Asked) -> tuple[Cut, ...]:
-    return learnpruner_schedule(asked.config, asked.ratio)
+    return learnpruner_schedule(asked.model.config, asked.ratio)
+
+
+def cut_by_stage_1(asked: Asked) -> tuple[Cut, ...]:
+    """The whole budget given to the learned module."""
+    (first, *_) = cut_learnpruner(asked)
+    return (replace(first, keep=lambda tokens: asked.count),)
+
+
+def cut_by_stage_2(asked: Asked) -> tuple[Cut, ...]:
+    """Text attention alone, down to as many as LearnPruner leaves at that layer: the mean is far above the ratio."""
+    return cut_learnpruner(asked)[1:]
 
 
 def cut_random(asked: Asked) -> tuple[Cut, ...]:
     return asked.before_decoder([random_scores(asked.tokens, asked.seed, number) for number in asked.numbers])
+
+
+def cut_uniform(asked: Asked) -> tuple[Cut, ...]:
+    return asked.before_decoder([grid_scores(asked.tokens, row["image"].size, asked.count) for row in asked.rows])
+
+
+def cut_by_cls_attention(asked: Asked) -> tuple[Cut, ...]:
+    return asked.before_decoder(cls_attention_scores(asked.model, asked.pixel_values))
 
 
 def cut_outside_boxes(asked: Asked) -> tuple[Cut, ...]:
@@ -127,9 +234,15 @@ def cut_outside_boxes(asked: Asked) -> tuple[Cut, ...]:
 METHODS: dict[str, Callable[[Asked], tuple[Cut, ...]]] = {
     "none": no_cut,
     "random": cut_random,
+    "uniform": cut_uniform,
+    "cls_attention": cut_by_cls_attention,
     "oracle_boxes": cut_outside_boxes,
     "learnpruner": cut_learnpruner,
+    "stage_1": cut_by_stage_1,
+    "stage_2": cut_by_stage_2,
 }
+# Those that look at the pruner's weights.
+LEARNED = ("learnpruner", "stage_1")
 
 
 @torch.no_grad()
@@ -142,22 +255,23 @@ def answer_questions(
     seed: int,
     batch_size: int,
 ) -> tuple[list[str], dict]:
-    """Asks every question of the data greedily. Returns the answers, and the tokens kept (the same for each)."""
-    config, answers, kept = model.config, [], None
-    tokens = config.image_seq_length
+    """Asks every question of the data greedily. Returns the answers, and what was kept: tokens (the same for each
+    image), and after each cut the mean share of the boxes' patches and the share of objects with one or more left."""
+    config, answers, kept, recalls = model.config, [], None, []
     for start in tqdm(range(0, len(data), batch_size), desc=f"{method} {value:.4f}", unit="batch"):
         numbers = list(range(start, min(start + batch_size, len(data))))
         rows = [data[number] for number in numbers]
-        schedule = METHODS[method](Asked(config, value, seed, tokens, rows, numbers))
         inputs = processor(
             images=[row["image"] for row in rows],
             text=[build_prompt(processor, row["question"]) for row in rows],
             padding=True,
             return_tensors="pt",
         ).to(model.device)
-        output = model.generate(
-            **inputs, schedule=schedule, do_sample=False, max_new_tokens=8, return_dict_in_generate=True
-        )
+        with each_image_encoded_once(model.model.vision_tower):
+            schedule = METHODS[method](Asked(model, value, seed, rows, numbers, inputs["pixel_values"]))
+            output = model.generate(
+                **inputs, schedule=schedule, do_sample=False, max_new_tokens=8, return_dict_in_generate=True
+            )
         replies = output.sequences[:, inputs["input_ids"].shape[1] :]
         answers += [reply.strip() for reply in processor.batch_decode(replies, skip_special_tokens=True)]
         vision = inputs["input_ids"] == config.image_token_id
@@ -168,9 +282,26 @@ def answer_questions(
         if len(counts | ({kept} if kept else set())) != 1:
             raise RuntimeError(f"Images of one size kept different numbers of tokens: {counts}, {kept}")
         (kept,) = counts
+        for number, row in enumerate(rows):
+            boxes = box_patches(kept[0], row["image"].size, row["boxes"])
+            foreground = boxes.any(0)
+            left = [mask[number][vision[number]].cpu() for mask in masks]
+            recalls.append(
+                [((mask & foreground).sum() / foreground.sum(), (mask & boxes).any(1).float().mean()) for mask in left]
+            )
     layers = tuple(cut.layer for cut in schedule)[: len(kept) - 1]
     mean = mean_tokens(kept[1:], layers, kept[0], config.text_config.num_hidden_layers)
-    return answers, {"image": kept[0], "after_cuts": list(kept[1:]), "cut_layers": list(layers), "mean": mean}
+    recall, objects = (
+        torch.tensor(recalls, dtype=torch.float64).mean(0).reshape(-1, 2).T.tolist() if layers else ([], [])
+    )
+    return answers, {
+        "image": kept[0],
+        "after_cuts": list(kept[1:]),
+        "cut_layers": list(layers),
+        "mean": mean,
+        "foreground_recall": recall,
+        "objects_seen": objects,
+    }
 
 
 def relative_accuracy(result: dict, unpruned: dict) -> float:
@@ -221,6 +352,20 @@ def scored(data: Dataset, answers: list[str]) -> dict:
     return {**accuracy(everything), "by_kind": {kind: accuracy(by_kind[kind]) for kind in sorted(by_kind)}}
 
 
+def read_fields(pairs: list[str]) -> dict:
+    """`["pruner_layer=2"]` -> `{"pruner_layer": 2}`. Raises `ValueError` where a pair is none, or its field unknown."""
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in PRUNER_FIELDS:
+            raise ValueError(f"--set takes one of {', '.join(PRUNER_FIELDS)} and its value, such as pruner_layer=2.")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
 def read_result(path: Path) -> dict:
     """Raises `ValueError` where the file is not a result of this command."""
     try:
@@ -241,11 +386,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=positive, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=0, help="of what the method leaves to chance")
     parser.add_argument("--level", choices=OBJECTS, default="standard")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="in place of the checkpoint's pruner_ field"
+    )
+    parser.add_argument("--name", help="what the method is called in tables, by default its name")
     parser.add_argument("--unpruned", type=Path, help="the result of --method none on the same questions, for RelAcc")
     parser.add_argument("--batch-size", type=positive, default=32)
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     arguments = parser.parse_args(argv)
+    try:
+        fields = read_fields(arguments.set)
+    except ValueError as error:
+        parser.error(str(error))
     if (arguments.ratio is None) != (arguments.method == "none"):
         parser.error("--method none takes no --ratio, and every other method needs one")
     value = arguments.ratio or 1.0
@@ -261,9 +414,11 @@ def main(argv: list[str] | None = None) -> int:
         data = scene_dataset("test", scenes, level=arguments.level, per_scene=PER_SCENE).select(range(arguments.limit))
         processor = load_processor(arguments.model)
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
-        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model).eval()
+        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **fields).eval()
         about = {
             "method": arguments.method,
+            "name": arguments.name or arguments.method,
+            "fields": {name: value for name, value in model.config.to_dict().items() if name in PRUNER_FIELDS},
             "ratio": value,
             "seed": arguments.seed,
             "level": arguments.level,
@@ -271,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
             "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
             "model_revision": commit_of(arguments.model),
             "base_sha256": weights_digest(model),
-            "pruner_sha256": weights_digest(model, pruner=True) if arguments.method == "learnpruner" else None,
+            "pruner_sha256": weights_digest(model, pruner=True) if arguments.method in LEARNED else None,
             "pruner_trained": model.config.pruner_trained,
             "data": hashlib.sha256("\n".join([*data["question"], *data["answer"]]).encode()).hexdigest(),
             "batch_size": arguments.batch_size,

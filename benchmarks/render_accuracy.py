@@ -3,9 +3,9 @@
     python benchmarks/render_accuracy.py benchmarks/results/accuracy/*.json --into README.md --plot accuracy.png
 
 `--into` fills the part of a Markdown file between `<!-- accuracy -->` and `<!-- /accuracy -->`, or between marks of
-another name; without it the table is printed. Runs of one method at one budget that differ by their seed alone are one
-row: mean and, in brackets, the lowest and highest. Pruned runs are set beside the unpruned run of the same model and
-questions among the files.
+another name; without it the table is printed. Runs of one name at one budget that differ by their seed alone (of the
+method's chance, or of the pruner's training) are one row: mean and, in brackets, the lowest and highest. Pruned runs
+are set beside the unpruned run of the same model and questions among the files.
 """
 
 import sys
@@ -20,25 +20,27 @@ MISSING = "not measured"
 
 
 def group_runs(results: list[dict]) -> dict[tuple, list[dict]]:
-    """Runs that differ by their seed alone, by (level, method, mean tokens); each has `relative_accuracy`, or `None`
+    """Runs that differ by their seed alone, by (level, name, mean tokens); each has `relative_accuracy`, or `None`
     where the unpruned run is not among them.
     """
     unpruned = {(r["base_sha256"], r["level"], r["data"]): r for r in results if r["method"] == "none"}
     if len({r["base_sha256"] for r in results}) > 1:
         raise ValueError("The files are of several base models: render one model's at a time.")
     groups = defaultdict(list)
-    for result in sorted(results, key=lambda r: (r["level"] != "standard", -r["tokens"]["mean"], r["method"])):
+    for result in sorted(results, key=lambda r: (r["level"] != "standard", -r["tokens"]["mean"], r["name"])):
         base = unpruned.get((result["base_sha256"], result["level"], result["data"]))
         relative = relative_accuracy(result, base) if base else None
-        groups[result["level"], result["method"], result["tokens"]["mean"]].append(
+        groups[result["level"], result["name"], result["tokens"]["mean"]].append(
             {**result, "relative_accuracy": relative}
         )
-    for (level, method, mean), runs in groups.items():
-        what = f"runs of {method} on {level} scenes at {mean:.1f} tokens"
-        if len({(run["data"], run["pruner_sha256"]) for run in runs}) > 1:
-            raise ValueError(f"The {what} are of several sets of questions, or of several pruners: render one's.")
+    for (level, name, mean), runs in groups.items():
+        what = f"runs of {name} on {level} scenes at {mean:.1f} tokens"
+        if len({(run["data"], run["method"]) for run in runs}) > 1:
+            raise ValueError(f"The {what} are of several sets of questions, or of several methods: render one's.")
         if len({run["seed"] for run in runs}) < len(runs):
             raise ValueError(f"Two {what} have the same seed.")
+        if runs[0]["pruner_sha256"] and len({run["pruner_sha256"] for run in runs}) < len(runs):
+            raise ValueError(f"Two {what} are of one pruner: the seed makes no difference.")
     return dict(groups)
 
 
@@ -52,13 +54,14 @@ def spread(values: list[float | None]) -> str:
 def table(groups: dict[tuple, list[dict]]) -> str:
     """Markdown, in percent."""
     kinds = sorted({kind for runs in groups.values() for run in runs for kind in run["by_kind"]})
-    head = ["scenes", "method", "mean tokens", "after each cut", "runs", "accuracy", "RelAcc", *kinds]
+    head = ["scenes", "method", "mean tokens", "after each cut", "runs", "accuracy", "RelAcc", *kinds, "objects seen"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (level, method, mean), runs in groups.items():
+    for (level, name, mean), runs in groups.items():
         cuts = " -> ".join(map(str, runs[0]["tokens"]["after_cuts"])) or "none"
-        cells = [level, method, f"{mean:.1f}", cuts, str(len(runs))]
+        cells = [level, name, f"{mean:.1f}", cuts, str(len(runs))]
         cells += [spread([run[name] for run in runs]) for name in ("accuracy", "relative_accuracy")]
         cells += [spread([run["by_kind"][kind]["accuracy"] for run in runs]) for kind in kinds]
+        cells.append(spread([run["tokens"]["objects_seen"][-1] for run in runs]) if cuts != "none" else "")
         lines.append("| " + " | ".join(cells) + " |")
     questions = sorted({run["n"] for runs in groups.values() for run in runs})
     versions = sorted({f"transformers {r['versions']['transformers']}" for runs in groups.values() for r in runs})

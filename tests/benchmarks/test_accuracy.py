@@ -32,8 +32,10 @@ def run(folder, tmp_path, *arguments, name="result.json"):
     return json.loads((tmp_path / name).read_text())
 
 
-COUNTS = {"none": [], "random": [32], "oracle_boxes": [32]}
-COUNTS["learnpruner"] = list(keep_counts(576, 1 / 18, num_layers=8, pruner_layer=3, stage_ratio=3.0))
+BOTH = list(keep_counts(576, 1 / 18, num_layers=8, pruner_layer=3, stage_ratio=3.0))
+COUNTS = {method: [32] for method in accuracy.METHODS} | {"none": [], "learnpruner": BOTH, "stage_2": BOTH[1:]}
+MEANS = {method: pytest.approx(32, abs=0.2) for method in accuracy.METHODS}
+MEANS |= {"none": 576, "stage_2": (3 * 576 + 5 * BOTH[1]) / 8}
 
 
 @pytest.mark.parametrize("method", accuracy.METHODS)
@@ -52,7 +54,10 @@ def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
     for result in results:
         assert result["tokens"]["image"] == 576
         assert result["tokens"]["after_cuts"] == COUNTS[method]
-        assert result["tokens"]["mean"] == (576 if method == "none" else pytest.approx(32, abs=0.2))
+        assert result["tokens"]["mean"] == MEANS[method]
+        assert (
+            len(result["tokens"]["foreground_recall"]) == len(COUNTS[method]) == len(result["tokens"]["objects_seen"])
+        )
         assert result["n"] == 10
         assert set(result["by_kind"]) == set(KINDS)
         assert {"model_revision", "base_sha256", "seed", "versions", "data"} <= set(result)
@@ -62,6 +67,64 @@ def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
     assert answers == same
     right = [true == answer for true, answer in zip(data["answer"], answers)]
     assert results[0]["accuracy"] == sum(right) / 10
+
+
+def test_what_is_left_of_the_objects(folder, tmp_path):
+    """Boxes first, objects in turn: every object is seen, and of the boxes' patches as many as the budget allows."""
+    tokens = run(folder, tmp_path, "--method", "oracle_boxes", "--ratio", "1/18", "--limit", 12)["tokens"]
+    assert tokens["objects_seen"] == [1.0]
+    shares = []
+    for row in scene_dataset("test", 3, per_scene=4):
+        centers = [(8 * (token % 24) + 4, 8 * (token // 24) + 4) for token in range(576)]
+        inside = sum(any(l <= x < r and t <= y < b for l, t, r, b in row["boxes"]) for x, y in centers)  # noqa: E741
+        shares.append(min(1.0, 32 / inside))
+    assert tokens["foreground_recall"] == [pytest.approx(sum(shares) / len(shares), abs=0.02)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 32, 55, 100, 288, 576])
+def test_the_grid_is_spread_evenly(count):
+    kept = accuracy.grid_scores(576, (192, 192), count).reshape(24, 24) > 0
+    assert kept.sum() == count
+    # Each quarter of the image has its share, but for a line's breadth.
+    for quarter in (kept[:12, :12], kept[:12, 12:], kept[12:, :12], kept[12:, 12:]):
+        assert abs(quarter.sum() - count / 4) <= 1 + math.sqrt(count) / 2
+
+
+def test_cls_attention_is_the_towers_own(folder):
+    model = accuracy.LearnPrunerForConditionalGeneration.from_pretrained(folder).eval()
+    pixels = torch.randn(3, 3, 192, 192)
+    scores = accuracy.cls_attention_scores(model, pixels)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model.model.vision_tower(pixels, output_attentions=True).attentions
+    assert (scores - attentions[model.config.vision_feature_layer][:, :, 0, 1:].mean(1)).abs().max() < 1e-6
+
+
+def test_an_image_is_encoded_once_for_its_questions(folder):
+    model = accuracy.LearnPrunerForConditionalGeneration.from_pretrained(folder).eval()
+    tower, inner = model.model.vision_tower, []
+    pixels = torch.randn(3, 3, 192, 192)[[0, 0, 1, 2, 2, 0]]
+    embeddings = next(module for name, module in tower.named_modules() if name.endswith("embeddings"))
+    embeddings.register_forward_pre_hook(lambda module, args: inner.append(len(args[0])))
+    with torch.no_grad():
+        plain = tower(pixels, output_hidden_states=True)
+        with accuracy.each_image_encoded_once(tower):
+            shared = tower(pixels, output_hidden_states=True)
+        again = tower(pixels, output_hidden_states=True)
+    assert inner == [6, 4, 6]
+    assert len(plain.hidden_states) == len(shared.hidden_states)
+    for one, other in zip(plain.hidden_states, shared.hidden_states):
+        assert (one - other).abs().max() < 1e-5
+    assert torch.equal(again.last_hidden_state, plain.last_hidden_state)
+
+
+def test_fields_of_the_pruner_can_be_set(folder, tmp_path):
+    common = ("--method", "learnpruner", "--ratio", "1/18", "--limit", 4)
+    result = run(folder, tmp_path, *common, "--set", "pruner_layer=2", "--set", "pruner_query=last", "--name", "early")
+    assert result["fields"]["pruner_layer"] == 2
+    assert result["fields"]["pruner_query"] == "last"
+    assert result["name"] == "early"
+    assert result["tokens"]["cut_layers"] == [0, 2]
 
 
 def test_exact_match_by_kind():
@@ -111,11 +174,20 @@ def test_random_is_uniform_and_its_own():
 def fake(method, ratio, seed, right, **changes):
     """A result file as the command writes it, with `right` of 10 for each kind in turn."""
     by_kind = {kind: {"accuracy": number / 10, "n": 10} for kind, number in zip(sorted(KINDS), right)}
-    result = {"method": method, "ratio": ratio, "seed": seed, "level": "standard", "n": 40, "by_kind": by_kind}
+    result = {
+        "method": method,
+        "ratio": ratio,
+        "name": method,
+        "seed": seed,
+        "level": "standard",
+        "n": 40,
+        "by_kind": by_kind,
+    }
     result |= {"accuracy": sum(right) / 40, "base_sha256": "a", "data": "d", "versions": {"transformers": "5.23.0"}}
     cuts = [] if method == "none" else [round(576 * ratio)]
     result["pruner_sha256"] = "p" if method == "learnpruner" else None
-    return result | {"tokens": {"image": 576, "after_cuts": cuts, "mean": 576 * ratio}} | changes
+    tokens = {"image": 576, "after_cuts": cuts, "mean": 576 * ratio, "objects_seen": [0.5] * len(cuts)}
+    return result | {"tokens": tokens} | changes
 
 
 def write(folder, *results):
@@ -184,6 +256,11 @@ def test_table_and_plot(tmp_path, capsys):
         results = fake("random", 0.1, 0, (1,) * 4), fake("random", 0.1, 0, (1,) * 4) | change
         assert render_accuracy.main(write(tmp_path, *results)) == (2 if says else 0)
         assert (says or "") in capsys.readouterr().err
+    # Three seeds of one pruner are no spread; three pruners are.
+    pruners = [fake("learnpruner", 0.1, seed, (1,) * 4) for seed in range(3)]
+    assert render_accuracy.main(write(tmp_path, *pruners)) == 2
+    assert "one pruner" in capsys.readouterr().err
+    assert render_accuracy.main(write(tmp_path, *[run | {"pruner_sha256": str(run["seed"])} for run in pruners])) == 0
 
 
 @pytest.mark.parametrize(
@@ -195,6 +272,8 @@ def test_table_and_plot(tmp_path, capsys):
         (["--method", "guess", "--ratio", "0.5"], "learnpruner"),
         (["--method", "none", "--level", "easy"], "hard"),
         (["--method", "none", "--limit", "0"], "--limit"),
+        (["--method", "none", "--set", "pruner_depth=3"], "pruner_layer"),
+        (["--method", "none", "--set", "pruner_layer"], "pruner_layer=2"),
     ],
 )
 def test_bad_arguments(arguments, says, tmp_path, capsys):
