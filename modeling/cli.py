@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, FloatingPointError) as error:
         # Messages of transformers run over several lines.
         print(f"learnpruner: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -237,6 +237,8 @@ class PruningCall:
 
     @property
     def decided_scores(self) -> tuple[torch.Tensor, ...] | None:
+        if self.gates is not None:
+            return (self.vision_scores.detach(),)
         return tuple(scores for _, scores in self.decisions) or None
 
     def plan(
@@ -300,6 +302,8 @@ class PruningCall:
         self.vision_scores = to_prompt(scores, self.vision_scores)
         if self.soft:
             patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, sizes)]
+            if not all(len(patch) for patch in patches):
+                raise FloatingPointError("An image has no score that is a number: its pixels, or the pruner, hold NaN.")
             # Structure is kept last, so the budget is one of patches.
             self.shares = [min(1.0, count / len(patch)) for count, patch in zip(kept[1], patches)]
             self.probabilities = cut.score.gate(patches, self.shares)

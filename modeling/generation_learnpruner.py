@@ -38,7 +38,7 @@ class LearnPrunerModelOutputWithPast(BaseModelOutputWithPast):
         kept_mask (`tuple[torch.Tensor]`, each `(batch, sequence)` bool, or `None`):
             For each cut, True where the token survives it: text True, padding False. `None` where nothing was cut.
         vision_scores (`tuple[torch.Tensor]`, each `(batch, sequence)` float32, or `None`):
-            For each cut, the scores that ranked; NaN where a token was not scored.
+            For each cut, the scores that ranked; NaN where a token was not scored. In training, the first cut's.
     """
 
     image_hidden_states: torch.Tensor | None = None

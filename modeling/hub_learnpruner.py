@@ -2,12 +2,15 @@
 """Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
 
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 
 from safetensors.torch import load_file
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
@@ -205,6 +208,26 @@ class HubMixin:
             )
         return self.train()
 
+    def train(self, mode: bool = True) -> "HubMixin":
+        """As stock; a frozen base drops nothing out. Its layers stay in training mode themselves, without which
+        gradient checkpointing would be passed over."""
+        super().train(mode)
+        if mode and not any(parameter.requires_grad for parameter in self._base_parameters()):
+            for module in self.modules():
+                if isinstance(module, GradientCheckpointingLayer):
+                    for part in module.children():
+                        part.eval()
+        return self
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        every = sum(parameter.numel() for parameter in self.parameters())
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
+    def _base_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for name, parameter in self.named_parameters() if not name.startswith(PRUNER))
+
     def _freeze_base(self) -> None:
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(PRUNER))
@@ -227,8 +250,7 @@ class HubMixin:
             )
         if pruner_only is None:
             pruner_only = base is not None
-            others = (parameter for name, parameter in self.named_parameters() if not name.startswith(PRUNER))
-            if pruner_only and any(parameter.requires_grad for parameter in others):
+            if pruner_only and any(parameter.requires_grad for parameter in self._base_parameters()):
                 logger.warning("More than the pruner is trainable: saving all weights, not the pruner alone.")
                 pruner_only = False
         beside = os.path.join(save_directory, base) if _is_relative(base) else base

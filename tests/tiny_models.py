@@ -171,3 +171,11 @@ def tiny_processor(family):
         image_grid_pinpoints=PINPOINTS,
     )
     return LlavaNextProcessor(image_processor=images, num_additional_image_tokens=1, **shared)
+
+
+def labelled(family, samples, seed=0, answer=4):
+    """[`build_inputs`], padded on the right, with the last `answer` tokens as labels."""
+    inputs = build_inputs(family, samples, seed=seed, side="right")
+    labels = inputs["input_ids"].clone()
+    labels[:, :-answer] = -100
+    return {**inputs, "labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}

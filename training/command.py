@@ -1,9 +1,13 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The `learnpruner train` command: a configuration file, flags that override it, and a pruner at the end."""
 
+import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+import transformers
 import yaml
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
@@ -28,6 +32,8 @@ class PrunerDataArguments:
         max_length (`int`, *optional*): Tokens of the longest row; never cuts an image.
         pruner_ratio (`float`, *optional*): In place of the checkpoint's: the budget of evaluation and, for the
             paper's objective, of training.
+        relative_base (`bool`, defaults to `False`): Names a base that is a folder by its path from the output, so
+            that both open wherever they are moved together.
     """
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder"})
@@ -38,6 +44,7 @@ class PrunerDataArguments:
     strict: bool = False
     max_length: int | None = None
     pruner_ratio: float | None = None
+    relative_base: bool = False
 
 
 def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments, PrunerTrainingArguments]:
@@ -65,20 +72,52 @@ def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments
 
 
 def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> PrunerTrainer:
-    """Trains a pruner, from the last checkpoint in `training.output_dir` if there is one, and saves it there."""
+    """Trains a pruner, from the last checkpoint in `training.output_dir` if there is one, and saves it there, with
+    the processor and `training.json`: settings, cost and log.
+
+    Raises:
+        `ValueError`: where the output is the base's folder, or settings or data do not allow a training.
+    """
+    output = Path(training.output_dir)
+    if output.resolve() == Path(data.model_name_or_path).resolve():
+        raise ValueError(f"output_dir {output} holds the base, which the pruner would replace.")
+    if data.relative_base and not Path(data.model_name_or_path).is_dir():
+        raise ValueError(f"relative_base is for a base in a folder, and there is none at {data.model_name_or_path}.")
+    processor = load_processor(data.model_name_or_path)
     samples = load_samples(data.train_data, data.image_folder, data.data_share, training.seed, data.strict)
     evaluation = None
     if data.eval_data is not None:
         evaluation = load_samples(data.eval_data, data.image_folder, strict=data.strict)
     fields = {} if data.pruner_ratio is None else {"pruner_ratio": data.pruner_ratio}
-    processor = load_processor(data.model_name_or_path)
+    torch.manual_seed(training.seed)  # of a fresh pruner's weights
     model = LearnPrunerForConditionalGeneration.from_pretrained(data.model_name_or_path, **fields)
-    # The collator reads the columns itself.
-    training.remove_unused_columns = False
-    collator = PrunerCollator(processor, data.max_length)
+    collator = PrunerCollator(processor, data.max_length, foreground="boxes" in samples.column_names)
     trainer = PrunerTrainer(model, training, collator, samples, evaluation)
-    last = get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    trainer.save_model()
-    processor.save_pretrained(training.output_dir)
+    model.print_trainable_parameters()
+    last = get_last_checkpoint(training.output_dir) if output.is_dir() else None
+    metrics = trainer.train(resume_from_checkpoint=last).metrics
+    if trainer.is_world_process_zero():
+        config = model.config
+        base = config.base_model_name_or_path
+        if data.relative_base:
+            config.base_model_name_or_path = f"./{Path(os.path.relpath(base, output)).as_posix()}"
+        # Not trainer.save_model: it would add a pickle of the arguments.
+        model.eval().save_pretrained(output)
+        processor.save_pretrained(output)
+        record = {
+            "objective": training.objective,
+            "budgets": training.budgets if training.objective == "default" else [config.pruner_ratio],
+            "samples": len(samples),
+            "steps": trainer.state.max_steps,
+            "samples_a_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
+            "learning_rate": training.learning_rate,
+            "seed": training.seed,
+            "device": str(training.device),
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "metrics": metrics,
+            "log": trainer.state.log_history,
+        }
+        (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        config.base_model_name_or_path = base
     return trainer

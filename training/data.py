@@ -7,7 +7,8 @@ A sample is a row with one of
 - `conversations` as LLaVA's data has them (`from`, `value`, an `<image>` where an image stands) and `image`;
 - `question`, `answer` and `image`.
 
-`image` and `images` hold a picture, a path, or a list of them; a sample without any is text alone, and welcome.
+`image` and `images` hold a picture, a path, or a list of them; a sample without any is text alone, and welcome. `boxes`
+(left, top, right, bottom of what its one image shows, in pixels of the file), where known, is for the log alone.
 """
 
 import json
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset, IterableDataset
-from PIL import Image
+from PIL import Image, ImageDraw
+from torch.nn import functional as F
 from transformers import ProcessorMixin
 from transformers.utils import logging
+
+from learnpruner.compare import shown_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -96,7 +100,7 @@ def _read_rows(path: Path) -> list[dict]:
     # One layout for all rows: LLaVA-665K has rows without an image, and rows whose image is a list.
     for row in rows:
         row["images"] = _as_list(row.pop("image", None)) + _as_list(row.get("images"))
-    names = ("images", "messages", "conversations", "question", "answer")
+    names = ("images", "messages", "conversations", "question", "answer", "boxes")
     return [{name: row[name] for name in names if name in row} for row in rows]
 
 
@@ -171,20 +175,23 @@ class PrunerCollator:
     Args:
         processor ([`ProcessorMixin`]): The base model's, with a chat template.
         max_length (`int`, *optional*): Tokens of the longest row.
+        foreground (`bool`, defaults to `False`): Adds `foreground`, which [`PrunerTrainer`] takes out again: True for
+            image tokens in a box. For models of one crop an image (LLaVA-1.5).
     """
 
-    def __init__(self, processor: ProcessorMixin, max_length: int | None = None):
+    def __init__(self, processor: ProcessorMixin, max_length: int | None = None, foreground: bool = False):
         if processor.chat_template is None:
             raise ValueError("The processor has no chat template: set processor.chat_template to the base model's.")
-        self.processor, self.max_length = processor, max_length
+        self.processor, self.max_length, self.foreground = processor, max_length, foreground
         self.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """
         Raises:
-            `ValueError`: where a row's images and placeholders differ in number, or `max_length` cuts an image.
+            `ValueError`: where a row's images and placeholders differ in number, `max_length` cuts an image, or boxes
+                are of an image that has more tokens than one crop has patches.
         """
-        texts, answers, images = [], [], []
+        texts, answers, images, front = [], [], [], []
         for row in rows:
             messages, pictures = read_messages(row), read_images(row)
             places = sum(part["type"] == "image" for message in messages for part in message["content"])
@@ -194,6 +201,7 @@ class PrunerCollator:
             texts.append(text)
             answers.append(spans)
             images += pictures
+            front.append(self._patches_in_boxes(row.get("boxes"), pictures))
         batch = self.processor(
             text=texts, images=images or None, padding=True, padding_side="right", return_tensors="pt"
         )
@@ -201,6 +209,8 @@ class PrunerCollator:
         labels = torch.full_like(ids, -100)
         for number, (text, spans) in enumerate(zip(texts, answers)):
             self._label(text, spans, ids[number], labels[number])
+        if self.foreground:
+            batch["foreground"] = self._mark(front, ids)
         length = ids.shape[1]
         if self.max_length is not None and length > self.max_length:
             if (ids[:, self.max_length :] == self.image_token_id).any():
@@ -214,6 +224,35 @@ class PrunerCollator:
             }
             labels = labels[:, : self.max_length]
         return {**batch, "labels": labels}
+
+    def _patches_in_boxes(self, boxes: list | None, pictures: list[Image.Image]) -> torch.Tensor | None:
+        """Patches that are at least half in a box, row by row, bool: the boxes go through the processor as a picture
+        of their own, so that its crops and sizes are theirs."""
+        if not self.foreground or not boxes:
+            return None
+        if len(pictures) != 1:
+            raise ValueError(f"Boxes are of one image, and this sample has {len(pictures)}.")
+        drawn = Image.new("RGB", pictures[0].size)
+        for left, top, right, bottom in boxes:
+            ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), fill="white")
+        crops = self.processor.image_processor(images=drawn, return_tensors="pt")["pixel_values"]
+        inside = shown_pixels(self.processor, crops)[..., 0]
+        return (F.avg_pool2d(inside.unsqueeze(0), self.processor.patch_size) >= 0.5).flatten()
+
+    def _mark(self, front: list[torch.Tensor | None], ids: torch.Tensor) -> torch.Tensor:
+        """`(batch, sequence)` bool."""
+        marked = ids == self.image_token_id
+        for row, patches in zip(marked, front):
+            if patches is None:
+                row[:] = False
+            elif row.sum() != len(patches):
+                raise ValueError(
+                    f"An image with boxes has {row.sum()} tokens and {len(patches)} patches: foreground is for models "
+                    "of one crop an image."
+                )
+            else:
+                row.masked_scatter_(row.clone(), patches)
+        return marked
 
     def _render(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and where its answers stand in it, in characters."""

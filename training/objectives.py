@@ -55,7 +55,8 @@ class TopKGate(LearnedScore):
 
 @dataclass(frozen=True)
 class RecordedGate(LearnedScore):
-    """Another gate, whose mean and whose probabilities' mean entropy in bits are noted for each image."""
+    """Another gate. For each image `record` gets three numbers: the share it was to keep, the mean gate, and the mean
+    entropy of the keep probabilities, in bits."""
 
     inner: ArgmaxGate | TopKGate
     record: list[torch.Tensor]
@@ -63,9 +64,9 @@ class RecordedGate(LearnedScore):
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
         gates = self.inner.gate(scores, shares)
         with torch.no_grad():
-            for gate, soft in zip(gates, self.inner.soft(scores, shares)):
-                entropy = torch.special.entr(soft) + torch.special.entr(1 - soft)
-                self.record.append(torch.stack([gate.mean(), entropy.mean() / math.log(2)]))
+            for gate, soft, share in zip(gates, self.inner.soft(scores, shares), shares):
+                entropy = (torch.special.entr(soft) + torch.special.entr(1 - soft)).mean() / math.log(2)
+                self.record.append(torch.stack([torch.full_like(entropy, share), gate.mean(), entropy]))
         return gates
 
 

@@ -3,18 +3,28 @@
 The package's images show one shape each. Here some of them stand in a 3 x 3 grid (192 x 192 pixels: at a patch of 8,
 the 576 vision tokens of LLaVA-1.5), on plain ground elsewhere, and the questions are the package's own kinds asked of
 the whole scene. Train scenes are made of train images alone, test scenes of test images.
+
+    python examples/easy_vqa/scenes.py --output runs/scenes
+
+writes train scenes as any other data would come to `learnpruner train`: pictures, and JSON Lines with image, question,
+answer and boxes, one question a scene, of both levels; `eval.jsonl` has other scenes than `train.jsonl`.
 """
 
+import json
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as Picture
+from tqdm import tqdm
+
+from learnpruner.cli import Parser, positive
 
 CELL, GRID = 64, 3
 SIDE = CELL * GRID
@@ -267,3 +277,43 @@ def scene_dataset(split: str, scenes: int, *, level: str = "standard", seed: int
     text = {name: Value("string") for name in ("question", "answer", "kind")}
     features = Features({"image": Image(), **text, "scene": Value("int32"), "boxes": List(List(Value("int32"), 4))})
     return Dataset.from_list(list(rows()), features=features)
+
+
+def write_questions(path: Path, questions: int, seed: int) -> None:
+    """Writes about train scenes, half of each level, one question each: `path`, and pictures in a folder beside it."""
+    pictures = path.parent / path.stem
+    pictures.mkdir(parents=True, exist_ok=True)
+    halves = [questions - questions // 2, questions // 2]
+    rows = concatenate_datasets(
+        [
+            scene_dataset("train", half, level=level, seed=seed, per_scene=1)
+            for half, level in zip(halves, OBJECTS)
+            if half
+        ]
+    )
+    lines = []
+    for number, row in enumerate(tqdm(rows, desc=path.name)):
+        row["image"].save(pictures / f"{number}.png")
+        row["image"] = f"{path.stem}/{number}.png"
+        lines.append(json.dumps({name: row[name] for name in ("image", "question", "answer", "boxes")}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description="Train scenes in files.")
+    parser.add_argument("--output", type=Path, required=True, help="folder")
+    parser.add_argument("--questions", type=positive, default=960, help="to train on")
+    parser.add_argument("--held-out", type=positive, default=192, help="to choose a checkpoint by")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    try:
+        write_questions(arguments.output / "train.jsonl", arguments.questions, arguments.seed)
+        write_questions(arguments.output / "eval.jsonl", arguments.held_out, arguments.seed + 1)
+    except (ImportError, OSError) as error:
+        print(f"scenes: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

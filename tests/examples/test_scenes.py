@@ -1,12 +1,15 @@
 """Scenes say the truth: what is drawn, where it stands, and what the answers are."""
 
+import json
 import random
 import re
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import scenes
 from scenes import COLORS, KINDS, OBJECTS, SHAPES, SIDE, ask, make_scene, scene_at, scene_dataset, sources
 
 # What the package draws with: matplotlib's colors of these names, but for brown, green and gray.
@@ -24,8 +27,6 @@ RED_GREEN_BLUE = {
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_labels_from_the_questions_are_the_colors_of_the_pixels(split):
-    from PIL import Image
-
     images = sources(split)
     assert len(images) > 800
     for source in images[::7]:
@@ -146,3 +147,21 @@ def test_a_damaged_package(monkeypatch):
         sources("test")
     monkeypatch.undo()
     sources.cache_clear()
+
+
+def test_scenes_in_files(tmp_path):
+    """What `learnpruner train` reads: half of each level, other scenes to choose by, the images as they were."""
+    assert scenes.main(["--output", str(tmp_path), "--questions", "5", "--held-out", "4"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    held_out = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    assert (len(rows), len(held_out)) == (5, 4)
+    expected = [
+        scene_at("train", level, 0, number, 1)
+        for level, half in (("standard", 3), ("hard", 2))
+        for number in range(half)
+    ]
+    for row, (scene, asked) in zip(rows, expected):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / row["image"])), np.asarray(scene.image))
+        assert [tuple(box) for box in row["boxes"]] == list(scene.boxes)
+        assert (row["question"], row["answer"]) == asked[0][1:]
+    assert not {str(row["boxes"]) for row in rows} & {str(row["boxes"]) for row in held_out}

@@ -1,6 +1,11 @@
 """`learnpruner train`: a file of settings, flags that win, a pruner's checkpoint that opens, and a run that goes on."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +63,59 @@ def test_train(folder):
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
 
+def test_what_it_records(folder, capsys):
+    arguments = ["--relative_base", "true", "--output_dir", str(folder / "deep" / "out")]
+    assert cli.main(["train", str(folder / "config.yaml"), *arguments]) == 0
+    assert "trainable params" in capsys.readouterr().out
+    record = json.loads((folder / "deep" / "out" / "training.json").read_text())
+    assert record["metrics"]["trained_parameters"] == 2 * 128 + (128 + 1) * 512 + (512 + 1) * 2
+    assert record["metrics"]["peak_memory_bytes"] > 1e8
+    assert record["metrics"]["train_runtime"] > 0
+    assert (record["samples"], record["steps"], record["budgets"]) == (2, 2, [0.1, 0.2])
+    assert not list((folder / "deep" / "out").glob("*.bin"))
+    # Both open wherever they are moved together.
+    (folder / "deep" / "out").rename(folder / "moved")
+    (folder / "elsewhere").mkdir()
+    shutil.move(folder / "moved", folder / "elsewhere" / "deep" / "out")
+    shutil.move(folder / "base", folder / "elsewhere" / "base")
+    assert LearnPrunerForConditionalGeneration.from_pretrained(folder / "elsewhere" / "deep" / "out")
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_killed_run_goes_on(after, folder):
+    """Killed in whatever it is at, when so many checkpoints are there: the weights are the uninterrupted run's."""
+    command = [sys.executable, "-m", "learnpruner.cli", "train", str(folder / "config.yaml"), "--max_steps", "6"]
+    run = subprocess.Popen([*command, "--output_dir", str(folder / "cut")], stderr=subprocess.DEVNULL)
+    while len(list((folder / "cut").glob("checkpoint-*/trainer_state.json"))) < after:
+        assert run.poll() is None
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    assert not (folder / "cut" / "model.safetensors").exists()
+    for name in ("cut", "whole"):
+        subprocess.run([*command, "--output_dir", str(folder / name)], check=True, capture_output=True)
+    cut, whole = (load_file(folder / name / "model.safetensors") for name in ("cut", "whole"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_two_processes_are_one_batch(folder):
+    """Data parallel over two processes, one of them with text alone in some steps: as one process with both samples."""
+    arguments = ["train", str(folder / "config.yaml"), "--max_steps", "3", "--output_dir"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "learnpruner.cli"]
+    two = [str(folder / "two"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *launch, *arguments, *two], check=True, capture_output=True, env=environment, timeout=300
+    )
+    assert cli.main([*arguments, str(folder / "one")]) == 0
+    one, other = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        # Its gradient is nothing but rounding: an exact budget undoes what shifts all scores alike.
+        assert name.endswith("output.bias") or (value - other[name]).abs().max() < 1e-4, name
+    records = [json.loads((folder / name / "training.json").read_text()) for name in ("one", "two")]
+    assert [record["samples_a_step"] for record in records] == [2, 2]
+
+
 def test_flags_win(folder):
     data, training = parse_arguments(folder / "config.yaml", ["--learning_rate", "5e-4", "--data_share", "0.5"])
     assert training.learning_rate == 5e-4
@@ -70,7 +128,7 @@ def test_ready_configurations(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # bfloat16 of a GPU is refused on a machine without one.
     data, training = parse_arguments(path, ["--bf16", "false", "--use_cpu", "true"])
-    assert data.model_name_or_path.startswith("llava-hf/")
+    assert data.model_name_or_path.startswith("llava-hf/" if "tiny" not in path.stem else "examples/")
     assert training.objective == "default"
 
 
@@ -90,3 +148,18 @@ def test_missing_files(folder, capsys):
     assert "none.yaml" in capsys.readouterr().err
     assert cli.main(["train", str(folder / "config.yaml"), "--train_data", str(folder / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+def test_the_base_is_not_overwritten(folder, capsys):
+    before = (folder / "base" / "model.safetensors").read_bytes()
+    assert cli.main(["train", str(folder / "config.yaml"), "--output_dir", str(folder / "base")]) == 2
+    assert "would replace" in capsys.readouterr().err
+    assert (folder / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_a_base_of_another_shape(folder, capsys):
+    config = (folder / "base" / "config.json").read_text()
+    (folder / "base" / "config.json").write_text(config.replace('"intermediate_size": 512', '"intermediate_size": 256'))
+    assert cli.main(["train", str(folder / "config.yaml")]) == 2
+    assert "of another shape" in capsys.readouterr().err
+    assert not (folder / "out").exists()

@@ -176,3 +176,33 @@ def test_bad_samples(processor, pictures):
     silent.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         PrunerCollator(silent)
+
+
+@pytest.mark.parametrize("size", [(192, 192), (384, 192), (96, 144)])
+def test_foreground_follows_the_processors_crop(size, processor):
+    """A box painted white is where its patches are white: whatever the processor does, it does to both."""
+    width, height = size
+    box = [width // 3, height // 4, width // 3 + width // 4, height // 4 + height // 3]
+    picture = Image.new("RGB", size)
+    picture.paste("white", tuple(box))
+    rows = [
+        {"image": picture, "question": QUESTION, "answer": ANSWER, "boxes": [box]},
+        {"question": QUESTION, "answer": ANSWER},
+        {"image": picture, "question": "how many shapes are there?", "answer": ANSWER},
+    ]
+    batch = PrunerCollator(processor, foreground=True)(rows)
+    image = batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<image>")
+    assert not batch["foreground"][1:].any()
+    assert not batch["foreground"][~image].any()
+    red = batch["pixel_values"][0, 0].view(24, 8, 24, 8).mean((1, 3)).flatten()
+    white = red > (red.min() + red.max()) / 2
+    assert torch.equal(batch["foreground"][0][image[0]], white)
+    assert 20 < white.sum() < 120
+    assert "foreground" not in PrunerCollator(processor)(rows)
+
+
+def test_boxes_of_several_images(processor):
+    pictures = [Image.new("RGB", (192, 192))] * 2
+    row = {"images": pictures, "question": QUESTION, "answer": ANSWER, "boxes": [[0, 0, 9, 9]]}
+    with pytest.raises(ValueError, match="one image"):
+        PrunerCollator(processor, foreground=True)([row])

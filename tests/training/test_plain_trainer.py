@@ -11,16 +11,9 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore, learnpruner_schedule
 
-from tiny_models import FAMILIES, LAYERS, build_inputs, samples_of, tiny_pair
+from tiny_models import FAMILIES, LAYERS, build_inputs, labelled, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core
-
-
-def labelled(family, samples, seed=0):
-    inputs = build_inputs(family, samples, seed=seed, side="right")
-    labels = inputs["input_ids"].clone()
-    labels[:, :-4] = -100
-    return {**inputs, "labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
 
 
 @pytest.fixture

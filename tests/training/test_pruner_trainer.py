@@ -1,22 +1,16 @@
 """PrunerTrainer: the pruner learns and nothing else does, at every budget, and a killed run goes on."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
 
-from tiny_models import LAYERS, build_inputs, tiny_pair
-
-ANSWER = 4
-
-
-def labelled(seed, samples):
-    inputs = build_inputs("llava", samples, seed=seed, side="right")
-    labels = inputs["input_ids"].clone()
-    labels[:, :-ANSWER] = -100
-    return {**inputs, "labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
+from tiny_models import LAYERS, labelled, tiny_pair
 
 
 @pytest.fixture
@@ -28,7 +22,7 @@ def base(tmp_path):
 def trainer_for(base, folder, samples=((2, (32, 32), 8),), **settings):
     torch.manual_seed(0)
     model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2)
-    data = [labelled(seed, [list(sample) for sample in samples]) for seed in range(8)]
+    data = [labelled("llava", [list(sample) for sample in samples], seed) for seed in range(8)]
     settings = {
         "per_device_train_batch_size": 2,
         "max_steps": 6,
@@ -87,7 +81,7 @@ def test_the_gate_anneals(base, tmp_path):
 
 def test_distillation_is_the_divergence_from_the_stock_model(base, tmp_path):
     trainer = trainer_for(base, tmp_path / "run")
-    batch = labelled(0, [[2, (32, 32), 8], [1, (32, 32), 6]])
+    batch = labelled("llava", [[2, (32, 32), 8], [1, (32, 32), 6]])
     model = trainer.model.train()
     logits = torch.randn(*batch["input_ids"].shape, model.config.text_config.vocab_size)
     stock = tiny_pair("llava")[0]
@@ -106,7 +100,7 @@ def test_distillation_is_the_divergence_from_the_stock_model(base, tmp_path):
 def test_the_loss(weight, base, tmp_path):
     """Cross-entropy on the gated forward, plus the weighted divergence; the exact budget has no budget term."""
     trainer = trainer_for(base, tmp_path / "run", distillation=weight)
-    batch = labelled(0, [[2, (32, 32), 8]])
+    batch = labelled("llava", [[2, (32, 32), 8]])
     trainer.state.max_steps = 10
     loss, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
     teacher = tiny_pair("llava")[0](**{name: value for name, value in batch.items() if name != "labels"}).logits
@@ -132,9 +126,12 @@ def test_what_it_cannot_train(settings, says, base, tmp_path):
 
 def test_another_run_is_not_continued(base, tmp_path):
     trainer_for(base, tmp_path / "run").train()
+    last = str(tmp_path / "run" / "checkpoint-6")
     for settings in ({"seed": 5}, {"objective": "paper"}, {"max_steps": 9}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             trainer_for(base, tmp_path / "run", **settings).train(resume_from_checkpoint=True)
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            trainer_for(base, tmp_path / "elsewhere", **settings).train(resume_from_checkpoint=last)
 
 
 def test_resume_gives_the_same_weights(base, tmp_path):
@@ -155,11 +152,158 @@ def test_text_only_batches(base, tmp_path):
 
 
 def test_evaluation_cuts(base, tmp_path):
+    """Accuracy is that of the pruned model, and an answer is right when all of its tokens are."""
     trainer = trainer_for(base, tmp_path / "run")
-    prediction = trainer.predict(trainer.eval_dataset)
-    assert prediction.predictions.shape[:2] == prediction.label_ids.shape
-    # Rows of dropped tokens are zeros.
-    assert (prediction.predictions == 0).all(-1).any()
+    model, data = trainer.model.eval(), trainer.eval_dataset
+    for ratio in (0.2, 1.0):
+        right = []
+        for number, row in enumerate(data):
+            prompt = {name: value for name, value in row.items() if name != "labels"}
+            place = row["labels"] != -100
+            with torch.no_grad():
+                said = model(**prompt, pruner_ratio=ratio, query_mask=place.cumsum(1) == 0).logits.argmax(-1)
+            if ratio == 0.2 and number == 0:
+                # Only the pruned model gives this answer, so a metric that did not cut would be found out.
+                data[0]["labels"][place] = said[:, :-1][place[:, 1:]]
+                row = data[0]
+            right.append(bool((said[:, :-1][place[:, 1:]] == row["labels"][place]).all()))
+        model.config.pruner_ratio = ratio
+        assert trainer.evaluate()["eval_accuracy"] == sum(right) / len(right)
+        assert right == ([True, False] if ratio == 0.2 else [False, False])
+
+
+def test_the_best_is_kept_by_accuracy(base, tmp_path, monkeypatch):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    trainer = trainer_for(base, tmp_path / "run", max_steps=4, **settings)
+    said = iter([0.25, 0.75, 0.75, 0.5])
+    monkeypatch.setattr(trainer, "compute_metrics", lambda prediction: {"accuracy": next(said)})
+    trainer.train()
+    assert trainer.state.best_metric == 0.75
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    last = load_file(tmp_path / "run" / "checkpoint-4" / "model.safetensors")
+    state = trainer.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in best.items())
+    assert not all(torch.equal(state[name], value) for name, value in last.items())
+
+
+def test_foreground_recall(base, tmp_path):
+    """Of the tokens in boxes, how many the first cut keeps: logged in training, reported by evaluation."""
+    trainer = trainer_for(base, tmp_path / "run", budgets=[0.3], max_steps=1)
+    model = trainer.model
+    generator = torch.Generator().manual_seed(0)
+    for row in trainer.train_dataset:
+        vision = row["input_ids"] == model.config.image_token_id
+        row["foreground"] = vision & (torch.rand(vision.shape, generator=generator) < 0.4)
+    assert trainer.eval_dataset[0] is trainer.train_dataset[0]
+
+    def by_hand(rows, ratio):
+        kept = known = 0
+        for row in rows:
+            inputs = {name: value for name, value in row.items() if name != "foreground"}
+            with torch.no_grad():
+                mask = model.eval()(**inputs, pruner_ratio=ratio).kept_mask[0]
+            kept, known = kept + (mask & row["foreground"]).sum().item(), known + row["foreground"].sum().item()
+        return kept / known
+
+    assert trainer.evaluate()["eval_foreground_recall"] == pytest.approx(by_hand(trainer.eval_dataset, 0.2))
+    # Diversity is for inference: in training the score alone says what would be kept.
+    model.config.pruner_diversity = 0.0
+    (batch,) = [[trainer.train_dataset[number] for number in next(iter(trainer.get_train_dataloader().batch_sampler))]]
+    expected = by_hand(batch, 0.3)
+    trainer.train()
+    (logged,) = [entry["foreground_recall"] for entry in trainer.state.log_history if "foreground_recall" in entry]
+    assert 0 < logged < 1
+    assert logged == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("poison", ["pixel_values", None])
+def test_a_loss_that_is_no_number_stops(poison, base, tmp_path):
+    trainer = trainer_for(base, tmp_path / "run")
+    if poison:
+        for row in trainer.train_dataset:
+            row[poison] = torch.full_like(row[poison], torch.inf)
+    else:
+        torch.nn.init.constant_(trainer.model.model.pruner.output.weight, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"step 0.*batch-of-step-0-0\.pt"):
+        trainer.train()
+    batch = torch.load(tmp_path / "run" / "batch-of-step-0-0.pt")
+    assert {"input_ids", "pixel_values", "labels"} <= set(batch)
+
+
+def test_a_frozen_base_drops_nothing_out_and_checkpoints_its_layers(base, tmp_path):
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = config["vision_config"]["attention_dropout"] = 0.5
+    (base / "config.json").write_text(json.dumps(config))
+    trainer = trainer_for(base, tmp_path / "run", gradient_checkpointing=True)
+    batch = labelled("llava", [[2, (32, 32), 8]])
+    trainer.state.max_steps = 10
+    trainer.model.gradient_checkpointing_enable()
+    losses = [trainer.compute_loss(trainer.model.train(), batch).item() for _ in range(2)]
+    assert losses[0] == losses[1]
+    calls = []
+    layer = trainer.model.model.language_model.layers[1]
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    trainer.compute_loss(trainer.model, batch).backward()
+    # The teacher's, the student's, and the student's again on the way back.
+    assert len(calls) == 3
+    # A base that is trained, too, keeps its dropout.
+    trainer.model.requires_grad_(True).train()
+    assert layer.self_attn.training
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "bf16", "gradient_accumulation_steps"])
+def test_stock_settings(setting, base, tmp_path):
+    value = 2 if setting == "gradient_accumulation_steps" else True
+    trainer = trainer_for(base, tmp_path / "run", **{setting: value})
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    output = trainer.train()
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if ".pruner." in name}
+    assert output.metrics["trained_parameters"] == sum(before[name].numel() for name in changed)
+    assert output.metrics["peak_memory_bytes"] > 1e8
+
+
+def check_same_pruner(one, other):
+    """The last bias shifts all scores alike, which an exact budget undoes: its gradient is rounding, made large by
+    Adam."""
+    for (name, value), same in zip(one.named_parameters(), other.parameters()):
+        assert name == "output.bias" or (value - same).abs().max() < 1e-4, name
+
+
+def test_accumulated_batches_are_one_batch(base, tmp_path):
+    whole = trainer_for(base, tmp_path / "whole")
+    parts = trainer_for(base, tmp_path / "parts", per_device_train_batch_size=1, gradient_accumulation_steps=2)
+    start = whole.model.model.pruner.hidden.weight.clone()
+    for trainer in (whole, parts):
+        trainer.train()
+    assert (whole.model.model.pruner.hidden.weight - start).abs().max() > 1e-2
+    check_same_pruner(whole.model.model.pruner, parts.model.model.pruner)
+
+
+def test_tensorboard(base, tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    trainer_for(base, tmp_path / "run", report_to=["tensorboard"], max_steps=2).train()
+    (events,) = tmp_path.rglob("events.out.tfevents.*")
+    reader = accumulator.EventAccumulator(str(events))
+    reader.Reload()
+    tags = set(reader.Tags()["tensors"]) | set(reader.Tags()["scalars"])
+    assert {"train/keep_rate", "train/gate_entropy", "train/loss"} <= tags
+
+
+def test_print_trainable_parameters(base, tmp_path, capsys):
+    model = trainer_for(base, tmp_path / "run").model
+    model.print_trainable_parameters()
+    pruner = sum(parameter.numel() for parameter in model.model.pruner.parameters())
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    assert f"trainable params: {pruner:,} || all params: {everything:,}" in capsys.readouterr().out
+
+
+def test_no_samples(base, tmp_path):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base)
+    arguments = PrunerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="train data set has no samples"):
+        PrunerTrainer(model, arguments, train_dataset=[])
 
 
 @pytest.mark.parametrize(

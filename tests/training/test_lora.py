@@ -1,0 +1,91 @@
+"""Adapters on the language model, and the pruner with them, by peft."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
+
+from tiny_models import labelled, tiny_pair
+
+LORA = LoraConfig(
+    r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", lora_dropout=0.1, modules_to_save=["pruner"]
+)
+
+
+@pytest.fixture
+def base(tmp_path):
+    tiny_pair("llava")[0].save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def trainer_for(base, folder, lora=LORA, **settings):
+    torch.manual_seed(0)
+    model = get_peft_model(LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2), lora)
+    settings = {"max_steps": 4, "save_steps": 2, "learning_rate": 5e-3, **settings}
+    arguments = PrunerTrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=1, logging_steps=1, report_to=[], use_cpu=True, **settings
+    )
+    data = [labelled("llava", [[2, (32, 32), 8]], seed) for seed in range(4)]
+    return PrunerTrainer(model, arguments, lambda rows: rows[0], data, data[:2])
+
+
+@pytest.mark.parametrize("objective", ["default", "paper"])
+def test_adapters_and_pruner_learn_together(objective, base, tmp_path):
+    trainer = trainer_for(base, tmp_path / "run", objective=objective, gradient_checkpointing=True)
+    before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    pruner = {name for name in before if ".pruner.modules_to_save." in name}
+    assert changed == pruner | {name for name in before if ".lora_" in name}
+    assert trainer.evaluate()["eval_accuracy"] >= 0
+
+    # The checkpoint is an adapter that holds both.
+    last = tmp_path / "run" / "checkpoint-4"
+    saved = load_file(last / "adapter_model.safetensors")
+    assert any("lora_A" in name for name in saved)
+    assert sum("pruner" in name for name in saved) == len(pruner)
+    assert (last / "adapter_model.safetensors").stat().st_size < 100_000
+    trainer.model.eval()
+    batch = {name: value for name, value in labelled("llava", [[2, (32, 32), 8]], seed=9).items() if name != "labels"}
+    fresh = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2, pruner_trained=True)
+    opened = PeftModel.from_pretrained(fresh, last).eval()
+    with torch.no_grad():
+        expected = trainer.model(**batch)
+        assert expected.kept_mask[0].sum() < batch["input_ids"].numel()
+        assert (opened(**batch).logits - expected.logits).abs().max() < 1e-5
+
+        # Merged, it is one checkpoint without peft.
+        trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+        assert merged.config.pruner_trained
+        assert (merged(**batch).logits - expected.logits).abs().max() < 1e-4
+    generated = opened.generate(**batch, max_new_tokens=3, do_sample=False)
+    assert torch.equal(generated, merged.generate(**batch, max_new_tokens=3, do_sample=False))
+
+
+def test_the_teacher_is_the_base_without_adapters(base, tmp_path):
+    trainer = trainer_for(base, tmp_path / "run")
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    batch = labelled("llava", [[2, (32, 32), 8]])
+    stock = tiny_pair("llava")[0]
+    with torch.no_grad():
+        logits = stock(**{name: value for name, value in batch.items() if name != "labels"}).logits
+        assert trainer._distillation(trainer.model.train(), batch, logits, None).item() == pytest.approx(0, abs=1e-5)
+
+
+def test_resume_gives_the_same_adapters(base, tmp_path):
+    whole, resumed = (trainer_for(base, tmp_path / "run") for _ in range(2))
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters()):
+        assert torch.equal(one, other), name
+
+
+def test_adapters_that_leave_the_pruner_out(base, tmp_path):
+    with pytest.raises(ValueError, match="modules_to_save"):
+        trainer_for(base, tmp_path / "run", LoraConfig(target_modules=["q_proj"]))
