@@ -3,7 +3,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields
 
 from safetensors.torch import load_file
@@ -175,6 +175,12 @@ class HubMixin:
                 "The device map offloads the pruner, half a million parameters that every prompt needs: give "
                 "'model.pruner' a device of its own in device_map."
             )
+        if type(pruner.hidden) is not nn.Linear:
+            raise ValueError(
+                "The quantization_config covers the pruner, half a million parameters that must rank exactly: leave it "
+                "out with llm_int8_skip_modules=['model.pruner', 'lm_head'], best with 'model.vision_tower' and "
+                "'model.multi_modal_projector' too."
+            )
         # transformers keeps a loaded pruner in float32, but initialises a missing one in the model's precision.
         pruner.float()
 
@@ -263,8 +269,18 @@ class HubMixin:
             "AutoConfig": f"configuration_learnpruner.{self.config_class.__name__}",
             "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
         }
-        with nullcontext() if pruner_only else self._saved_in_full():
+        with self._saved_alone() if pruner_only else self._saved_in_full():
             return super().save_pretrained(save_directory, *args, **kwargs)
+
+    @contextmanager
+    def _saved_alone(self):
+        # How the base was quantised here is no part of the pruner: it opens on any copy of the base.
+        quantization = vars(self.config).pop("quantization_config", None)
+        try:
+            yield
+        finally:
+            if quantization is not None:
+                self.config.quantization_config = quantization
 
     @contextmanager
     def _saved_in_full(self):

@@ -4,7 +4,8 @@
 import json
 import random
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,7 +136,8 @@ class PrunerTrainer(Trainer):
         for name, data in (("train", train_dataset), ("evaluation", eval_dataset)):
             if data is not None and has_length(data) and len(data) == 0:
                 raise ValueError(f"The {name} data set has no samples.")
-        super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        with _as_adapter(pruned):
+            super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
         self._recorded: list[torch.Tensor] = []
         # Foreground tokens kept by the first cut, and all of them, of each batch.
         self._foreground: dict[bool, list[torch.Tensor]] = {True: [], False: []}
@@ -261,6 +263,17 @@ class PrunerTrainer(Trainer):
             self._recorded.clear()
             self._foreground[True].clear()
         super().log(logs, *args, **kwargs)
+
+
+@contextmanager
+def _as_adapter(model) -> Iterator[None]:
+    """`Trainer` refuses a quantised model without adapters, and does not know that the pruner is one."""
+    quantized = vars(model).pop("is_quantized", None)
+    try:
+        yield
+    finally:
+        if quantized is not None:
+            model.is_quantized = quantized
 
 
 def peak_memory(device: torch.device) -> int:
