@@ -103,6 +103,16 @@ def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def fill(page: str, mark: str, text: str) -> str:
+    """The page with `text` between the two comments of a mark. Raises `ValueError` where they are not there."""
+    opening, closing = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+    before, start, rest = page.partition(opening)
+    _, end, after = rest.partition(closing)
+    if not start or not end:
+        raise ValueError(f"The page has no {opening} ... {closing} to fill.")
+    return f"{before}{opening}\n{text}\n{closing}{after}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of benchmarks/accuracy.py")
@@ -114,12 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         groups = group_runs([read_result(path) for path in arguments.results])
         text = table(groups)
         if arguments.into:
-            opening, closing = f"<!-- {arguments.mark} -->", f"<!-- /{arguments.mark} -->"
-            before, start, rest = arguments.into.read_text().partition(opening)
-            _, end, after = rest.partition(closing)
-            if not start or not end:
-                raise ValueError(f"{arguments.into} has no {opening} ... {closing} to fill.")
-            arguments.into.write_text(f"{before}{opening}\n{text}\n{closing}{after}")
+            arguments.into.write_text(fill(arguments.into.read_text(), arguments.mark, text))
         else:
             print(text)
         if arguments.plot:

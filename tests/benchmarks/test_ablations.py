@@ -1,0 +1,87 @@
+"""The study of the parts: what is asked, that it goes on where it was, and that its tables hold what was recorded."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import ablations
+import tiny_llava
+
+MARKS = "\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in (*ablations.TABLES, "cost"))
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    processor = tiny_llava.build_processor()
+    tiny_llava.build_model(processor).save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ablations, "SEEDS", (0, 1))
+    quick = "--max_steps 1 --per_device_train_batch_size 1 --eval_strategy no --load_best_model_at_end false"
+    short = ablations.Training("short", (*quick.split(), "--save_strategy", "no", "--use_cpu", "true"))
+    rows = [
+        ablations.Asked("random", "random", 64),
+        ablations.learned("learnpruner", short, tokens=64),
+        ablations.learned("k = 2", short, tokens=64, pruner_layer=2),
+    ]
+    monkeypatch.setattr(ablations, "TABLES", {"budgets": rows})
+    monkeypatch.setattr(ablations, "DEFAULT", short)
+    return tmp_path / "base"
+
+
+def test_study(base, tmp_path, capsys):
+    common = ["--base", str(base), "--limit", "4"]
+    assert ablations.main([*common, "--runs", str(tmp_path / "runs")]) == 0
+    results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
+    assert set(results) == {f"{name}_64_{seed}" for name in ("random", "learnpruner", "k___2") for seed in (0, 1)}
+    assert results["k___2_64_0"]["fields"]["pruner_layer"] == 2
+    assert results["learnpruner_64_0"]["pruner_sha256"] != results["learnpruner_64_1"]["pruner_sha256"]
+    assert results["learnpruner_64_0"]["pruner_sha256"] == results["k___2_64_0"]["pruner_sha256"]
+    assert all(result["pruner_trained"] for name, result in results.items() if "random" not in name)
+    record = json.loads((tmp_path / "results" / "trainings" / "short-1.json").read_text())
+    assert (record["seed"], record["steps"], record["samples"]) == (1, 1, 960)
+
+    # What is there is not done again.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    (tmp_path / "results" / "random_64_1.json").unlink()
+    assert ablations.main([*common, "--runs", str(tmp_path / "runs")]) == 0
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
+    assert {path.name for path in after if after[path] != before[path]} == {"random_64_1.json"}
+
+    unpruned = tmp_path / "unpruned.json"
+    assert (
+        ablations.accuracy.main([*common[2:], "--model", str(base), "--method", "none", "--output", str(unpruned)]) == 0
+    )
+    page = tmp_path / "page.md"
+    page.write_text(MARKS)
+    # An untrained model has nothing right of some kinds, and nothing can be relative to that.
+    whole = json.loads(unpruned.read_text())
+    for kind in whole["by_kind"].values():
+        kind["accuracy"] = 0.5
+    unpruned.write_text(json.dumps(whole))
+    assert ablations.main(["--into", str(page), "--unpruned", str(unpruned)]) == 0
+    rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| standard")]
+    assert [row[1] for row in rows] == ["none", "random", "learnpruner", "k = 2"]
+    assert [row[4] for row in rows] == ["1", "2", "2", "2"]
+    assert "| short | 2 | 960 | 1 | 67,330 |" in page.read_text()
+    assert ablations.main(["--into", str(page), "--unpruned", str(page)]) == 2
+    assert "page.md" in capsys.readouterr().err
+
+
+def test_a_claim_is_one_processes_and_ends_with_it(tmp_path):
+    with ablations.claimed(tmp_path / "x") as mine, ablations.claimed(tmp_path / "x") as theirs:
+        assert mine
+        assert not theirs
+    with ablations.claimed(tmp_path / "x") as mine:
+        assert mine
+
+
+def test_rows_have_files_of_their_own():
+    rows = {(asked.label, asked.tokens): asked for table in ablations.TABLES.values() for asked in table}
+    files = {asked.file(seed) for asked in rows.values() for seed in asked.seeds}
+    assert len(files) == sum(len(asked.seeds) for asked in rows.values())
+    one = ablations.BOTH
+    assert one.file(0) != replace(one, tokens=64).file(0)
