@@ -26,7 +26,7 @@ import platform
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from learnpruner.cli import Parser, positive
 
-from scenes import CELL, GRID, KINDS, OBJECTS, ask, make_scene, sources
+from scenes import CELL, GRID, KINDS, OBJECTS, Scene, ask, make_scene, sources
 from tiny_llava import (
     PATCH,
     VisionHeads,
@@ -54,7 +54,6 @@ STAGES = ("vision", "align", "answer", "sizes")
 # Muon's, for the matrices of layers and projector; AdamW's, for all else.
 LEARNING_RATE = {"vision": 2e-2, "align": 1e-2, "answer": 1e-2, "sizes": 1e-2}
 ADAMW_LEARNING_RATE = 2e-3
-QUESTIONS = 24  # a scene
 LOG_EVERY = 50
 # Which word asks for which patches is found all at once, sooner or later: the text aligns until it answers that many.
 ALIGNED = 0.9
@@ -62,16 +61,20 @@ ALIGNED = 0.9
 
 @dataclass(frozen=True)
 class Plan:
-    """The scenes of one step: how many, their grid of (rows, columns) cells, pixels of a cell's side, and how many
-    objects (least, most) they may hold."""
+    """One step: how many scenes, their grid of (rows, columns) cells, how many objects (least, most) they may hold,
+    pixels of a cell's side; and how many questions a scene, of which kinds, and whether no two may be alike."""
 
     scenes: int
     grid: tuple[int, int]
     objects: tuple[int, int]
     cell: int = CELL
+    questions: int = 24
+    kinds: tuple[str, ...] = KINDS
+    distinct: bool = False
 
     @property
     def tokens(self) -> int:
+        """Of one scene."""
         return self.grid[0] * self.grid[1] * (self.cell // PATCH) ** 2
 
 
@@ -82,10 +85,27 @@ def plan_step(stage: str, step: int, progress: float, rng: random.Random) -> Pla
         return Plan(scenes, grid, (1, grid[0] * grid[1]))
     if stage == "align":
         return Plan(4, (2, 2), (1, min(4, 2 + int(10 * progress))))
-    if stage == "answer" or rng.random() < 0.4:
-        return Plan(4, full, rng.choice(((1, 3), OBJECTS["standard"], OBJECTS["hard"])))
-    grid = (rng.randint(1, GRID), rng.randint(1, GRID))
-    return Plan(4, grid, (1, min(grid[0] * grid[1], OBJECTS["hard"][1])), rng.choice((24, 32, 40, 48, 64, 64)))
+    objects = rng.choice(((1, 3), OBJECTS["standard"], OBJECTS["hard"]))
+    if stage == "answer":
+        return Plan(4, full, objects)
+    if rng.random() < 0.4:
+        plan = Plan(6, full, objects)
+    else:
+        grid, cell = (rng.randint(1, GRID), rng.randint(1, GRID)), rng.choice((24, 32, 40, 48, 64, 64))
+        plan = Plan(1, grid, (1, min(grid[0] * grid[1], OBJECTS["hard"][1])), cell)
+        # Small scenes are cheap: more of them.
+        plan = replace(plan, scenes=max(4, min(16, 4 * Plan(1, full, objects).tokens // plan.tokens)))
+    # Numbers are learned last, and from many scenes, each of which has few to ask for.
+    return replace(plan, questions=12, kinds=("color", "shape", "presence", "presence", *4 * ("count",)), distinct=True)
+
+
+def questions_about(scene: Scene, plan: Plan, rng: random.Random) -> list[tuple[str, str]]:
+    questions = []
+    while len(questions) < plan.questions:
+        question = ask(rng, scene, rng.choice(plan.kinds))
+        if question is not None and not (plan.distinct and question in questions):
+            questions.append(question)
+    return questions
 
 
 def rate_at(stage: str, progress: float, step: int) -> float:
@@ -232,14 +252,7 @@ class Run:
                 torch.from_numpy(np.stack([f(s) for s in scenes])) for f in (patch_classes, patch_middles)
             )
             return self.heads(layer.float(), tower.pooler_output.float(), classes, middles)
-        asked = []
-        for scene in scenes:
-            questions = []
-            while len(questions) < QUESTIONS:
-                question = ask(rng, scene, rng.choice(KINDS))
-                if question is not None:
-                    questions.append(question)
-            asked.append(questions)
+        asked = [questions_about(scene, plan, rng) for scene in scenes]
         batch = pack_questions(asked, self.processor, plan.tokens)
         labels, ids = batch.pop("labels"), batch.pop("input_ids")
         with torch.autocast("cpu", torch.bfloat16):
@@ -303,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=len(STAGES), default=(2500, 1800, 1500, 1500), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=len(STAGES), default=(2500, 1800, 1500, 1200), metavar=STAGES)
     parser.add_argument("--save-every", type=positive, default=200)
     parser.add_argument("--threads", type=positive, default=2)
     arguments = parser.parse_args(argv)

@@ -102,11 +102,22 @@ def test_the_last_stage_sees_every_share_of_ground(scene):
     assert {plan.grid for plan in plans} == {(rows, columns) for rows in (1, 2, 3) for columns in (1, 2, 3)}
     assert min(plan.cell for plan in plans) < max(plan.cell for plan in plans) == 64
     assert sum(plan.grid == (3, 3) and plan.cell == 64 for plan in plans) > 160
+    # Small scenes come in larger numbers, and no step is much dearer than one of full scenes.
+    assert max(plan.scenes * plan.tokens for plan in plans) == 6 * 576
+    assert max(plan.scenes for plan in plans) == 16
     for number, plan in enumerate(plans[:60]):
         rng = random.Random(number)
         drawn = make_scene(rng, sources("train"), plan.objects, grid=plan.grid, cell=plan.cell)
         assert len(drawn.objects) <= plan.grid[0] * plan.grid[1]
         assert tiny_llava.pixels_of([drawn], tiny_llava.build_processor())[0, 0].numel() == plan.tokens * 64
+
+
+def test_questions_of_the_last_stage_differ_and_ask_for_numbers_most(scene):
+    plan = recipe.plan_step("sizes", 0, 0.5, random.Random(0))
+    questions = recipe.questions_about(scene, plan, random.Random(0))
+    assert len(set(questions)) == len(questions) == plan.questions
+    counts = sum(question.startswith("how many") for question, _ in questions)
+    assert counts >= plan.questions / 3
 
 
 def test_model_card():
@@ -138,8 +149,7 @@ def test_alignment_goes_on_until_it_answers(tmp_path, monkeypatch):
 
 def test_a_killed_run_goes_on(tmp_path, monkeypatch, capsys):
     grids = {"vision": (2, 2), "align": (2, 2), "answer": (3, 3), "sizes": (1, 2)}
-    monkeypatch.setattr(recipe, "plan_step", lambda stage, *rest: recipe.Plan(1, grids[stage], (1, 2)))
-    monkeypatch.setattr(recipe, "QUESTIONS", 2)
+    monkeypatch.setattr(recipe, "plan_step", lambda stage, *rest: recipe.Plan(1, grids[stage], (1, 2), questions=2))
     steps = ["--steps", "2", "1", "1", "3", "--save-every", "1"]
     assert recipe.main(["--output", str(tmp_path / "whole"), *steps]) == 0
     save, saves = recipe.Run.save, []

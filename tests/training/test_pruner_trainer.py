@@ -132,6 +132,10 @@ def test_another_run_is_not_continued(base, tmp_path):
             trainer_for(base, tmp_path / "run", **settings).train(resume_from_checkpoint=True)
         with pytest.raises(ValueError, match=next(iter(settings))):
             trainer_for(base, tmp_path / "elsewhere", **settings).train(resume_from_checkpoint=last)
+    other = tmp_path / "other"
+    base.rename(other)
+    with pytest.raises(ValueError, match=r"another run \(base"):
+        trainer_for(other, tmp_path / "run").train(resume_from_checkpoint=True)
 
 
 def test_resume_gives_the_same_weights(base, tmp_path):
