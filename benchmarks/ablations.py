@@ -13,7 +13,7 @@ training its cost and log, trainings/ in there.
 import fcntl
 import json
 import os
-import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from learnpruner.cli import Parser, positive
-from learnpruner.training.command import parse_arguments, train
+from learnpruner.training.command import RECORD
 
 import accuracy
 import render_accuracy
@@ -42,16 +42,19 @@ SMALLEST = 32
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one kind of pruner, beside those of the file."""
+    """Settings of one kind of pruner, beside those of the file. All take the last checkpoint, none the best."""
 
     name: str
     settings: tuple[str, ...] = ()
 
 
-DEFAULT = Training("default")
-PAPER = Training("paper", ("--objective", "paper", "--pruner_ratio", str(SMALLEST / TOKENS)))
-THIRD = Training("third", ("--data_share", str(1 / 3)))
-TENTH = Training("tenth", ("--data_share", "0.1"))
+LAST = ("--load_best_model_at_end", "false", "--eval_strategy", "no")
+DEFAULT = Training("default", LAST)
+PAPER = Training("paper", (*LAST, "--objective", "paper", "--pruner_ratio", str(SMALLEST / TOKENS)))
+THIRD = Training("third", (*LAST, "--data_share", str(1 / 3)))
+TENTH = Training("tenth", (*LAST, "--data_share", "0.1"))
+# What the small model's configuration says, so that the default setting is asked once for all tables.
+FIELDS = {"pruner_diversity": 0.1, "pruner_stage_ratio": 3, "pruner_layer": 3}
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,15 @@ class Asked:
         return SEEDS if self.training or self.method == "random" else (0,)
 
     def file(self, seed: int) -> Path:
-        words = f"{self.label}-{self.tokens}-{seed}".lower()
-        return RESULTS / ("".join(c if c.isalnum() else "_" for c in words) + ".json")
+        parts = [self.method, *([self.training.name] if self.training else []), str(self.tokens), str(seed)]
+        parts += [f"{name}={value}" for name, value in self.fields.items() if value != FIELDS[name]]
+        return RESULTS / ("-".join(parts) + ".json")
 
 
-def learned(label: str, training: Training = DEFAULT, method: str = "learnpruner", tokens: int = SMALLEST, **fields):
-    return Asked(label, method, tokens, training, fields)
+def learned(
+    label: str, training: Training | None = None, method: str = "learnpruner", tokens: int = SMALLEST, **fields
+):
+    return Asked(label, method, tokens, training or DEFAULT, fields)
 
 
 BOTH = learned("learnpruner")
@@ -115,26 +121,38 @@ def claimed(lock: Path) -> Iterator[bool]:
             yield True
 
 
-def train_pruner(training: Training, seed: int, base: Path, runs: Path) -> Path:
-    """The pruner's folder, trained now where it is not there."""
+def train_pruner(training: Training, seed: int, base: Path, runs: Path, threads: int) -> Path:
+    """The pruner's folder, trained now where it is not there: in a process of its own, whose memory is the training's
+    alone."""
     folder = runs / f"{training.name}-{seed}"
-    record = RESULTS / "trainings" / f"{training.name}-{seed}.json"
-    if not (folder / "training.json").exists():
-        data = runs / "scenes"
-        if not (data / "eval.jsonl").exists():
-            scenes.main(["--output", str(data)])
-        settings = {"model_name_or_path": base, "train_data": data / "train.jsonl", "eval_data": data / "eval.jsonl"}
-        settings |= {"output_dir": folder, "seed": seed, "logging_steps": 10}
+    if not (folder / RECORD).exists():
+        settings = {"model_name_or_path": base, "train_data": make_scenes(runs) / "train.jsonl"}
+        settings |= {"eval_data": make_scenes(runs) / "eval.jsonl", "output_dir": folder, "seed": seed}
         flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        train(*parse_arguments(CONFIG, [*flags, *training.settings]))
+        command = [sys.executable, "-m", "learnpruner.cli", "train", str(CONFIG), *flags, *training.settings]
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    record = RESULTS / "trainings" / f"{training.name}-{seed}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "training.json", record)
+    known = json.loads((folder / RECORD).read_text())
+    known["base"] = base.name
+    record.write_text(json.dumps(known, indent=1) + "\n")
     return folder
 
 
-def ask(asked: Asked, seed: int, base: Path, runs: Path, limit: int) -> None:
+def make_scenes(runs: Path) -> Path:
+    """The folder of train scenes; whoever comes second waits until they are whole."""
+    folder = runs / "scenes"
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / "scenes.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "eval.jsonl").exists() and scenes.main(["--output", str(folder)]) != 0:
+            raise RuntimeError("The train scenes were not made; the message stands above.")
+    return folder
+
+
+def ask(asked: Asked, seed: int, model: Path, limit: int) -> None:
     path = asked.file(seed)
-    model = train_pruner(asked.training, seed, base, runs) if asked.training else base
+    path.parent.mkdir(parents=True, exist_ok=True)
     command = ["--model", str(model), "--method", asked.method, "--name", asked.label, "--seed", str(seed)]
     command += ["--ratio", f"{asked.tokens}/{TOKENS}", "--limit", str(limit), "--output", f"{path}.part"]
     command += [part for name, value in asked.fields.items() for part in ("--set", f"{name}={value}")]
@@ -147,12 +165,23 @@ def tables(unpruned: dict) -> dict[str, str]:
     """Markdown of each table, from what has been measured."""
     found = {}
     for name, rows in TABLES.items():
-        paths = [asked.file(seed) for asked in rows for seed in asked.seeds]
-        results = [accuracy.read_result(path) for path in paths if path.exists()]
+        results = [
+            {**accuracy.read_result(asked.file(seed)), "name": asked.label}
+            for asked in rows
+            for seed in asked.seeds
+            if asked.file(seed).exists()
+        ]
         groups = render_accuracy.group_runs([unpruned, *results])
         order = {(asked.label, asked.tokens): place for place, asked in enumerate(rows)}
         groups = dict(sorted(groups.items(), key=lambda item: order.get((item[0][1], round(item[0][2])), -1)))
-        found[name] = render_accuracy.table(groups)
+        missing = [
+            f"{asked.label} at {asked.tokens}"
+            for asked in rows
+            for seed in asked.seeds
+            if not asked.file(seed).exists()
+        ]
+        note = f"\n\nNot measured: {', '.join(dict.fromkeys(missing))}." if missing else ""
+        found[name] = render_accuracy.table(groups) + note
     return found
 
 
@@ -165,7 +194,7 @@ def cost_table() -> str:
         paths = [RESULTS / "trainings" / f"{training.name}-{seed}.json" for seed in SEEDS]
         records = [json.loads(path.read_text()) for path in paths if path.exists()]
         if records:
-            minutes = [record["metrics"]["train_runtime"] / 60 for record in records]
+            minutes = [record["metrics"]["seconds"] / 60 for record in records]
             memory = max(record["metrics"]["peak_memory_bytes"] for record in records) / 1e6
             cells = [training.name, len(records), records[0]["samples"], records[0]["steps"]]
             cells.append(f"{records[0]['metrics']['trained_parameters']:,}")
@@ -190,20 +219,21 @@ def main(argv: list[str] | None = None) -> int:
         for asked, seed in tqdm(wanted if arguments.runs else [], desc="ablations"):
             if asked.file(seed).exists():
                 continue
+            model = arguments.base
             if asked.training:
                 with claimed(arguments.runs / "locks" / f"{asked.training.name}-{seed}") as mine:
                     if not mine:
                         continue
-                    train_pruner(asked.training, seed, arguments.base, arguments.runs)
+                    model = train_pruner(asked.training, seed, arguments.base, arguments.runs, arguments.threads)
             with claimed(arguments.runs / "locks" / asked.file(seed).name) as mine:
                 if mine and not asked.file(seed).exists():
-                    ask(asked, seed, arguments.base, arguments.runs, arguments.limit)
+                    ask(asked, seed, model, arguments.limit)
         if arguments.into:
             text = arguments.into.read_text()
             for name, table in {**tables(accuracy.read_result(arguments.unpruned)), "cost": cost_table()}.items():
                 text = render_accuracy.fill(text, name, table)
             arguments.into.write_text(text)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         print(f"ablations: {error}", file=sys.stderr)
         return 2
     return 0

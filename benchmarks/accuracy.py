@@ -137,6 +137,8 @@ def cls_attention_scores(model: PreTrainedModel, pixel_values: torch.Tensor) -> 
     """What [CLS] pays each patch, mean over the heads, in the layer whose output LLaVA reads (FasterVLM,
     arXiv 2412.01818): `(images, patches)` float32."""
     layer = model.config.vision_feature_layer
+    if not (isinstance(layer, int) and layer < 0):
+        raise ValueError(f"[CLS] attention is read in one layer counted from the end, and the model reads {layer}.")
     (encoder,) = (module for module in model.model.vision_tower.modules() if isinstance(module, CLIPEncoder))
     states = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
     # The states of a negative number are that layer's output, those before them its input.
@@ -153,6 +155,7 @@ def cls_attention_scores(model: PreTrainedModel, pixel_values: torch.Tensor) -> 
 def each_image_encoded_once(tower: nn.Module) -> Iterator[None]:
     """The questions of a scene stand side by side in a batch: their image goes through the tower once for all."""
     forward = tower.forward
+    before = vars(tower).get("forward")  # an accelerate hook's, on a model with a device map
 
     def once(pixel_values: torch.Tensor, **kwargs):
         _, place, counts = pixel_values.flatten(1).unique_consecutive(dim=0, return_inverse=True, return_counts=True)
@@ -169,7 +172,10 @@ def each_image_encoded_once(tower: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        del tower.forward
+        if before is None:
+            del tower.forward
+        else:
+            tower.forward = before
 
 
 @dataclass(frozen=True)

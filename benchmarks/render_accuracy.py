@@ -51,17 +51,34 @@ def spread(values: list[float | None]) -> str:
     return mean if len(values) == 1 else f"{mean} ({100 * min(values):.1f}-{100 * max(values):.1f})"
 
 
+def _left(run: dict) -> tuple[float, float]:
+    """Foreground recall after the first cut, and objects of which any token is left after the last."""
+    return run["tokens"]["foreground_recall"][0], run["tokens"]["objects_seen"][-1]
+
+
 def table(groups: dict[tuple, list[dict]]) -> str:
-    """Markdown, in percent."""
+    """Markdown, in percent. "Boxes kept" is foreground recall: the share of the patches in objects' boxes."""
     kinds = sorted({kind for runs in groups.values() for run in runs for kind in run["by_kind"]})
-    head = ["scenes", "method", "mean tokens", "after each cut", "runs", "accuracy", "RelAcc", *kinds, "objects seen"]
+    head = [
+        "scenes",
+        "method",
+        "mean tokens",
+        "after each cut",
+        "runs",
+        "accuracy",
+        "RelAcc",
+        *kinds,
+        "boxes kept by cut 1",
+        "objects seen",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (level, name, mean), runs in groups.items():
         cuts = " -> ".join(map(str, runs[0]["tokens"]["after_cuts"])) or "none"
         cells = [level, name, f"{mean:.1f}", cuts, str(len(runs))]
         cells += [spread([run[name] for run in runs]) for name in ("accuracy", "relative_accuracy")]
         cells += [spread([run["by_kind"][kind]["accuracy"] for run in runs]) for kind in kinds]
-        cells.append(spread([run["tokens"]["objects_seen"][-1] for run in runs]) if cuts != "none" else "")
+        for values in ([], []) if cuts == "none" else zip(*(_left(run) for run in runs)):
+            cells.append(spread(values) if values else "")
         lines.append("| " + " | ".join(cells) + " |")
     questions = sorted({run["n"] for runs in groups.values() for run in runs})
     versions = sorted({f"transformers {r['versions']['transformers']}" for runs in groups.values() for r in runs})

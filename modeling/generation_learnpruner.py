@@ -235,6 +235,7 @@ class PrunedGenerationMixin:
         query_mask: torch.Tensor | None,
     ) -> LearnPrunerCausalLMOutputWithPast:
         plan = {name: kwargs.pop(name) for name in PLAN if name in kwargs}
+        budget_share = kwargs.pop("budget_share", None)
         soft = self.training and labels is not None
         kept_logits = stock["logits_to_keep"]
         kept_logits = slice(-kept_logits, None) if isinstance(kept_logits, int) else kept_logits
@@ -265,20 +266,24 @@ class PrunedGenerationMixin:
             vocab_size = self.config.text_config.vocab_size
             loss = self.loss_function(logits=outputs.logits, labels=labels, vocab_size=vocab_size, **kwargs)
             if soft:
-                loss = loss + self._pruner_loss(pruning, labels, kwargs.get("num_items_in_batch"))
+                loss = loss + self._pruner_loss(pruning, labels, kwargs.get("num_items_in_batch"), budget_share)
         return LearnPrunerCausalLMOutputWithPast(
             **outputs, loss=loss, kept_mask=pruning.kept_mask, vision_scores=pruning.decided_scores
         )
 
-    def _pruner_loss(self, pruning: PruningCall, labels: torch.Tensor, num_items_in_batch) -> torch.Tensor:
+    def _pruner_loss(
+        self, pruning: PruningCall, labels: torch.Tensor, num_items_in_batch, budget_share
+    ) -> torch.Tensor:
         trained = [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
         if pruning.gates is None:
             # Without images the pruner has no part in the loss; a batch of text must still have a gradient.
             return sum((parameter.sum() * 0 for parameter in trained), labels.new_zeros((), dtype=torch.float32))
         loss = budget_loss(pruning.probabilities, pruning.shares)
         if num_items_in_batch is not None:
-            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise.
-            loss = loss * (labels[:, 1:] != -100).sum() / num_items_in_batch
+            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
+            # by its share of the step's images where the caller knows it, else of the labels.
+            by_labels = (labels[:, 1:] != -100).sum() / num_items_in_batch
+            loss = loss * (by_labels if budget_share is None else budget_share)
         if trained and loss.requires_grad:
             # A forward pass alone trains nothing: only a backward pass gets here.
             loss.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))

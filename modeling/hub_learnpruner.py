@@ -214,6 +214,19 @@ class HubMixin:
             )
         return self.train()
 
+    def leave_base(self) -> tuple[str | None, str | None]:
+        """For whoever changes more than the pruner: from now on checkpoints hold all weights.
+
+        Returns:
+            The base that the model had, and its revision.
+        """
+        base = self.config.base_model_name_or_path, self.config.base_model_revision
+        base = self._base if base[0] is None else base
+        self._base = (None, None)
+        self.config.base_model_name_or_path = self.config.base_model_revision = None
+        self._follow_base_model_field()
+        return base
+
     def train(self, mode: bool = True) -> "HubMixin":
         """As stock; a frozen base drops nothing out. Its layers stay in training mode themselves, without which
         gradient checkpointing would be passed over."""

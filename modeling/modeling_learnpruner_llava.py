@@ -71,6 +71,8 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
                 Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
                 first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
+            budget_share (`float`, *optional*, among the keyword arguments): In training with accumulated or parallel
+                batches, what share of the step's images this call has, which weighs the budget term.
 
         Raises:
             `ValueError`: where images and placeholders do not match, or where a cut cannot be made

@@ -1,6 +1,7 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The `learnpruner train` command: a configuration file, flags that override it, and a pruner at the end."""
 
+import argparse
 import json
 import os
 from dataclasses import dataclass, field
@@ -10,13 +11,14 @@ import torch
 import transformers
 import yaml
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.compare import load_processor
 
 from .data import PrunerCollator, load_samples
-from .trainer import PrunerTrainer, PrunerTrainingArguments
+from .trainer import PrunerTrainer, PrunerTrainingArguments, last_checkpoint
+
+RECORD = "training.json"
 
 
 @dataclass
@@ -30,6 +32,7 @@ class PrunerDataArguments:
         data_share (`float`, defaults to 1.0): How many of the training samples, drawn by `seed`.
         strict (`bool`): An image that cannot be read is an error; otherwise its sample is left out, and counted.
         max_length (`int`, *optional*): Tokens of the longest row; never cuts an image.
+        foreground (`bool`, defaults to `True`): Where samples have boxes, logs how much of them the first cut keeps.
         pruner_ratio (`float`, *optional*): In place of the checkpoint's: the budget of evaluation and, for the
             paper's objective, of training.
         relative_base (`bool`, defaults to `False`): Names a base that is a folder by its path from the output, so
@@ -43,6 +46,7 @@ class PrunerDataArguments:
     data_share: float = 1.0
     strict: bool = False
     max_length: int | None = None
+    foreground: bool = True
     pruner_ratio: float | None = None
     relative_base: bool = False
 
@@ -61,11 +65,17 @@ def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments
         raise ValueError(f"{config} is not a list of settings, one `name: value` a line.")
     arguments = []
     for name, value in settings.items():
-        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    parser = HfArgumentParser((PrunerDataArguments, PrunerTrainingArguments), allow_abbrev=False)
-    data, training, unknown = parser.parse_args_into_dataclasses(
-        [*arguments, *flags], look_for_args_file=False, return_remaining_strings=True
-    )
+        if isinstance(value, dict):
+            arguments += [f"--{name}", json.dumps(value)]
+        elif value is not None:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    parser = HfArgumentParser((PrunerDataArguments, PrunerTrainingArguments), allow_abbrev=False, exit_on_error=False)
+    try:
+        data, training, unknown = parser.parse_args_into_dataclasses(
+            [*arguments, *flags], look_for_args_file=False, return_remaining_strings=True
+        )
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{config}: {error}") from error
     if unknown:
         raise ValueError(f"Unknown settings: {' '.join(unknown)}")
     return data, training
@@ -81,8 +91,6 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
     output = Path(training.output_dir)
     if output.resolve() == Path(data.model_name_or_path).resolve():
         raise ValueError(f"output_dir {output} holds the base, which the pruner would replace.")
-    if data.relative_base and not Path(data.model_name_or_path).is_dir():
-        raise ValueError(f"relative_base is for a base in a folder, and there is none at {data.model_name_or_path}.")
     processor = load_processor(data.model_name_or_path)
     samples = load_samples(data.train_data, data.image_folder, data.data_share, training.seed, data.strict)
     evaluation = None
@@ -91,33 +99,34 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
     fields = {} if data.pruner_ratio is None else {"pruner_ratio": data.pruner_ratio}
     torch.manual_seed(training.seed)  # of a fresh pruner's weights
     model = LearnPrunerForConditionalGeneration.from_pretrained(data.model_name_or_path, **fields)
-    collator = PrunerCollator(processor, data.max_length, foreground="boxes" in samples.column_names)
+    foreground = data.foreground and "boxes" in samples.column_names
+    collator = PrunerCollator(processor, data.max_length, foreground, data.strict)
     trainer = PrunerTrainer(model, training, collator, samples, evaluation)
-    model.print_trainable_parameters()
-    last = get_last_checkpoint(training.output_dir) if output.is_dir() else None
-    metrics = trainer.train(resume_from_checkpoint=last).metrics
+    base = model.config.base_model_name_or_path
+    if data.relative_base and not (base and Path(base).is_dir()):
+        raise ValueError(f"relative_base is for a base in a folder, and this one is {base or 'not named'}.")
     if trainer.is_world_process_zero():
-        config = model.config
-        base = config.base_model_name_or_path
+        model.print_trainable_parameters()
+    last = last_checkpoint(output)
+    metrics = trainer.train(resume_from_checkpoint=last).metrics
+    finished_before = last is not None and last.endswith(f"checkpoint-{trainer.state.global_step}")
+    if trainer.is_world_process_zero() and not (finished_before and (output / RECORD).exists()):
         if data.relative_base:
-            config.base_model_name_or_path = f"./{Path(os.path.relpath(base, output)).as_posix()}"
+            model.config.base_model_name_or_path = f"./{Path(os.path.relpath(base, output)).as_posix()}"
         # Not trainer.save_model: it would add a pickle of the arguments.
         model.eval().save_pretrained(output)
         processor.save_pretrained(output)
         record = {
-            "objective": training.objective,
-            "budgets": training.budgets if training.objective == "default" else [config.pruner_ratio],
-            "samples": len(samples),
+            **trainer.run_settings(),
+            "base": model.config.base_model_name_or_path,
             "steps": trainer.state.max_steps,
-            "samples_a_step": training.train_batch_size * training.gradient_accumulation_steps * training.world_size,
-            "learning_rate": training.learning_rate,
-            "seed": training.seed,
+            "processes": training.world_size,
             "device": str(training.device),
             "threads": torch.get_num_threads(),
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "metrics": metrics,
             "log": trainer.state.log_history,
         }
-        (output / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-        config.base_model_name_or_path = base
+        (output / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        model.config.base_model_name_or_path = base
     return trainer

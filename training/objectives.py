@@ -50,8 +50,6 @@ class TopKGate(LearnedScore):
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
         return [soft_top_k(score / self.temperature, share * len(score)) for score, share in zip(scores, shares)]
 
-    soft = gate
-
 
 @dataclass(frozen=True)
 class RecordedGate(LearnedScore):
@@ -64,7 +62,9 @@ class RecordedGate(LearnedScore):
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
         gates = self.inner.gate(scores, shares)
         with torch.no_grad():
-            for gate, soft, share in zip(gates, self.inner.soft(scores, shares), shares):
+            # Straight-through gates are hard; the others are probabilities themselves.
+            hard = isinstance(self.inner, ArgmaxGate)
+            for gate, soft, share in zip(gates, self.inner.soft(scores, shares) if hard else gates, shares):
                 entropy = (torch.special.entr(soft) + torch.special.entr(1 - soft)).mean() / math.log(2)
                 self.record.append(torch.stack([torch.full_like(entropy, share), gate.mean(), entropy]))
         return gates

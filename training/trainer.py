@@ -4,6 +4,7 @@
 import json
 import random
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,15 +14,16 @@ import psutil
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
+from learnpruner.cuts_learnpruner import learnpruner_schedule
 from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scorer_learnpruner import top_k
 
-from .metrics import ExactMatch
 from .objectives import ArgmaxGate, RecordedGate, TopKGate, with_gate
 
+# Beside the checkpoints of a run, and in each, where it is written last: what it is a checkpoint of.
 RUN_FILE = "pruner_run.json"
 
 
@@ -38,7 +40,8 @@ class PrunerTrainingArguments(TrainingArguments):
             budget term, at the configuration's ratio (LearnPruner, arXiv 2604.23950; what it leaves open is in
             `objectives.py`).
         budgets (`list[float]`, defaults to 1/3, 2/9, 1/9 and 1/18):
-            Ratios of which each step draws one, so that one checkpoint serves them all. `"default"` only.
+            Ratios of which each step draws one, so that one checkpoint serves them all: the first cut's gates sum to
+            R1 of that ratio; the second cut has no part in training. `"default"` only.
         distillation (`float`, defaults to 1.0):
             Weight of the Kullback-Leibler divergence from the unpruned model on answer tokens. `"default"` only.
         temperature, final_temperature (`float`, default to 1.0 and 0.1):
@@ -59,6 +62,9 @@ class PrunerTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
             self.metric_for_best_model = "accuracy"
+        if self.accelerator_config is None:
+            # Each process collates its own batches of a stream: cut out of a large one, rows would lose their images.
+            self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
         if self.objective not in ("default", "paper"):
             raise ValueError(f"objective is 'default' or 'paper', got {self.objective!r}.")
@@ -79,13 +85,10 @@ def predicted_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 
 def answer_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of samples whose answer tokens were all the likeliest, each after the true ones before it: `accuracy`."""
-    pairs = [
-        (tokens[:-1][row], true[1:][row])
-        for tokens, true in zip(prediction.predictions, prediction.label_ids)
-        if (row := true[1:] != -100).any()
-    ]
-    given, true = ([" ".join(map(str, tokens)) for tokens in side] for side in zip(*pairs))
-    return {"accuracy": ExactMatch().compute(predictions=given, references=true)["exact_match"]}
+    said, true = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
+    rows = (true != -100).any(1)
+    right = ((said == true) | (true == -100)).all(1)[rows]
+    return {"accuracy": float(right.mean())} if rows.any() else {}
 
 
 class PrunerTrainer(Trainer):
@@ -94,17 +97,18 @@ class PrunerTrainer(Trainer):
     Takes a model of this project, and what else `Trainer` takes. Checkpoints hold the pruner alone. Evaluation cuts
     for real, at the configuration's ratio, and unless another `compute_metrics` is given reports `accuracy`: the share
     of answers that are right token by token. Logs carry the mean gate (`keep_rate`) and how undecided the keep
-    probabilities are (`gate_entropy`, in bits). Where batches have `foreground`, `(batch, sequence)` bool
-    ([`PrunerCollator`] makes it of boxes), logs and evaluation carry `foreground_recall`: the share of those tokens
-    that the first cut keeps (in training that it would keep, by score).
+    probabilities are (`gate_entropy`, in bits), of the main process. Where batches have `foreground`,
+    `(batch, sequence)` bool ([`PrunerCollator`] makes it of boxes), logs and evaluation carry `foreground_recall`: the
+    share of those tokens that the first cut keeps (in training that it would keep, by score).
 
     A [`PeftModel`] over a model of this project trains its adapters and, named in `modules_to_save`, the pruner with
-    them; its checkpoints are adapters, and its teacher is the base without them.
+    them; its checkpoints are adapters, and its teacher is the base without them. Merged, the model no longer is its
+    base with a pruner, and is saved in full.
 
     Raises:
         `ValueError`: for another model, adapters that leave the pruner out, a loss of one's own or label smoothing
-            (the shipped forward has the loss), several GPUs in one process (start one for each: `accelerate launch`),
-            and no samples.
+            (the shipped forward has the loss), a budget at which nothing leaves, several GPUs in one process (start
+            one for each: `accelerate launch`), FSDP and DeepSpeed (not measured), and no samples.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
     """
 
@@ -127,53 +131,101 @@ class PrunerTrainer(Trainer):
             raise ValueError("The shipped forward has the loss: no label_smoothing_factor and no compute_loss_func.")
         if args.n_gpu > 1:
             raise ValueError(f"One process with {args.n_gpu} GPUs: start one for each, with `accelerate launch`.")
-        if model is pruned:
-            model.train_pruner_only()
-        elif not any(parameter.requires_grad for parameter in pruned.model.pruner.parameters()):
-            raise ValueError("The adapters leave the pruner out: LoraConfig(..., modules_to_save=['pruner']).")
-        if kwargs.get("compute_metrics") is None:
-            kwargs |= {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
+        if args.fsdp or args.deepspeed:
+            raise ValueError(
+                "PrunerTrainer has not been measured with FSDP or DeepSpeed, which would save the whole base or "
+                "nothing: use data parallelism (`accelerate launch`), with a quantised base where memory is short."
+            )
+        budgets = [pruned.config.pruner_ratio] if args.objective == "paper" else args.budgets
+        for budget in budgets:
+            # Counted on many tokens, so that rounding decides nothing.
+            if not (cuts := learnpruner_schedule(pruned.config, budget)) or cuts[0].keep(10**6) == 10**6:
+                raise ValueError(
+                    f"At a ratio of {budget:.4g} the first cut drops nothing, so there is nothing to learn."
+                )
         for name, data in (("train", train_dataset), ("evaluation", eval_dataset)):
             if data is not None and has_length(data) and len(data) == 0:
                 raise ValueError(f"The {name} data set has no samples.")
+        self._base = pruned.config.base_model_name_or_path, pruned.config.base_model_revision
+        if model is pruned:
+            model.train_pruner_only()
+            self._base = pruned.config.base_model_name_or_path, pruned.config.base_model_revision
+        elif not any(parameter.requires_grad for parameter in pruned.model.pruner.parameters()):
+            raise ValueError("The adapters leave the pruner out: LoraConfig(..., modules_to_save=['pruner']).")
+        else:
+            self._base = pruned.leave_base()
+        if kwargs.get("compute_metrics") is None:
+            kwargs |= {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
         with _as_adapter(pruned):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        self._seconds = 0.0
+        self.add_callback(_RunRecord(self))
         self._recorded: list[torch.Tensor] = []
+        self._images_in_step: torch.Tensor | None = None
         # Foreground tokens kept by the first cut, and all of them, of each batch.
         self._foreground: dict[bool, list[torch.Tensor]] = {True: [], False: []}
 
+    def run_settings(self) -> dict:
+        """What makes a run this one: it is not continued where any of this differs."""
+        names = ("seed", "objective", "budgets", "distillation", "temperature", "final_temperature", "learning_rate")
+        names += ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "num_train_epochs")
+        names += ("per_device_train_batch_size", "gradient_accumulation_steps")
+        config, data = self.model.config, self.train_dataset
+        settings = {name: getattr(self.args, name) for name in names}
+        settings |= {name: getattr(config, name) for name in ("pruner_ratio", "pruner_layer", "pruner_stage_ratio")}
+        settings["samples"] = len(data) if data is not None and has_length(data) else None
+        return {"base": self._base[0], "revision": self._base[1], **settings}
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; its metrics, in the log and in what is returned, have `trained_parameters` and
-        `peak_memory_bytes`: of the GPU, or else of the process.
+        """As `Trainer.train`. The metrics that it returns have, besides, `seconds` (of all starts of the run),
+        `trained_parameters` and `peak_memory_bytes` (of the GPU's tensors, or else of the process).
 
         Raises:
-            `ValueError`: where a run to go on from was of another base, seed, objective or length.
+            `ValueError`: where a run to go on from was of another base, seed, objective, budgets, length and so on.
         """
-        config, args = self.model.config, self.args
-        run = {
-            "base": config.base_model_name_or_path,
-            "revision": config.base_model_revision,
-            "seed": args.seed,
-            "objective": args.objective,
-            "max_steps": args.max_steps,
-            "num_train_epochs": args.num_train_epochs,
-        }
-        record = Path(args.output_dir) / RUN_FILE
-        before = record
-        if isinstance(resume_from_checkpoint, str | Path):
-            before = Path(resume_from_checkpoint).parent / RUN_FILE
-        if resume_from_checkpoint and before.exists():
-            known = json.loads(before.read_text())
-            differ = [f"{name} {known.get(name)!r}, not {run[name]!r}" for name in run if known.get(name) != run[name]]
-            if differ:
-                raise ValueError(f"{before.parent} holds another run ({'; '.join(differ)}): choose another output_dir.")
-        if self.is_world_process_zero():
-            record.parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(run, indent=1) + "\n")
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
+        self._seconds = 0.0
+        if resume_from_checkpoint:
+            self._seconds = self._check_same_run(Path(resume_from_checkpoint))
+        if self.args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.args.device)
+        self._start = time.perf_counter()
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output.metrics["seconds"] = round(self.seconds(), 1)
         output.metrics["trained_parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        output.metrics["peak_memory_bytes"] = peak_memory(args.device)
+        output.metrics["peak_memory_bytes"] = peak_memory(self.args.device)
         return output
+
+    def seconds(self) -> float:
+        """Of training, in all starts of the run."""
+        return self._seconds + time.perf_counter() - self._start
+
+    def _check_same_run(self, checkpoint: Path) -> float:
+        """Seconds that the run had taken at a checkpoint."""
+        record = checkpoint / RUN_FILE
+        if not record.exists():
+            raise ValueError(
+                f"{checkpoint} has no {RUN_FILE}: it is not a whole checkpoint of PrunerTrainer. Take an earlier one."
+            )
+        before, now = json.loads(record.read_text()), json.loads(json.dumps(self.run_settings()))
+        differ = [f"{name} {before.get(name)!r}, not {now[name]!r}" for name in now if before.get(name) != now[name]]
+        if differ:
+            raise ValueError(
+                f"{checkpoint} is of another run ({'; '.join(differ)}): choose another output_dir, or remove it."
+            )
+        return before["seconds"]
+
+    def get_batch_samples(self, *args, **kwargs):
+        samples, items = super().get_batch_samples(*args, **kwargs)
+        own = torch.tensor(sum(self._rows_with_images(batch) for batch in samples), device=self.args.device)
+        self._images_in_step = self.accelerator.gather(own).sum()
+        return samples, items
+
+    def _rows_with_images(self, inputs: dict) -> int:
+        return int((inputs["input_ids"] == self.model.config.image_token_id).any(1).sum())
 
     def make_gate(self) -> ArgmaxGate | TopKGate:
         """The gate of the current step."""
@@ -202,6 +254,8 @@ class PrunerTrainer(Trainer):
         recorded: list[torch.Tensor] = []
         gate = RecordedGate(self.model.config.pruner_diversity, self.make_gate(), recorded)
         gated = {**inputs, "schedule": with_gate(self.model.config, gate, self.step_ratio())}
+        if self._images_in_step is not None:
+            gated["budget_share"] = self._rows_with_images(inputs) / self._images_in_step.clamp_min(1)
         try:
             loss, outputs = super().compute_loss(model, gated, True, num_items_in_batch)
         except FloatingPointError as error:
@@ -210,11 +264,13 @@ class PrunerTrainer(Trainer):
             loss = loss + self.args.distillation * self._distillation(model, inputs, outputs.logits, num_items_in_batch)
         if not loss.isfinite():
             raise self._stop(inputs, f"The loss is {loss.item()}.")
-        self._recorded += recorded
+        if recorded:
+            # One row for each image: what it was to keep, what it keeps, and how undecided it is.
+            self._recorded.append(torch.stack(recorded))
         if foreground is not None and recorded:
             (scores,) = outputs.vision_scores
             scored = ~scores.isnan()
-            wanted = (torch.stack(recorded)[:, 0].mean() * scored.sum(1)).round()
+            wanted = (self._recorded[-1][:, 0].mean() * scored.sum(1)).round()
             kept = top_k(scores, scored, wanted) & foreground
             self._foreground[True].append(torch.stack([kept.sum(), foreground.sum()]))
         return (loss, outputs) if return_outputs else loss
@@ -256,13 +312,32 @@ class PrunerTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs:
             if self._recorded:
-                _, logs["keep_rate"], logs["gate_entropy"] = torch.stack(self._recorded).mean(0).tolist()
+                _, logs["keep_rate"], logs["gate_entropy"] = torch.cat(self._recorded).mean(0).tolist()
             kept, known = torch.stack(self._foreground[True]).sum(0).tolist() if self._foreground[True] else (0, 0)
             if known:
                 logs["foreground_recall"] = kept / known
             self._recorded.clear()
             self._foreground[True].clear()
         super().log(logs, *args, **kwargs)
+
+
+class _RunRecord(TrainerCallback):
+    """Writes what the run is into each checkpoint, behind all else that is in it."""
+
+    def __init__(self, trainer: PrunerTrainer):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            record = {**self.trainer.run_settings(), "seconds": round(self.trainer.seconds(), 1)}
+            (folder / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in a folder: one that was being written when the run was killed is passed over."""
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{RUN_FILE}")]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
 @contextmanager

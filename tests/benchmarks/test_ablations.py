@@ -36,20 +36,27 @@ def test_study(base, tmp_path, capsys):
     common = ["--base", str(base), "--limit", "4"]
     assert ablations.main([*common, "--runs", str(tmp_path / "runs")]) == 0
     results = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").glob("*.json")}
-    assert set(results) == {f"{name}_64_{seed}" for name in ("random", "learnpruner", "k___2") for seed in (0, 1)}
-    assert results["k___2_64_0"]["fields"]["pruner_layer"] == 2
-    assert results["learnpruner_64_0"]["pruner_sha256"] != results["learnpruner_64_1"]["pruner_sha256"]
-    assert results["learnpruner_64_0"]["pruner_sha256"] == results["k___2_64_0"]["pruner_sha256"]
+    assert set(results) == {
+        f"{name[0]}-64-{seed}{name[1]}"
+        for name in (("random", ""), ("learnpruner-short", ""), ("learnpruner-short", "-pruner_layer=2"))
+        for seed in (0, 1)
+    }
+    assert results["learnpruner-short-64-0-pruner_layer=2"]["fields"]["pruner_layer"] == 2
+    assert results["learnpruner-short-64-0"]["pruner_sha256"] != results["learnpruner-short-64-1"]["pruner_sha256"]
+    assert (
+        results["learnpruner-short-64-0"]["pruner_sha256"]
+        == results["learnpruner-short-64-0-pruner_layer=2"]["pruner_sha256"]
+    )
     assert all(result["pruner_trained"] for name, result in results.items() if "random" not in name)
     record = json.loads((tmp_path / "results" / "trainings" / "short-1.json").read_text())
     assert (record["seed"], record["steps"], record["samples"]) == (1, 1, 960)
 
     # What is there is not done again.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
-    (tmp_path / "results" / "random_64_1.json").unlink()
+    (tmp_path / "results" / "random-64-1.json").unlink()
     assert ablations.main([*common, "--runs", str(tmp_path / "runs")]) == 0
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
-    assert {path.name for path in after if after[path] != before[path]} == {"random_64_1.json"}
+    assert {path.name for path in after if after[path] != before[path]} == {"random-64-1.json"}
 
     unpruned = tmp_path / "unpruned.json"
     assert (
@@ -79,9 +86,25 @@ def test_a_claim_is_one_processes_and_ends_with_it(tmp_path):
         assert mine
 
 
-def test_rows_have_files_of_their_own():
-    rows = {(asked.label, asked.tokens): asked for table in ablations.TABLES.values() for asked in table}
-    files = {asked.file(seed) for asked in rows.values() for seed in asked.seeds}
-    assert len(files) == sum(len(asked.seeds) for asked in rows.values())
-    one = ablations.BOTH
-    assert one.file(0) != replace(one, tokens=64).file(0)
+def test_what_differs_has_a_file_of_its_own():
+    rows = [asked for table in ablations.TABLES.values() for asked in table]
+    default = [asked for asked in rows if asked.file(0) == ablations.BOTH.file(0)]
+    # The default setting stands in most tables, and is asked once.
+    assert {asked.label for asked in default} == {"learnpruner", "diversity 10", "R1:R2 = 3", "k = 3"}
+    others = {replace(asked, label="") for asked in rows if asked not in default}
+    assert len({(asked.file(seed), seed) for asked in rows for seed in asked.seeds}) == 3 + sum(
+        len(asked.seeds) for asked in {str(asked): asked for asked in others}.values()
+    )
+
+
+def test_the_default_is_the_configurations():
+    """What is left out of a file's name is what the small model would do by itself."""
+    model = ablations.accuracy.LearnPrunerForConditionalGeneration.from_pretrained(ablations.EASY_VQA / "tiny-llava")
+    assert {name: getattr(model.config, name) for name in ablations.FIELDS} == ablations.FIELDS
+
+
+def test_the_page_shows_what_was_recorded():
+    page = (ablations.HERE / "training" / "RESULTS.md").read_text()
+    unpruned = ablations.accuracy.read_result(ablations.RESULTS.parent / "accuracy" / "standard-none.json")
+    for name, table in {**ablations.tables(unpruned), "cost": ablations.cost_table()}.items():
+        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in page, name

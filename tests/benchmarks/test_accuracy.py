@@ -187,6 +187,7 @@ def fake(method, ratio, seed, right, **changes):
     cuts = [] if method == "none" else [round(576 * ratio)]
     result["pruner_sha256"] = "p" if method == "learnpruner" else None
     tokens = {"image": 576, "after_cuts": cuts, "mean": 576 * ratio, "objects_seen": [0.5] * len(cuts)}
+    tokens["foreground_recall"] = [0.25] * len(cuts)
     return result | {"tokens": tokens} | changes
 
 

@@ -68,23 +68,22 @@ def test_the_model_sees(level, least, recorded):
     assert recorded[f"{level}-none"]["accuracy"] >= least
 
 
-def test_another_seed_reaches_the_same_bar(recorded):
-    """On standard scenes; its hard scenes have not been measured."""
-    other = accuracy.read_result(RESULTS / "retrained" / "standard-none.json")
-    assert other["base_sha256"] != recorded["standard-none"]["base_sha256"]
-    assert other["data"] == recorded["standard-none"]["data"]
-    assert other["accuracy"] >= 0.97
+@pytest.mark.parametrize(("level", "least"), [("standard", 0.97), ("hard", 0.90)])
+def test_another_seed_reaches_the_same_bars(level, least, recorded):
+    other = accuracy.read_result(RESULTS / "retrained" / f"{level}-none.json")
+    assert other["base_sha256"] != recorded[f"{level}-none"]["base_sha256"]
+    assert other["data"] == recorded[f"{level}-none"]["data"]
+    assert other["accuracy"] >= least
 
 
 def test_random_choice_loses_answers(recorded):
     """At a mean of 32 of 576 tokens: at least 15 points."""
-    runs = [result for result in recorded.values() if result["method"] == "random"]
+    runs = [run for run in recorded.values() if (run["method"], run["level"]) == ("random", "standard")]
     runs = [result["accuracy"] for result in runs if round(result["tokens"]["mean"]) == 32]
     assert len(runs) >= 2
     assert max(runs) <= recorded["standard-none"]["accuracy"] - 0.15
 
 
-@pytest.mark.xfail(strict=True, reason="counts suffer when the ground is gone: the recipe has yet to mend that")
 def test_tokens_of_the_objects_are_enough(recorded):
     """At a mean of 32 of 576 tokens: at most 3 points."""
     boxes = recorded["standard-oracle_boxes-32"]

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration, cli
+from learnpruner.compare import load_processor
 from learnpruner.training.command import parse_arguments
 
 import tiny_llava
@@ -29,8 +30,8 @@ def folder(tmp_path):
     tiny_llava.build_model(processor).save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     Image.new("RGB", (192, 192), "red").save(tmp_path / "0.png")
-    turns = [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no"}]
-    seen = [{"from": "human", "value": "<image>\nis there a circle?"}, turns[1]]
+    turns = [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no no 3 no"}]
+    seen = [{"from": "human", "value": "<image>\nis there a circle?"}, {"from": "gpt", "value": "no"}]
     rows = [{"image": "0.png", "conversations": seen}, {"conversations": turns}]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     settings = {
@@ -57,8 +58,10 @@ def test_train(folder):
     model = LearnPrunerForConditionalGeneration.from_pretrained(folder / "out")
     assert model.config.pruner_trained
     assert model.config.pruner_ratio == 0.2
-    # The same command goes on from the last checkpoint: at the last step there is nothing left to do.
+    # The same command goes on from the last checkpoint: at the last step there is nothing left to do, or to record.
+    record = (folder / "out" / "training.json").read_text()
     assert cli.main(["train", str(folder / "config.yaml"), "--pruner_ratio", "0.2"]) == 0
+    assert (folder / "out" / "training.json").read_text() == record
     again = load_file(folder / "out" / "model.safetensors")
     assert all(torch.equal(again[name], weights[name]) for name in weights)
 
@@ -71,6 +74,7 @@ def test_what_it_records(folder, capsys):
     assert record["metrics"]["trained_parameters"] == 2 * 128 + (128 + 1) * 512 + (512 + 1) * 2
     assert record["metrics"]["peak_memory_bytes"] > 1e8
     assert record["metrics"]["train_runtime"] > 0
+    assert record["metrics"]["seconds"] > 0
     assert (record["samples"], record["steps"], record["budgets"]) == (2, 2, [0.1, 0.2])
     assert not list((folder / "deep" / "out").glob("*.bin"))
     # Both open wherever they are moved together.
@@ -83,10 +87,10 @@ def test_what_it_records(folder, capsys):
 
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_killed_run_goes_on(after, folder):
-    """Killed in whatever it is at, when so many checkpoints are there: the weights are the uninterrupted run's."""
+    """Killed as soon as so many checkpoints have been begun: the weights are the uninterrupted run's."""
     command = [sys.executable, "-m", "learnpruner.cli", "train", str(folder / "config.yaml"), "--max_steps", "6"]
     run = subprocess.Popen([*command, "--output_dir", str(folder / "cut")], stderr=subprocess.DEVNULL)
-    while len(list((folder / "cut").glob("checkpoint-*/trainer_state.json"))) < after:
+    while len(list((folder / "cut").glob("checkpoint-*"))) < after:
         assert run.poll() is None
         time.sleep(0.01)
     run.kill()
@@ -98,22 +102,27 @@ def test_a_killed_run_goes_on(after, folder):
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
-def test_two_processes_are_one_batch(folder):
-    """Data parallel over two processes, one of them with text alone in some steps: as one process with both samples."""
-    arguments = ["train", str(folder / "config.yaml"), "--max_steps", "3", "--output_dir"]
+@pytest.mark.parametrize("objective", ["default", "paper"])
+def test_two_processes_are_one_batch(objective, folder):
+    """Data parallel over two processes, one of them with a longer text alone in each step: as one process with both.
+
+    By plain gradient descent: Adam would make much of rounding.
+    """
+    arguments = ["train", str(folder / "config.yaml"), "--max_steps", "3", "--objective", objective]
+    arguments += ["--optim", "sgd", "--learning_rate", "0.1", "--output_dir"]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "learnpruner.cli"]
     two = [str(folder / "two"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, *launch, *arguments, *two], check=True, capture_output=True, env=environment, timeout=300
     )
-    assert cli.main([*arguments, str(folder / "one")]) == 0
+    assert cli.main([*arguments, str(folder / "one"), "--save_steps", "3"]) == 0
     one, other = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
-    for name, value in one.items():
-        # Its gradient is nothing but rounding: an exact budget undoes what shifts all scores alike.
-        assert name.endswith("output.bias") or (value - other[name]).abs().max() < 1e-4, name
+    start = load_file(folder / "two" / "checkpoint-1" / "model.safetensors")
+    assert any((one[name] - start[name]).abs().max() > 1e-5 for name in one)
+    assert all((value - other[name]).abs().max() < 1e-6 for name, value in one.items())
     records = [json.loads((folder / name / "training.json").read_text()) for name in ("one", "two")]
-    assert [record["samples_a_step"] for record in records] == [2, 2]
+    assert [record["processes"] for record in records] == [1, 2]
 
 
 def test_flags_win(folder):
@@ -141,6 +150,26 @@ def test_bad_files(text, says, folder, capsys):
     assert cli.main(["train", str(folder / "bad.yaml")]) == 2
     assert says in capsys.readouterr().err
     assert not (folder / "out").exists()
+
+
+def test_values_of_every_kind(folder):
+    text = (folder / "config.yaml").read_text()
+    more = "eval_data: null\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.0001}\n"
+    (folder / "config.yaml").write_text(text + more)
+    data, training = parse_arguments(folder / "config.yaml", [])
+    assert data.eval_data is None
+    assert training.lr_scheduler_kwargs == {"min_lr": 0.0001}
+    with pytest.raises(ValueError, match=r"max_steps.*many"):
+        parse_arguments(folder / "config.yaml", ["--max_steps", "many"])
+
+
+def test_a_relative_base_must_be_a_folder(folder, capsys):
+    LearnPrunerForConditionalGeneration.from_pretrained(folder / "base").save_pretrained(folder / "full")
+    load_processor(str(folder / "base")).save_pretrained(folder / "full")
+    command = ["train", str(folder / "config.yaml"), "--model_name_or_path", str(folder / "full")]
+    assert cli.main([*command, "--relative_base", "true"]) == 2
+    assert "relative_base" in capsys.readouterr().err
+    assert not list((folder / "out").glob("checkpoint-*"))
 
 
 def test_missing_files(folder, capsys):

@@ -1,15 +1,22 @@
 """Samples of every layout become the same batch, and what cannot be a sample is said, not swallowed."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset, Value
+from datasets import Image as ImageFeature
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
-from learnpruner.training.data import PrunerCollator, load_samples, read_messages
+from learnpruner.training.data import PrunerCollator, load_samples, read_images, read_messages
 
 import tiny_llava
+from tiny_models import tiny_processor
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +126,80 @@ def llava_rows(*images):
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
 def test_llava_files(name, processor, pictures, caplog):
+    """Images that are missing or none are counted out at once, one that is cut short when it is decoded."""
     rows = llava_rows("0.png", "missing.png", ["1.png"], "broken.png", "short.png")
     rows.append({"conversations": [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no"}]})
     path = write(pictures, rows, name)
     samples = load_samples(path)
-    assert len(samples) == 3
-    assert "3 of 6 samples left out" in caplog.text
-    batch = PrunerCollator(processor)([samples[number] for number in range(3)])
+    assert len(samples) == 4
+    assert "2 of 6 samples left out" in caplog.text
+    collate = PrunerCollator(processor)
+    batch = collate([samples[number] for number in range(4)])
     assert len(batch["pixel_values"]) == 2
+    assert len(batch["input_ids"]) == 3
+    assert "1 samples left out so far" in caplog.text
+    assert collate.left_out == 1
     with pytest.raises(ValueError, match=r"missing\.png"):
         load_samples(path, strict=True)
+    with pytest.raises(ValueError, match="cannot be read"):
+        PrunerCollator(processor, strict=True)([samples[number] for number in range(4)])
+    with pytest.raises(ValueError, match="Every image of a batch"):
+        collate([samples[2]])
+
+
+def test_chats_in_files(processor, pictures):
+    """Contents as text in one turn and as parts in another, images beside text alone."""
+    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
+    chat = {"messages": [user, {"role": "assistant", "content": ANSWER}], "images": ["0.png"]}
+    plain = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
+    samples = load_samples(write(pictures, [chat, plain]))
+    batch = PrunerCollator(processor)([samples[0], samples[1]])
+    for labels in batch["labels"]:
+        assert decoded_labels(processor, labels) == [ANSWER, "</s>"]
+
+
+@pytest.fixture
+def bare():
+    """As LLaVA-1.5's: roles in words, a space after each turn, nothing that ends an answer; and a tokenizer that takes
+    the space before a word for a part of it."""
+    processor = tiny_llava.build_processor()
+    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "▁", "▁USER:", "▁ASSISTANT:"]
+    words += [f"▁{word}" for word in ("teal", "3", "what", "color", "is", "the", "circle?", "red", "blue")]
+    backend = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = Metaspace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    processor.tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, additional_special_tokens=["<image>"], **special
+    )
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}"
+        "{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }} {% endif %}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    return processor
+
+
+def test_templates_that_do_not_end_an_answer(bare):
+    turns = [
+        {"from": "human", "value": "what color is the circle?"},
+        {"from": "gpt", "value": "teal"},
+        {"from": "human", "value": "what is red"},
+        {"from": "gpt", "value": " blue\n"},
+    ]
+    batch = PrunerCollator(bare)([{"conversations": turns}])
+    assert decoded_labels(bare, batch["labels"][0]) == ["▁teal", "</s>", "▁blue", "</s>"]
+    words = bare.tokenizer.convert_ids_to_tokens(batch["input_ids"][0].tolist())
+    assert words.count("</s>") == 2
+    assert words.count("▁USER:") == 2
+
+
+def test_data_sets_with_an_image_column(pictures, caplog):
+    rows = [{"image": str(pictures / name), "question": QUESTION, "answer": ANSWER} for name in ("0.png", "broken.png")]
+    features = Features({"image": ImageFeature(), "question": Value("string"), "answer": Value("string")})
+    samples = load_samples(Dataset.from_list(rows, features=features))
+    assert len(samples) == 1
+    assert "1 of 2 samples left out" in caplog.text
+    assert read_images(samples[0])[0].size == (192, 192)
 
 
 def test_a_share_of_the_samples(pictures):
@@ -146,6 +217,12 @@ def test_streams_stay_streams(processor, pictures, caplog):
     assert "left out" in caplog.text
     with pytest.raises(ValueError, match="take"):
         load_samples(stream, share=0.5)
+    # Relative paths, though a generator does not say what its columns are.
+    relative = [{**row, "image": Path(row["image"]).name} for row in rows]
+    stream = load_samples(IterableDataset.from_generator(lambda: iter(relative)), pictures)
+    assert len(PrunerCollator(processor)(list(stream))["pixel_values"]) == 1
+    with pytest.raises(ValueError, match="No sample is left of the stream"):
+        load_samples(IterableDataset.from_generator(lambda: iter(rows[1:])))
 
 
 def test_data_sets_of_pictures(processor):
@@ -163,8 +240,11 @@ def test_bad_samples(processor, pictures):
         collate([{"text": "x"}])
     with pytest.raises(ValueError, match="No sample is left"):
         load_samples(write(pictures, llava_rows("missing.png")))
-    with pytest.raises(ValueError, match="no list of samples"):
-        load_samples(write(pictures, []))
+    for rows in ([], ["a"], {"a": 1}):
+        with pytest.raises(ValueError, match="no list of samples"):
+            load_samples(write(pictures, rows))
+    with pytest.raises(ValueError, match=r"Sample 1 of .*from one of"):
+        load_samples(write(pictures, [*llava_rows("0.png"), {"conversations": [{"from": "robot", "value": "x"}]}]))
     (pictures / "bad.json").write_text("[{")
     with pytest.raises(ValueError, match="not JSON"):
         load_samples(pictures / "bad.json")
@@ -201,8 +281,23 @@ def test_foreground_follows_the_processors_crop(size, processor):
     assert "foreground" not in PrunerCollator(processor)(rows)
 
 
-def test_boxes_of_several_images(processor):
-    pictures = [Image.new("RGB", (192, 192))] * 2
-    row = {"images": pictures, "question": QUESTION, "answer": ANSWER, "boxes": [[0, 0, 9, 9]]}
-    with pytest.raises(ValueError, match="one image"):
-        PrunerCollator(processor, foreground=True)([row])
+def test_boxes_that_cannot_be_followed(processor):
+    """Boxes are for the log: those of several images, or without a size, are no reason to stop."""
+    picture = Image.new("RGB", (192, 192))
+    sample = {"question": QUESTION, "answer": ANSWER}
+    rows = [
+        {**sample, "images": [picture] * 2, "boxes": [[0, 0, 90, 90]]},
+        {**sample, "image": picture, "boxes": [[5, 5, 5, 9], [0, 0, 16, 16]]},
+    ]
+    marked = PrunerCollator(processor, foreground=True)(rows)["foreground"]
+    assert marked.sum(1).tolist() == [0, 4]
+
+
+def test_boxes_on_a_model_of_several_crops(caplog):
+    processor = tiny_processor("llava_next")
+    processor.chat_template = tiny_llava.CHAT_TEMPLATE
+    row = {"image": Image.new("RGB", (60, 30)), "question": "w5", "answer": "w6", "boxes": [[0, 0, 30, 30]]}
+    batch = PrunerCollator(processor, foreground=True)([row])
+    assert not batch["foreground"].any()
+    assert {"image_sizes", "pixel_values"} <= set(batch)
+    assert "not followed" in caplog.text

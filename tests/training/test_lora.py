@@ -10,6 +10,7 @@ from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
 
 from tiny_models import labelled, tiny_pair
 
+pytestmark = pytest.mark.core
 LORA = LoraConfig(
     r=4, target_modules=r".*language_model.*\.(q_proj|v_proj)", lora_dropout=0.1, modules_to_save=["pruner"]
 )
@@ -80,10 +81,34 @@ def test_the_teacher_is_the_base_without_adapters(base, tmp_path):
 
 def test_resume_gives_the_same_adapters(base, tmp_path):
     whole, resumed = (trainer_for(base, tmp_path / "run") for _ in range(2))
+    for name, parameter in resumed.model.named_parameters():
+        if "lora_A" in name:
+            torch.nn.init.normal_(parameter)  # had it begun anew, it would end elsewhere
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for (name, one), (_, other) in zip(whole.model.named_parameters(), resumed.model.named_parameters()):
         assert torch.equal(one, other), name
+
+
+def test_another_base_is_not_adapted_further(base, tmp_path):
+    trainer_for(base, tmp_path / "run").train()
+    base.rename(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another run \(base"):
+        trainer_for(tmp_path / "other", tmp_path / "run").train(resume_from_checkpoint=True)
+
+
+def test_adapters_over_a_trained_pruner_are_merged_in_full(base, tmp_path):
+    """A pruner alone on the old base would lose what the adapters learned."""
+    pruner = LearnPrunerForConditionalGeneration.from_pretrained(base).train_pruner_only()
+    pruner.save_pretrained(tmp_path / "pruner")
+    trainer = trainer_for(tmp_path / "pruner", tmp_path / "run")
+    trainer.train()
+    batch = {name: value for name, value in labelled("llava", [[2, (32, 32), 8]]).items() if name != "labels"}
+    merged = trainer.model.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "merged")
+    opened = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (opened(**batch).logits - merged(**batch).logits).abs().max() < 1e-5
 
 
 def test_adapters_that_leave_the_pruner_out(base, tmp_path):

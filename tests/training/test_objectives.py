@@ -67,6 +67,10 @@ def test_a_training_step_is_an_ordinary_call(gate, tmp_path):
     loss = model(**batch, labels=labels, schedule=schedule).loss
     loss.backward()
     for name, parameter in model.named_parameters():
+        if isinstance(gate, TopKGate) and name.endswith("pruner.output.bias"):
+            # It shifts all scores alike, which an exact budget undoes.
+            assert parameter.grad.abs().max() < 1e-5
+            continue
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".pruner." in name), name
     (call,) = seen
     (probabilities,) = call.probabilities
