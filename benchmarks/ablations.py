@@ -42,17 +42,16 @@ SMALLEST = 32
 
 @dataclass(frozen=True)
 class Training:
-    """Settings of one kind of pruner, beside those of the file. All take the last checkpoint, none the best."""
+    """Settings of one kind of pruner, beside those of the file."""
 
     name: str
     settings: tuple[str, ...] = ()
 
 
-LAST = ("--load_best_model_at_end", "false", "--eval_strategy", "no")
-DEFAULT = Training("default", LAST)
-PAPER = Training("paper", (*LAST, "--objective", "paper", "--pruner_ratio", str(SMALLEST / TOKENS)))
-THIRD = Training("third", (*LAST, "--data_share", str(1 / 3)))
-TENTH = Training("tenth", (*LAST, "--data_share", "0.1"))
+DEFAULT = Training("default")
+PAPER = Training("paper", ("--objective", "paper", "--pruner_ratio", str(SMALLEST / TOKENS)))
+THIRD = Training("third", ("--data_share", str(1 / 3)))
+TENTH = Training("tenth", ("--data_share", "0.1"))
 # What the small model's configuration says, so that the default setting is asked once for all tables.
 FIELDS = {"pruner_diversity": 0.1, "pruner_stage_ratio": 3, "pruner_layer": 3}
 
@@ -126,10 +125,12 @@ def train_pruner(training: Training, seed: int, base: Path, runs: Path, threads:
     alone."""
     folder = runs / f"{training.name}-{seed}"
     if not (folder / RECORD).exists():
-        settings = {"model_name_or_path": base, "train_data": make_scenes(runs) / "train.jsonl"}
-        settings |= {"eval_data": make_scenes(runs) / "eval.jsonl", "output_dir": folder, "seed": seed}
+        data = make_scenes(runs)
+        settings = {"model_name_or_path": base, "train_data": data / "train.jsonl", "eval_data": data / "eval.jsonl"}
+        settings |= {"output_dir": folder, "seed": seed}
         flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
         command = [sys.executable, "-m", "learnpruner.cli", "train", str(CONFIG), *flags, *training.settings]
+        command += ["--eval_strategy", "no"]  # it would not change the weights
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     record = RESULTS / "trainings" / f"{training.name}-{seed}.json"
     record.parent.mkdir(parents=True, exist_ok=True)

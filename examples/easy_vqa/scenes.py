@@ -172,13 +172,15 @@ def _moved(box: tuple[int, int, int, int], by: tuple[int, int]) -> tuple[int, in
     return tuple(edge + offset for edge, offset in zip(box, by * 2))
 
 
-def ask(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:
+def ask(
+    rng: random.Random, scene: Scene, kind: str, counts: tuple[str, ...] = ("all", "shape", "color")
+) -> tuple[str, str] | None:
     """One question of a kind and its answer, or `None` where the scene allows none of it.
 
     - color: of a shape that stands once. shape: of a color that stands once.
     - presence: of a shape, a color, or both; as often yes as no where the scene allows both, and a "no" of both names
       what is there apart.
-    - count: of all shapes, of one shape, or of one color.
+    - count: of one of `counts`: all shapes, one shape, or one color.
     """
     shapes = Counter(source.shape for source in scene.objects)
     colors = Counter(source.color for source in scene.objects)
@@ -211,7 +213,7 @@ def ask(rng: random.Random, scene: Scene, kind: str) -> tuple[str, str] | None:
         form = rng.choice(("is there a {}?", "does the image contain a {}?", "is a {} present?"))
         return form.format(rng.choice(things)), "yes" if wanted else "no"
     if kind == "count":
-        named = rng.choice(("all", "shape", "color"))
+        named = rng.choice(counts)
         if named == "all":
             return "how many shapes are there?", str(len(scene.objects))
         if named == "shape":
@@ -227,6 +229,9 @@ def scene_at(
 ) -> tuple[Scene, list[tuple[str, str, str]]]:
     """Scene `number` of a data set, and `per_scene` questions of all kinds in turn: (kind, question, answer).
 
+    Counts are of one shape or one color. How many shapes there are at all asks for no part of the image more than for
+    another, so that a wrong answer would say little of what a pruner kept.
+
     It depends on the arguments alone, so that any part of a set can be made on its own.
     """
     if level not in OBJECTS:
@@ -241,7 +246,7 @@ def scene_at(
     while len(asked) < per_scene:
         kind = KINDS[turn % len(KINDS)]
         turn += 1
-        question = ask(rng, scene, kind)
+        question = ask(rng, scene, kind, counts=("shape", "color"))
         if question is not None:
             asked.append((kind, *question))
     return scene, asked

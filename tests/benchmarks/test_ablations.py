@@ -20,7 +20,7 @@ def base(tmp_path, monkeypatch):
     processor.save_pretrained(tmp_path / "base")
     monkeypatch.setattr(ablations, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(ablations, "SEEDS", (0, 1))
-    quick = "--max_steps 1 --per_device_train_batch_size 1 --eval_strategy no --load_best_model_at_end false"
+    quick = "--max_steps 1 --per_device_train_batch_size 1"
     short = ablations.Training("short", (*quick.split(), "--save_strategy", "no", "--use_cpu", "true"))
     rows = [
         ablations.Asked("random", "random", 64),

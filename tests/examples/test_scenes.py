@@ -114,6 +114,15 @@ def test_answers(kind, level):
         assert 0.35 < answers["yes"] / answers.total() < 0.65
 
 
+def test_the_benchmark_counts_what_it_names():
+    """Not all shapes: that question has no evidence that is more to it than the rest."""
+    questions = {question for number in range(200) for _, question, _ in scene_at("test", "hard", 0, number, 4)[1]}
+    counts = {question for question in questions if question.startswith("how many")}
+    assert "how many shapes are there?" not in counts
+    assert any("circles" in question for question in counts)
+    assert any("red" in question for question in counts)
+
+
 def test_dataset():
     one, same, other = (scene_dataset("test", 6, seed=seed, per_scene=5) for seed in (0, 0, 1))
     assert len(one) == 30
