@@ -33,12 +33,12 @@ accuracy: .venv/installed
 	    done; \
 	  done; \
 	done
-	.venv/bin/python benchmarks/render_accuracy.py $(RESULTS)/*.json --into examples/easy_vqa/README.md \
-	  --plot benchmarks/results/accuracy.png
+	.venv/bin/python benchmarks/render_accuracy.py $(RESULTS)/*.json --into examples/easy_vqa/README.md
 
 # Every figure of training/RESULTS.md: pruners of three seeds, and all that is asked of them. Hours; goes on if killed.
 ablations: .venv/installed
-	.venv/bin/python benchmarks/ablations.py --runs runs/ablations --into training/RESULTS.md
+	.venv/bin/python benchmarks/ablations.py --runs runs/ablations --into training/RESULTS.md \
+	  --plot benchmarks/results/budgets.png
 
 test: .venv/installed
 	.venv/bin/python -m pytest

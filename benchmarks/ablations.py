@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py --runs runs/ablations            # all that is missing
     python benchmarks/ablations.py --runs runs/ablations --only "R1:R2"
-    python benchmarks/ablations.py --into training/RESULTS.md       # the tables alone
+    python benchmarks/ablations.py --into training/RESULTS.md --plot benchmarks/results/budgets.png     # tables alone
 
 Pruners are trained by `learnpruner train` on the settings of training/configs/tiny-llava.yaml, with three seeds, and
 asked by benchmarks/accuracy.py. What is there already is not done again, so that a killed study goes on, and several
@@ -162,27 +162,32 @@ def ask(asked: Asked, seed: int, model: Path, limit: int) -> None:
     os.replace(f"{path}.part", path)
 
 
+def groups_of(name: str, unpruned: dict) -> dict[tuple, list[dict]]:
+    """What has been measured of a table, in its order."""
+    rows = TABLES[name]
+    results = [
+        {**accuracy.read_result(asked.file(seed)), "name": asked.label}
+        for asked in rows
+        for seed in asked.seeds
+        if asked.file(seed).exists()
+    ]
+    groups = render_accuracy.group_runs([unpruned, *results])
+    order = {(asked.label, asked.tokens): place for place, asked in enumerate(rows)}
+    return dict(sorted(groups.items(), key=lambda item: order.get((item[0][1], round(item[0][2])), -1)))
+
+
 def tables(unpruned: dict) -> dict[str, str]:
-    """Markdown of each table, from what has been measured."""
+    """Markdown of each table, and what of it has not been measured."""
     found = {}
     for name, rows in TABLES.items():
-        results = [
-            {**accuracy.read_result(asked.file(seed)), "name": asked.label}
-            for asked in rows
-            for seed in asked.seeds
-            if asked.file(seed).exists()
-        ]
-        groups = render_accuracy.group_runs([unpruned, *results])
-        order = {(asked.label, asked.tokens): place for place, asked in enumerate(rows)}
-        groups = dict(sorted(groups.items(), key=lambda item: order.get((item[0][1], round(item[0][2])), -1)))
         missing = [
-            f"{asked.label} at {asked.tokens}"
+            f"{asked.label} at {asked.tokens}, seed {seed}"
             for asked in rows
             for seed in asked.seeds
             if not asked.file(seed).exists()
         ]
-        note = f"\n\nNot measured: {', '.join(dict.fromkeys(missing))}." if missing else ""
-        found[name] = render_accuracy.table(groups) + note
+        note = f"\n\nNot measured: {'; '.join(missing)}." if missing else ""
+        found[name] = render_accuracy.table(groups_of(name, unpruned)) + note
     return found
 
 
@@ -213,6 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
     parser.add_argument("--unpruned", type=Path, default=RESULTS.parent / "accuracy" / "standard-none.json")
     parser.add_argument("--into", type=Path, help="Markdown file with a pair of marks for each table, and for cost")
+    parser.add_argument("--plot", type=Path, help="PNG of accuracy against the budget")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
@@ -229,9 +235,12 @@ def main(argv: list[str] | None = None) -> int:
             with claimed(arguments.runs / "locks" / asked.file(seed).name) as mine:
                 if mine and not asked.file(seed).exists():
                     ask(asked, seed, model, arguments.limit)
+        unpruned = accuracy.read_result(arguments.unpruned) if arguments.into or arguments.plot else None
+        if arguments.plot:
+            render_accuracy.save_plot(groups_of("budgets", unpruned), arguments.plot)
         if arguments.into:
             text = arguments.into.read_text()
-            for name, table in {**tables(accuracy.read_result(arguments.unpruned)), "cost": cost_table()}.items():
+            for name, table in {**tables(unpruned), "cost": cost_table()}.items():
                 text = render_accuracy.fill(text, name, table)
             arguments.into.write_text(text)
     except (ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:

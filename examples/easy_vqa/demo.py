@@ -25,7 +25,7 @@ TRAINED = Path(__file__).parent / "learnpruner-tiny-llava"
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(TRAINED), help="default: the trained model of this folder")
-    parser.add_argument("--ratio", type=ratio, default=32 / 576, help="default: 32 of 576 tokens")
+    parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
     parser.add_argument("--level", choices=OBJECTS, default="standard")
     parser.add_argument("--limit", type=positive, default=6, help="questions to ask")
     parser.add_argument("--seed", type=int, default=0, help="other scenes")
@@ -36,8 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         questions = scene_dataset("test", arguments.limit, level=arguments.level, seed=arguments.seed, per_scene=1)
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
         processor = load_processor(arguments.model)
-        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, pruner_ratio=arguments.ratio)
-        model.eval()
+        fields = {} if arguments.ratio is None else {"pruner_ratio": arguments.ratio}
+        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **fields).eval()
         arguments.output.mkdir(parents=True, exist_ok=True)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"demo: {' '.join(str(error).split())}", file=sys.stderr)

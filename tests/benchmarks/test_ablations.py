@@ -69,7 +69,9 @@ def test_study(base, tmp_path, capsys):
     for kind in whole["by_kind"].values():
         kind["accuracy"] = 0.5
     unpruned.write_text(json.dumps(whole))
-    assert ablations.main(["--into", str(page), "--unpruned", str(unpruned)]) == 0
+    plot = tmp_path / "plot.png"
+    assert ablations.main(["--into", str(page), "--unpruned", str(unpruned), "--plot", str(plot)]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| standard")]
     assert [row[1] for row in rows] == ["none", "random", "learnpruner", "k = 2"]
     assert [row[4] for row in rows] == ["1", "2", "2", "2"]
