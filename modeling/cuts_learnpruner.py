@@ -181,7 +181,9 @@ def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -
     check_pruner_field("pruner_layer", layer, depth)
 
     def counts(num_tokens: int) -> tuple[int, int]:
-        return keep_counts(num_tokens, ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
+        floor = min(num_tokens, config.pruner_min_tokens)
+        first, second = keep_counts(num_tokens, ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
+        return max(first, floor), max(second, floor)
 
     first = Cut(0, lambda tokens: counts(tokens)[0], LearnedScore(config.pruner_diversity))
     second = Cut(layer, lambda tokens: counts(tokens)[1], TextAttention(config.pruner_query))

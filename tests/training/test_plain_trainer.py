@@ -131,7 +131,9 @@ def test_training_forward(family, checkpointing, base):
     with torch.no_grad():
         encoded = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
         images = model.model.get_image_features(**encoded, return_dict=True)
-        features = model.model.pruner_features(images, batch.get("image_sizes"), None, None)
+        arguments = {"mm_encoder_outputs": {"image": images}, "image_sizes": batch.get("image_sizes")}
+        arguments |= dict.fromkeys(("vision_feature_layer", "vision_feature_select_strategy"))
+        features = model.model.pruner_features(arguments, None, None)
         errors = []
         for image in features:
             probability = torch.sigmoid(model.model.pruner(image))
