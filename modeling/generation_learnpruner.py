@@ -17,6 +17,7 @@ from .guards_learnpruner import (
     refuse_generation,
     refuse_tensor_parallelism,
 )
+from .layout_learnpruner import MODALITIES, PromptLayout
 from .scorer_learnpruner import LearnedPruningModule, budget_loss
 
 logger = logging.get_logger(__name__)
@@ -24,8 +25,6 @@ logger = logging.get_logger(__name__)
 # In these `generate` carries, beside the query_mask, the plan made from the images it encoded. Tensors with the batch
 # first, so that beams expand them.
 PLAN = ("vision_kept", "vision_scores", "vision_counts")
-# What the encoders of images and videos may be called.
-MODALITIES = ("image", "video")
 
 
 @dataclass
@@ -75,10 +74,12 @@ class PrunedModelMixin:
 
     Attributes:
         pixel_arguments (`tuple[str, ...]`): Names of the stock forward's arguments that hold images.
-        feature_arguments (`tuple[str, ...]`): Names of those that, beside them, decide which features an image has.
+        grid_arguments (`tuple[str, ...]`): Names of those that lay images out, each a row of integers.
+        feature_arguments (`tuple[str, ...]`): Names of others that decide which features an image has.
     """
 
     pixel_arguments: tuple[str, ...]
+    grid_arguments: tuple[str, ...]
     feature_arguments: tuple[str, ...]
 
     @staticmethod
@@ -87,27 +88,25 @@ class PrunedModelMixin:
         raise NotImplementedError
 
     def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Placeholders, `(batch, sequence)` int8: 0 text, 1 image, 2 video."""
+        """Placeholders, `(batch, sequence)` int8, as in [`PromptLayout`]."""
         raise NotImplementedError
 
-    def check_images(self, arguments: dict) -> None:
+    def check_images(self, arguments: dict, layout: PromptLayout) -> None:
         """Raises `ValueError` where images and what describes them do not fit; before any work."""
 
-    def encode_images(self, arguments: dict) -> dict:
+    def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
         """The stock forward's arguments with encoded images in place of pixels."""
         raise NotImplementedError
 
-    def pruner_features(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> list[torch.Tensor]:
-        """The vision encoder's features before the projector, in the order of the prompt.
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+        """The vision encoder's features before the projector.
 
         Args:
             arguments: Encoded images (`mm_encoder_outputs`) and the family's `feature_arguments`.
-            kinds: Of [`vision_kinds`].
-            valid (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): False at padding.
 
         Returns:
-            `list[torch.Tensor]` of shape `(tokens, d)`: one for each part that has a budget of its own. Rows of NaN
-            are structure, not patches.
+            `dict[str, list[torch.Tensor]]`, each `(tokens, d)`: for each modality, in the order of the prompt, every
+            part that has a budget of its own. Rows of NaN are structure, not patches.
         """
         raise NotImplementedError
 
@@ -150,6 +149,11 @@ class PrunedModelMixin:
         token = torch.tensor(token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
+    def read_layout(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> PromptLayout:
+        """All that the host must know of a prompt."""
+        given = {name: arguments[name] for name in self.grid_arguments if arguments.get(name) is not None}
+        return PromptLayout.read(kinds, valid, given)
+
     def has_images(self, arguments: dict) -> bool:
         """Whether a call has images or videos, as pixels or encoded."""
         pixels = (arguments.get(name) for name in self.pixel_arguments)
@@ -183,13 +187,14 @@ class PrunedModelMixin:
             if not pruning.soft:
                 use_cache = self.config.text_config.use_cache if stock["use_cache"] is None else stock["use_cache"]
                 refuse_decoder_inputs(self, **decoder, use_cache=use_cache, kwargs=kwargs)
-            self.check_images(stock)
-            stock = self.encode_images(stock)
             if pruning.counts is None:
                 kinds = self.vision_kinds(stock["input_ids"], stock["inputs_embeds"])
                 mask = stock["attention_mask"]
                 valid = None if mask is None else mask[:, -kinds.shape[1] :].bool()
-                pruning.plan(self, self.pruner_features(stock, kinds, valid), kinds > 0, valid)
+                layout = self.read_layout(stock, kinds, valid)
+                self.check_images(stock, layout)
+                stock = self.encode_images(stock, layout)
+                pruning.plan(self, self.pruner_features(stock, layout), layout)
             # In training, a schedule without a learned cut has nothing to gate.
             if pruning.will_cut and not (pruning.soft and pruning.gates is None):
                 self._warn_if_untrained(pruning)
@@ -296,23 +301,24 @@ class PrunedGenerationMixin:
         refuse_tensor_parallelism(self)
         refuse_generation(generation_config, attention_mask)
         refuse_decoder_inputs(self.model, attention_mask, None, cache, generation_config.use_cache, {})
-        self.model.check_images(model_kwargs)
-        features = {name: model_kwargs.get(name) for name in self.model.feature_arguments}
-        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
-
         embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
         kinds = self.model.vision_kinds(inputs_tensor if embeds is None else None, embeds)
         sequence = kinds.shape[1]
         # A continued conversation may be given whole; what the cache holds is not part of this call.
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
         start = cache.get_seq_length() if cache is not None and (embeds is not None or mask_length == sequence) else 0
+        valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
+        layout = self.model.read_layout(model_kwargs, kinds[:, start:], valid)
+        self.model.check_images(model_kwargs, layout)
+        features = {name: model_kwargs.get(name) for name in self.model.feature_arguments}
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
+        features["mm_encoder_outputs"] = model_kwargs["mm_encoder_outputs"]
+
         # Fixed from the prompt: what is generated never ranks the evidence.
         query_mask = model_kwargs.get("query_mask")
         query_mask = torch.ones_like(kinds, dtype=torch.bool) if query_mask is None else query_mask.bool()
         pruning = PruningCall(schedule, query_mask[:, start:])
-        valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
-        kinds, encoded = kinds[:, start:], {**features, "mm_encoder_outputs": model_kwargs["mm_encoder_outputs"]}
-        pruning.plan(self.model, self.model.pruner_features(encoded, kinds, valid), kinds > 0, valid)
+        pruning.plan(self.model, self.model.pruner_features(features, layout), layout)
         if not pruning.will_cut:
             model_kwargs.pop("schedule", None)
             return {**model_kwargs, "pruner_ratio": 1.0}

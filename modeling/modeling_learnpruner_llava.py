@@ -14,13 +14,15 @@ from .generation_learnpruner import (
     PrunedModelMixin,
 )
 from .hub_learnpruner import HubMixin, register_key_conversion
+from .layout_learnpruner import PromptLayout
 
 
 class PrunedLlavaModelMixin(PrunedModelMixin):
     """What LLaVA and LLaVA-NeXT share: pixels through a tower, one layer of which the projector reads."""
 
     pixel_arguments = ("pixel_values",)
-    feature_arguments = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
+    grid_arguments = ("image_sizes",)
+    feature_arguments = ("vision_feature_layer", "vision_feature_select_strategy")
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:
@@ -30,14 +32,12 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
     def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         return self.marks(self.config.image_token_id, input_ids, inputs_embeds).to(torch.int8)
 
-    def encode_images(self, arguments: dict) -> dict:
+    def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
         if arguments["pixel_values"] is None:
             return arguments
-        if arguments["image_sizes"] is not None:
-            # One transfer to the host, in place of the stock model's several for each image.
-            arguments = {**arguments, "image_sizes": torch.as_tensor(arguments["image_sizes"]).tolist()}
+        # As the host read the sizes: from a tensor, the stock model would read them for each image.
         features = {name: arguments[name] for name in (*self.pixel_arguments, *self.feature_arguments)}
-        encoded = self.get_image_features(**features, return_dict=True)
+        encoded = self.get_image_features(**features, image_sizes=layout.grids.get("image_sizes"), return_dict=True)
         return {**arguments, "pixel_values": None, "mm_encoder_outputs": {"image": encoded}}
 
     def selected_features(self, arguments: dict) -> torch.Tensor:
@@ -94,10 +94,11 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
 class LearnPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
     config: LearnPrunerLlavaConfig
 
-    def pruner_features(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> list[torch.Tensor]:
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
         images = arguments["mm_encoder_outputs"]["image"].pooler_output
         # Towers of native resolution put all images behind one another in a batch of one.
-        return list(self.selected_features(arguments).flatten(0, 1).split([len(image) for image in images]))
+        features = self.selected_features(arguments).flatten(0, 1)
+        return {"image": list(features.split([len(image) for image in images]))}
 
 
 class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaForConditionalGeneration):

@@ -10,28 +10,28 @@ from .configuration_learnpruner import LearnPrunerLlavaNextConfig
 from .cuts_learnpruner import Cut
 from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin
 from .hub_learnpruner import HubMixin, register_key_conversion
+from .layout_learnpruner import PromptLayout
 from .modeling_learnpruner_llava import PrunedLlavaModelMixin
 
 
 class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
     config: LearnPrunerLlavaNextConfig
 
-    def pruner_features(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> list[torch.Tensor]:
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
         """As the stock model packs its tokens. The learned `image_newline` rows are structure, not patches: they are
         rows of NaN here, so they carry no score and are kept only when every patch is."""
-        if arguments["image_sizes"] is None:
+        if "image_sizes" not in layout.grids:
             raise ValueError("LLaVA-NeXT lays out its tokens by image_sizes: pass it with the images.")
         strategy = arguments["vision_feature_select_strategy"] or self.config.vision_feature_select_strategy
         features = self.selected_features(arguments)
-        # Once: the stock functions would do so for each image.
-        image_sizes = torch.as_tensor(arguments["image_sizes"]).tolist()
+        image_sizes = layout.grids["image_sizes"]
         crops = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
             for size in image_sizes
         ]
         newline = features.new_full((features.shape[-1],), torch.nan)
         packed, _ = self.pack_image_features(features.split(crops), image_sizes, strategy, image_newline=newline)
-        return packed
+        return {"image": list(packed)}
 
 
 class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaNextForConditionalGeneration):

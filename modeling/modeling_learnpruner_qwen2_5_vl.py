@@ -3,7 +3,6 @@
 
 import torch
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
-from transformers.vision_utils import get_vision_window_index
 
 from .configuration_learnpruner import LearnPrunerQwen2_5_VLConfig
 from .hub_learnpruner import HubMixin, register_key_conversion
@@ -20,10 +19,16 @@ class LearnPrunerQwen2_5_VLModel(PrunedQwenVLModelMixin, Qwen2_5_VLModel):
     def merged_features(self, hidden_states: torch.Tensor, grids: list[list[int]]) -> torch.Tensor:
         # The encoder leaves its features in the order of its windows; only the merged tokens are put back.
         vision = self.config.vision_config
-        windows, _ = get_vision_window_index(
-            torch.tensor(grids), vision.spatial_merge_size, vision.window_size, vision.patch_size
-        )
-        return super().merged_features(hidden_states, grids)[windows.argsort().to(hidden_states.device)]
+        side = vision.window_size // vision.spatial_merge_size // vision.patch_size
+        windows, start = [], 0
+        for grid in grids:
+            ranges = (torch.arange(length, device=hidden_states.device) for length in grid)
+            frame, row, column = torch.meshgrid(*ranges, indexing="ij")
+            window = (frame * grid[1] + row // side) * grid[2] + column // side
+            windows.append(start + window.flatten())
+            start += window.numel()
+        order = torch.cat(windows).argsort(stable=True)
+        return super().merged_features(hidden_states, grids)[order.argsort()]
 
 
 class LearnPrunerQwen2_5_VLForConditionalGeneration(

@@ -1,6 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """Qwen2-VL with LearnPruner (arXiv 2604.23950): native resolution, several images, video, M-RoPE."""
 
+import math
+
 import torch
 from transformers import Cache, PreTrainedConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.utils import can_return_tuple
@@ -15,8 +17,9 @@ from .generation_learnpruner import (
 )
 from .guards_learnpruner import OR_NO_PRUNING
 from .hub_learnpruner import HubMixin, register_key_conversion
+from .layout_learnpruner import PromptLayout
 
-# In the order of vision_kinds: the pixels of each modality, and the grids that lay them out.
+# The pixels of each modality, and the grids that lay them out.
 INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
@@ -28,7 +31,8 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
     """
 
     pixel_arguments = ("pixel_values", "pixel_values_videos")
-    feature_arguments = ("image_grid_thw", "video_grid_thw")
+    grid_arguments = ("image_grid_thw", "video_grid_thw")
+    feature_arguments = ()
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:
@@ -39,26 +43,32 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         images, videos = (self.marks(token, input_ids, inputs_embeds) for token in tokens)
         return images.to(torch.int8) + 2 * videos.to(torch.int8)
 
-    def check_images(self, arguments: dict) -> None:
-        for pixels, grid in INPUTS.values():
-            if arguments.get(pixels) is None:
+    def check_images(self, arguments: dict, layout: PromptLayout) -> None:
+        for modality, (pixels, grid) in INPUTS.items():
+            given = arguments.get(pixels)
+            encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
+            if given is None and encoded is None:
                 continue
-            if arguments.get(grid) is None:
-                raise ValueError(f"{pixels} needs {grid}, which the processor returns beside it. {OR_NO_PRUNING}")
-            patches = arguments[grid].prod(-1).sum().item()
-            if patches != len(arguments[pixels]):
+            if grid not in layout.grids:
                 raise ValueError(
-                    f"{grid} describes {patches} patches, and {pixels} has {len(arguments[pixels])}: build both with "
-                    "one processor call."
+                    f"{modality.capitalize()}s need {grid}, which the processor returns beside their pixels."
                 )
-        given = arguments.get("input_ids") is not None and arguments.get("position_ids") is None
-        if given and arguments.get("mm_token_type_ids") is None and arguments.get("past_key_values") is None:
-            raise ValueError(
-                "Images and videos need mm_token_type_ids, which the processor returns beside input_ids: without them "
-                "the positions would be those of text."
-            )
+            if given is None:
+                if encoded.last_hidden_state is None:
+                    raise ValueError(
+                        "The pruner reads the vision encoder's features, and mm_encoder_outputs has none: pass what "
+                        f"model.get_{modality}_features(..., return_dict=True) returned."
+                    )
+                continue
+            patches = [math.prod(row) for row in layout.grids[grid]]
+            if sum(patches) != len(given):
+                raise ValueError(
+                    f"{grid} describes {sum(patches)} patches, and {pixels} has {len(given)}: build both with one "
+                    "processor call."
+                )
+            layout.owners(modality, [count // self.config.vision_config.spatial_merge_size**2 for count in patches])
 
-    def encode_images(self, arguments: dict) -> dict:
+    def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
         outputs = dict(arguments["mm_encoder_outputs"] or {})
         for modality, (pixels, grid) in INPUTS.items():
             if arguments[pixels] is not None:
@@ -70,36 +80,24 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         """The encoder's features `(patches, d)`, one row for each token, `(tokens, 4 d)`.
 
         Args:
-            grids: Groups of frames, rows and columns of patches, of each image or video.
+            grids: Groups of frames, rows and columns of tokens, of each image or video.
         """
-        return hidden_states.view(-1, hidden_states.shape[-1] * self.config.vision_config.spatial_merge_size**2)
+        return hidden_states.view(sum(math.prod(grid) for grid in grids), -1)
 
-    def pruner_features(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> list[torch.Tensor]:
-        parts = {}
-        for kind, (modality, (_, grid)) in enumerate(INPUTS.items(), 1):
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+        merge, parts = self.config.vision_config.spatial_merge_size, {}
+        for modality, (_, name) in INPUTS.items():
             outputs = arguments["mm_encoder_outputs"].get(modality)
             if outputs is None:
                 continue
-            if arguments[grid] is None:
-                raise ValueError(f"Encoded {modality}s need {grid}: it says how they are laid out. {OR_NO_PRUNING}")
-            grids = arguments[grid].tolist()
-            features = self.merged_features(outputs.last_hidden_state, grids)
-            sizes = [
-                frames * rows * columns // self.config.vision_config.spatial_merge_size**2
-                for frames, rows, columns in grids
-            ]
+            # A continued conversation may give the grids of all its images; the encoded ones are the last.
+            rows = layout.grids[name][-len(outputs.pooler_output) :]
+            grids = [[frames, height // merge, width // merge] for frames, height, width in rows]
+            sizes = [math.prod(grid) for grid in grids]
             if modality == "video" and self.config.pruner_per_frame:
-                sizes = [size // frames for size, (frames, _, _) in zip(sizes, grids) for _ in range(frames)]
-            parts[kind] = list(features.split(sizes))
-        if len(parts) == 1:
-            return next(iter(parts.values()))
-        # Both modalities: each part's turn comes with its first placeholder.
-        placeholders = kinds[kinds > 0 if valid is None else (kinds > 0) & valid].tolist()
-        ordered, place = [], 0
-        while place < len(placeholders) and parts[placeholders[place]]:
-            ordered.append(parts[placeholders[place]].pop(0))
-            place += len(ordered[-1])
-        return ordered + parts[1] + parts[2]
+                sizes = [size // grid[0] for size, grid in zip(sizes, grids) for _ in range(grid[0])]
+            parts[modality] = list(self.merged_features(outputs.last_hidden_state, grids).split(sizes))
+        return parts
 
     @can_return_tuple
     def forward(
@@ -186,6 +184,19 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
             "mm_encoder_outputs": mm_encoder_outputs,
         }
         return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        cuts = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
+        if cuts and inputs_tensor.dim() == 2 and self.model.has_images(model_kwargs):
+            # Here the stock class counts on them, and takes the positions of text if they are missing.
+            if model_kwargs.get("mm_token_type_ids") is None:
+                raise ValueError(
+                    "Images and videos need mm_token_type_ids, which the processor returns beside input_ids: without "
+                    f"them the positions would be those of text. {OR_NO_PRUNING}"
+                )
+            kinds = self.model.vision_kinds(inputs_tensor, None)
+            self.model.check_images(model_kwargs, self.model.read_layout(model_kwargs, kinds, None))
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
 
 class LearnPrunerQwen2VLModel(PrunedQwenVLModelMixin, Qwen2VLModel):

@@ -1,6 +1,7 @@
 """Tiny random models of every family, and inputs built by hand: no network, no processor, no files."""
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -47,7 +48,11 @@ PRUNED = {
     "qwen2_5_vl": LearnPrunerQwen2_5_VLForConditionalGeneration,
 }
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
+# Families and the text models they come with.
+TEXT_MODELS = [(family, text) for family in LLAVA for text in TEXT_CONFIGS] + [(family, None) for family in QWEN]
 IMAGE, VIDEO, PAD, VOCAB, SIDE, PATCH, LAYERS = 120, 121, 0, 128, 32, 8, 4
+# A random model may answer with a placeholder; run again as part of a prompt, stock models refuse it.
+NO_PLACEHOLDERS = {"suppress_tokens": [IMAGE, VIDEO]}
 PATCHES = (SIDE // PATCH) ** 2
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
@@ -257,6 +262,70 @@ def tiny_processor(family):
         image_grid_pinpoints=PINPOINTS,
     )
     return LlavaNextProcessor(image_processor=images, num_additional_image_tokens=1, **shared)
+
+
+LAYOUT = {"llava_next": "image_sizes", "qwen2_vl": "image_grid_thw", "qwen2_5_vl": "image_grid_thw"}
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def pixels_of(family, inputs, images=slice(None), videos=slice(None)):
+    """Of the inputs, the pixels of some images and videos, and what lays them out."""
+    chosen = {}
+    for some, name, layout in (
+        (images, "pixel_values", LAYOUT.get(family)),
+        (videos, "pixel_values_videos", "video_grid_thw"),
+    ):
+        pixels = inputs.get(name, torch.empty(0))
+        if family in QWEN and len(pixels):
+            pixels = pixels.split(inputs[layout].prod(1).tolist())
+        if len(pixels[some]):
+            chosen[name] = torch.cat(pixels[some]) if family in QWEN else pixels[some]
+            if layout:
+                chosen[layout] = inputs[layout][some]
+    return chosen
+
+
+def cat_pixels(family, parts):
+    """What [`pixels_of`] returned for several images, as one."""
+    if family == "llava_next":
+        most = max(part["pixel_values"].shape[1] for part in parts)
+        pad = [(0, 0) * 3 + (0, most - part["pixel_values"].shape[1]) for part in parts]
+        parts = [{**part, "pixel_values": F.pad(part["pixel_values"], by)} for part, by in zip(parts, pad)]
+    names = {name: None for part in parts for name in part}
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def row_alone(family, inputs, samples, row):
+    """One row of a batch without its padding, with its own images and videos; and the columns it had."""
+    valid = inputs["attention_mask"][row].bool()
+    counts = [[sum(isinstance(part, tuple) and len(part) == kind for part in s) for s in samples] for kind in (2, 3)]
+    images, videos = (slice(sum(count[:row]), sum(count[: row + 1])) for count in counts)
+    text = {name: inputs[name][row : row + 1, valid] for name in TEXT_INPUTS if name in inputs}
+    return {**text, **pixels_of(family, inputs, images, videos)}, valid
+
+
+def with_answer(inputs, sequences):
+    """The inputs of a prompt with its answer behind it; or of a single prompt with several answers."""
+    repeats, new = len(sequences) // len(inputs["input_ids"]), sequences.shape[1] - inputs["input_ids"].shape[1]
+    assert repeats == 1 or len(inputs["input_ids"]) == 1
+    whole = {name: value.repeat(repeats, *(1,) * (value.dim() - 1)) for name, value in inputs.items()}
+    for name in set(TEXT_INPUTS) & set(whole):
+        whole[name] = F.pad(whole[name], (0, new), value=name == "attention_mask")
+    return {**whole, "input_ids": sequences}
+
+
+def positions(family, model, inputs, new=0):
+    """Of the unpruned prompt, and of `new` tokens behind it, as the stock class has them in generate."""
+    where = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    if family in QWEN:
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+        where, _ = model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
+    return torch.cat([where, where[..., -1:] + torch.arange(1, new + 1)], dim=-1)
+
+
+def vision_tower(model):
+    """The encoder, which stock models build first."""
+    return next(model.model.children())
 
 
 def labelled(family, samples, seed=0, answer=4):

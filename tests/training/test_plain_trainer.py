@@ -11,7 +11,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore, learnpruner_schedule
 
-from tiny_models import FAMILIES, LAYERS, build_inputs, labelled, samples_of, tiny_pair
+from tiny_models import FAMILIES, LAYERS, build_inputs, image_tokens, labelled, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core
 
@@ -116,7 +116,8 @@ def test_training_forward(family, checkpointing, base):
     if checkpointing:
         model.gradient_checkpointing_enable()
     batch = labelled(family, [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]])
-    seen = []
+    seen, read = [], []
+    model.model.pruner.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
     model.model.language_model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     outputs = model(**batch)
     assert outputs.kept_mask is None
@@ -128,14 +129,11 @@ def test_training_forward(family, checkpointing, base):
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (".pruner." in name), name
 
     # The budget term, by hand: keep probabilities are means over each image.
+    sizes = [image_tokens(family, 32, 32)] * 3
     with torch.no_grad():
-        encoded = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
-        images = model.model.get_image_features(**encoded, return_dict=True)
-        arguments = {"mm_encoder_outputs": {"image": images}, "image_sizes": batch.get("image_sizes")}
-        arguments |= dict.fromkeys(("vision_feature_layer", "vision_feature_select_strategy"))
-        features = model.model.pruner_features(arguments, None, None)
         errors = []
-        for image in features:
+        for image, size in zip(read[0], sizes):
+            image = image[:size]
             probability = torch.sigmoid(model.model.pruner(image))
             first, _ = keep_counts(
                 len(image), 0.3, num_layers=LAYERS, pruner_layer=model.config.pruner_layer, stage_ratio=3.0
