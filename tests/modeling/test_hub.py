@@ -33,23 +33,18 @@ pytestmark = pytest.mark.core
 WEIGHTS = "model.safetensors"
 
 # The names that Hub checkpoints use, in place of those of the classes since transformers 4.52.
-HUB_NAMES = {
-    **dict.fromkeys(
-        LLAVA,
-        {
-            "model.language_model.": "language_model.model.",
-            "model.vision_tower.": "vision_tower.vision_model.",
-            "model.multi_modal_projector.": "multi_modal_projector.",
-            "model.image_newline": "image_newline",
-            "lm_head.": "language_model.lm_head.",
-        },
-    ),
-    **dict.fromkeys(QWEN, {"model.language_model.": "model.", "model.visual.": "visual."}),
+LLAVA_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.image_newline": "image_newline",
+    "lm_head.": "language_model.lm_head.",
 }
+QWEN_NAMES = {"model.language_model.": "model.", "model.visual.": "visual."}
 
 
 def hub_name(family, name):
-    for start, replacement in HUB_NAMES[family].items():
+    for start, replacement in (QWEN_NAMES if family in QWEN else LLAVA_NAMES).items():
         if name.startswith(start):
             return replacement + name.removeprefix(start)
     return name

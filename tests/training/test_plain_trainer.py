@@ -78,7 +78,8 @@ def test_plain_trainer(family, base, tmp_path):
     assert loaded.config.pruner_trained
     inputs = build_inputs(family, samples_of("padded", family))
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
-    assert (checkpoint / "model.safetensors").stat().st_size < 100_000
+    pruner = sum(parameter.numel() for parameter in model.model.pruner.parameters())
+    assert (checkpoint / "model.safetensors").stat().st_size < 4 * pruner + 1000
 
 
 @pytest.mark.parametrize("family", ["llava"])
@@ -155,7 +156,9 @@ def test_open_gates_are_the_stock_model(family, base):
     model.model.pruner.output.bias.data = torch.tensor([-200.0, 200.0])
     batch = labelled(family, [[2, (32, 32), 8], [5]])
     valid = batch["attention_mask"].bool()
-    assert (model(**batch).logits - stock(**batch).logits)[valid].abs().max() < 1e-5
+    # For gradients to the gates PyTorch would take another attention kernel, and that one's rounding.
+    with torch.no_grad():
+        assert (model(**batch).logits - stock(**batch).logits)[valid].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
