@@ -44,6 +44,12 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         return images.to(torch.int8) + 2 * videos.to(torch.int8)
 
     def check_images(self, arguments: dict, layout: PromptLayout) -> None:
+        without = all(arguments.get(name) is None for name in ("mm_token_type_ids", "position_ids"))
+        if without and arguments.get("input_ids") is not None:
+            raise ValueError(
+                "Images and videos need mm_token_type_ids, which the processor returns beside input_ids: without them "
+                f"the positions would be those of text. {OR_NO_PRUNING}"
+            )
         for modality, (pixels, grid) in INPUTS.items():
             given = arguments.get(pixels)
             encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
@@ -188,14 +194,9 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         cuts = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
         if cuts and inputs_tensor.dim() == 2 and self.model.has_images(model_kwargs):
-            # Here the stock class counts on them, and takes the positions of text if they are missing.
-            if model_kwargs.get("mm_token_type_ids") is None:
-                raise ValueError(
-                    "Images and videos need mm_token_type_ids, which the processor returns beside input_ids: without "
-                    f"them the positions would be those of text. {OR_NO_PRUNING}"
-                )
-            kinds = self.model.vision_kinds(inputs_tensor, None)
-            self.model.check_images(model_kwargs, self.model.read_layout(model_kwargs, kinds, None))
+            # The stock class counts on its inputs here, and says nothing, or nothing clear, where they do not fit.
+            layout = self.model.read_layout(model_kwargs, self.model.vision_kinds(inputs_tensor, None), None)
+            self.model.check_images({**model_kwargs, "input_ids": inputs_tensor}, layout)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
 

@@ -1,5 +1,7 @@
 """Tiny random models of every family, and inputs built by hand: no network, no processor, no files."""
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -235,6 +237,11 @@ def samples_of(kind, family):
         "video": [[3, video, 6], [2, (2, 32, 32), 9]],
         "image_and_video": [[2, small, 1, video, 3, wide, 4], [1, (2, 24, 24), 2, tall, 5], [7]],
     }[kind]
+
+
+def with_videos(batches):
+    """Each family with each batch; those that see videos with batches of them too."""
+    return [*product(LLAVA, batches), *product(QWEN, (*batches, "video", "image_and_video"))]
 
 
 def tiny_processor(family):

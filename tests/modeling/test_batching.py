@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from tiny_models import FAMILIES, build_inputs, positions, row_alone, samples_of, tiny_pair
+from tiny_models import build_inputs, positions, row_alone, samples_of, tiny_pair, with_videos
 
 pytestmark = pytest.mark.core
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch", ["padded", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(("padded", "mixed")))
 def test_forward(family, batch, side, attention):
     _, pruned = tiny_pair(family, attention=attention)
     samples = samples_of(batch, family)
@@ -29,8 +28,7 @@ def test_forward(family, batch, side, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("batch", ["padded", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(("padded", "mixed")))
 def test_generate(family, batch, attention):
     _, pruned = tiny_pair(family, attention=attention)
     samples = samples_of(batch, family)

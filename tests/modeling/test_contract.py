@@ -21,6 +21,7 @@ from tiny_models import (
     VOCAB,
     build_inputs,
     pixels_of,
+    positions,
     samples_of,
     tiny_pair,
 )
@@ -125,18 +126,19 @@ def test_return_dict_of_the_text_configuration():
     assert torch.equal(pruned(**inputs).logits, expected)
 
 
-def test_positions_are_those_of_the_unpruned_prompt(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_those_of_the_unpruned_prompt(family):
     """Invariant 5, read off the rotary embeddings that each layer gets."""
-    stock, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of("padded", "llava"))
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    where = positions(family, stock, inputs)
     seen = []
     for layer in pruned.model.language_model.layers:
         layer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["position_embeddings"][0]), with_kwargs=True
         )
-    outputs = pruned(**inputs, position_ids=positions)
-    cos, _ = stock.model.language_model.rotary_emb(torch.zeros(1, 1, 32), positions)
+    outputs = pruned(**inputs, position_ids=where)
+    cos, _ = stock.model.language_model.rotary_emb(torch.zeros(1, 1, 32), where)
     for number, given in enumerate(seen):
         kept = outputs.kept_mask[0 if number < pruned.config.pruner_layer else 1]
         for row in range(2):

@@ -25,6 +25,7 @@ from tiny_models import (
     tiny_config,
     tiny_pair,
     with_answer,
+    with_videos,
 )
 
 pytestmark = pytest.mark.core
@@ -43,8 +44,7 @@ def forced_logits(family, pruned, inputs, sequences):
     return outputs, outputs.logits[:, prompt - 1 : -1]
 
 
-@pytest.mark.parametrize("batch", ["one", "padded", "two_images", "mixed", "image_first"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(("one", "padded", "two_images", "mixed", "image_first")))
 def test_greedy_equals_teacher_forcing(family, batch):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of(batch, family))

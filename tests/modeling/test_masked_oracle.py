@@ -7,24 +7,31 @@ import torch
 
 from oracles import masked
 from tiny_models import (
-    FAMILIES,
     LAYERS,
     LLAVA,
     NO_PLACEHOLDERS,
-    QWEN,
     TEXT_MODELS,
     build_inputs,
     positions,
     samples_of,
     tiny_pair,
     with_answer,
+    with_videos,
 )
 
 pytestmark = pytest.mark.core
 BATCHES = ("one", "padded", "two_images", "mixed", "image_first", "image_last")
-# What is cut where is the same code in every family: the later ones take part of the matrix.
-FLOAT32 = [*product(LLAVA, (0.1, 0.4, 0.8), (1, 2, 3)), *product(QWEN, (0.1, 0.4), (2,))]
-BFLOAT16 = [*product(LLAVA, (0.2, 0.6), (1, 3)), *product(QWEN, (0.2,), (3,))]
+# The cuts are the same code in every family: Qwen takes every batch, and part of the ratios and layers.
+FLOAT32 = [
+    (family, batch, ratio, layer)
+    for family, batch in with_videos(BATCHES)
+    for ratio, layer in (product((0.1, 0.4, 0.8), (1, 2, 3)) if family in LLAVA else ((0.1, 2), (0.4, 2)))
+]
+BFLOAT16 = [
+    (family, batch, ratio, layer)
+    for family, batch in with_videos(("one", "padded", "two_images", "mixed"))
+    for ratio, layer in (product((0.2, 0.6), (1, 3)) if family in LLAVA else ((0.2, 3),))
+]
 
 
 def oracle_logits(stock, inputs, kept_mask, layer):
@@ -37,10 +44,9 @@ def surviving(inputs, outputs):
     return outputs.kept_mask[-1] & inputs["attention_mask"].bool()
 
 
-@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "ratio", "layer"), FLOAT32)
-def test_prompt_float32(family, ratio, layer, attention, batch):
+@pytest.mark.parametrize(("family", "batch", "ratio", "layer"), FLOAT32)
+def test_prompt_float32(family, batch, ratio, layer, attention):
     stock, pruned = tiny_pair(family, attention=attention, pruner_ratio=ratio, pruner_layer=layer)
     inputs = build_inputs(family, samples_of(batch, family))
     outputs = pruned(**inputs)
@@ -64,10 +70,9 @@ def test_text_models_and_padding_sides(family, text, side):
     assert (outputs.logits - expected)[surviving(inputs, outputs)].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("batch", ["one", "padded", "two_images", "mixed"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "ratio", "layer"), BFLOAT16)
-def test_prompt_bfloat16(family, ratio, layer, attention, batch):
+@pytest.mark.parametrize(("family", "batch", "ratio", "layer"), BFLOAT16)
+def test_prompt_bfloat16(family, batch, ratio, layer, attention):
     """Against a float32 oracle at the same kept sets: at most twice the stock model's own bfloat16 error there."""
     stock, pruned = tiny_pair(family, attention=attention, dtype=torch.bfloat16, pruner_ratio=ratio, pruner_layer=layer)
     inputs = build_inputs(family, samples_of(batch, family), dtype=torch.bfloat16)
@@ -75,15 +80,14 @@ def test_prompt_bfloat16(family, ratio, layer, attention, batch):
     rows = surviving(inputs, outputs)
     own = oracle_logits(stock, inputs, outputs.kept_mask, layer).float()
     full = stock.float()
-    inputs["pixel_values"] = inputs["pixel_values"].float()
+    inputs |= {name: value.float() for name, value in inputs.items() if value.is_floating_point()}
     expected = oracle_logits(full, inputs, outputs.kept_mask, layer)
     stock_error = (own - expected)[rows].abs().max()
     assert (outputs.logits.float() - expected)[rows].abs().max() <= 2 * stock_error
 
 
-@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(BATCHES))
 def test_generated_tokens(family, attention, batch):
     """Every step of cached greedy decoding against one masked, uncached run over prompt and answer."""
     stock, pruned = tiny_pair(family, attention=attention)

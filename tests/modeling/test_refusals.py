@@ -257,8 +257,9 @@ def test_schedules():
         pruned(**inputs, schedule=(first, second), pruner_ratio=0.5)
 
 
-def test_tiny_budgets_keep_one_token_of_each_image():
-    _, pruned = tiny_pair(pruner_ratio=1e-9)
-    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_budgets_keep_one_token_of_each_image(family):
+    _, pruned = tiny_pair(family, pruner_ratio=1e-9)
+    inputs = build_inputs(family, samples_of("mixed", family))
     for kept in pruned(**inputs).kept_mask:
         assert [(kept[row] & (inputs["input_ids"][row] == IMAGE)).sum().item() for row in range(3)] == [1, 2, 0]

@@ -11,7 +11,18 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore, learnpruner_schedule
 
-from tiny_models import FAMILIES, LAYERS, build_inputs, image_tokens, labelled, samples_of, tiny_pair
+from tiny_models import (
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    QWEN,
+    VIDEO,
+    build_inputs,
+    image_tokens,
+    labelled,
+    samples_of,
+    tiny_pair,
+)
 
 pytestmark = pytest.mark.core
 
@@ -166,12 +177,13 @@ def test_open_gates_are_the_stock_model(family, base):
 def test_closed_gates_are_the_cut(family, attention, base):
     """Training at gates of 0 and 1 is evaluation with the same tokens cut, for every row of text."""
     model = LearnPrunerForConditionalGeneration.from_pretrained(base, attn_implementation=attention)
-    batch = labelled(family, [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]])
+    images = [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]]
+    batch = labelled(family, samples_of("image_and_video", family) if family in QWEN else images)
     first = learnpruner_schedule(model.config, 0.3)[0]
     hard = HardGate(diversity=0.0)
     cut = model.eval()(**batch, schedule=(replace(first, score=hard),))
     soft = model.train()(**batch, schedule=(replace(first, score=hard),))
-    text = (batch["input_ids"] != model.config.image_token_id) & batch["attention_mask"].bool()
+    text = ~torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO])) & batch["attention_mask"].bool()
     if family == "llava_next":
         # Newlines are no patches: the cut drops them here, training leaves them open.
         assert (soft.logits - cut.logits)[2][text[2]].abs().max() < 1e-4
