@@ -90,10 +90,10 @@ def test_beams(family, mode):
     assert generated.past_key_values.kept_mask[0].shape[0] == mode["num_beams"]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_beams_in_a_batch_equal_beams_alone(family):
+@pytest.mark.parametrize(("family", "batch"), with_videos(("mixed",)))
+def test_beams_in_a_batch_equal_beams_alone(family, batch):
     _, pruned = tiny_pair(family)
-    samples = samples_of("mixed", family)
+    samples = samples_of(batch, family)
     inputs = build_inputs(family, samples)
     together = pruned.generate(**inputs, **GREEDY, num_beams=3)
     for row in range(len(samples)):
