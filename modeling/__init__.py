@@ -5,10 +5,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from .auto import FAMILIES, LearnPrunerForConditionalGeneration
 from .cache_learnpruner import PrunedCache
-from .configuration_learnpruner import LearnPrunerLlavaConfig, LearnPrunerLlavaNextConfig, __version__
+from .configuration_learnpruner import (
+    LearnPrunerLlavaConfig,
+    LearnPrunerLlavaNextConfig,
+    LearnPrunerQwen2_5_VLConfig,
+    LearnPrunerQwen2VLConfig,
+    __version__,
+)
 from .cuts_learnpruner import Cut, LearnedScore, TextAttention, learnpruner_schedule
 from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration
 from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration
+from .modeling_learnpruner_qwen2_5_vl import LearnPrunerQwen2_5_VLForConditionalGeneration
+from .modeling_learnpruner_qwen2_vl import LearnPrunerQwen2VLForConditionalGeneration
 
 for family in FAMILIES:
     AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
@@ -23,6 +31,10 @@ __all__ = [
     "LearnPrunerLlavaForConditionalGeneration",
     "LearnPrunerLlavaNextConfig",
     "LearnPrunerLlavaNextForConditionalGeneration",
+    "LearnPrunerQwen2VLConfig",
+    "LearnPrunerQwen2VLForConditionalGeneration",
+    "LearnPrunerQwen2_5_VLConfig",
+    "LearnPrunerQwen2_5_VLForConditionalGeneration",
     "LearnedScore",
     "PrunedCache",
     "TextAttention",

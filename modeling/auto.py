@@ -6,8 +6,15 @@ from transformers import PreTrainedConfig
 from .hub_learnpruner import PLACE
 from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration
 from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration
+from .modeling_learnpruner_qwen2_5_vl import LearnPrunerQwen2_5_VLForConditionalGeneration
+from .modeling_learnpruner_qwen2_vl import LearnPrunerQwen2VLForConditionalGeneration
 
-FAMILIES = (LearnPrunerLlavaForConditionalGeneration, LearnPrunerLlavaNextForConditionalGeneration)
+FAMILIES = (
+    LearnPrunerLlavaForConditionalGeneration,
+    LearnPrunerLlavaNextForConditionalGeneration,
+    LearnPrunerQwen2VLForConditionalGeneration,
+    LearnPrunerQwen2_5_VLForConditionalGeneration,
+)
 
 
 def pruned_class(pretrained_model_name_or_path, **place) -> type:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 __version__ = "0.1.0"
 
@@ -35,8 +35,8 @@ def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
         raise ValueError(f"pruner_stage_ratio is R1/R2, at least 1, got {value}.")
     if name == "pruner_diversity" and not 0 <= value <= 1:
         raise ValueError(f"pruner_diversity is the share of R1 filled by diversity, in [0, 1], got {value}.")
-    if name == "pruner_hidden_size" and value < 1:
-        raise ValueError(f"pruner_hidden_size must be at least 1, got {value}.")
+    if name in ("pruner_hidden_size", "pruner_min_tokens") and value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
     if name == "pruner_query" and value not in ("all", "last"):
         raise ValueError(f"pruner_query must be 'all' or 'last', got {value!r}.")
 
@@ -57,6 +57,9 @@ class PrunerConfig:
         pruner_stage_ratio (`float`, defaults to 3.0): R1 / R2, at least 1.
         pruner_diversity (`float`, defaults to 0.1):
             Share of R1 that is filled with the tokens least similar to those already chosen.
+        pruner_min_tokens (`int`, defaults to 1):
+            So many of each image survive every cut, or all where it has fewer; a floor for small images, which raises
+            the mean.
         pruner_query (`"all"` or `"last"`, defaults to `"all"`):
             Text rows whose attention ranks the vision tokens at the second cut.
 
@@ -78,6 +81,7 @@ class PrunerConfig:
     pruner_layer: int | None = None
     pruner_stage_ratio: float | int = 3.0
     pruner_diversity: float | int = 0.1
+    pruner_min_tokens: int = 1
     pruner_hidden_size: int = 512
     pruner_query: str = "all"
     pruner_trained: bool = False
@@ -157,4 +161,40 @@ class LearnPrunerLlavaNextConfig(PrunerConfig, LlavaNextConfig):
     keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
 
 
-__all__ = ["LearnPrunerLlavaConfig", "LearnPrunerLlavaNextConfig"]
+@dataclass(kw_only=True, repr=False)
+class VideoPrunerConfig(PrunerConfig):
+    """The fields of families that see videos: those of [`PrunerConfig`], and
+
+    Args:
+        pruner_per_frame (`bool`, defaults to `True`):
+            Each of a video's groups of frames (two, as the encoder takes them) has a budget of its own; `False`: the
+            clip has one.
+    """
+
+    pruner_per_frame: bool = True
+
+
+@strict
+class LearnPrunerQwen2VLConfig(VideoPrunerConfig, Qwen2VLConfig):
+    """[`Qwen2VLConfig`] with the fields of [`VideoPrunerConfig`]."""
+
+    model_type = "learnpruner_qwen2_vl"
+    base_model_type = "qwen2_vl"
+    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
+
+
+@strict
+class LearnPrunerQwen2_5_VLConfig(VideoPrunerConfig, Qwen2_5_VLConfig):
+    """[`Qwen2_5_VLConfig`] with the fields of [`VideoPrunerConfig`]."""
+
+    model_type = "learnpruner_qwen2_5_vl"
+    base_model_type = "qwen2_5_vl"
+    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
+
+
+__all__ = [
+    "LearnPrunerLlavaConfig",
+    "LearnPrunerLlavaNextConfig",
+    "LearnPrunerQwen2VLConfig",
+    "LearnPrunerQwen2_5_VLConfig",
+]

@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from .attention_learnpruner import attention_received
 from .budget_learnpruner import keep_counts
 from .configuration_learnpruner import check_pruner_field
+from .layout_learnpruner import MODALITIES, PromptLayout
 from .scorer_learnpruner import rank, top_k, top_k_with_diversity
 
 
@@ -181,7 +182,9 @@ def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -
     check_pruner_field("pruner_layer", layer, depth)
 
     def counts(num_tokens: int) -> tuple[int, int]:
-        return keep_counts(num_tokens, ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
+        floor = min(num_tokens, config.pruner_min_tokens)
+        first, second = keep_counts(num_tokens, ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
+        return max(first, floor), max(second, floor)
 
     first = Cut(0, lambda tokens: counts(tokens)[0], LearnedScore(config.pruner_diversity))
     second = Cut(layer, lambda tokens: counts(tokens)[1], TextAttention(config.pruner_query))
@@ -241,33 +244,32 @@ class PruningCall:
             return (self.vision_scores.detach(),)
         return tuple(scores for _, scores in self.decisions) or None
 
-    def plan(
-        self,
-        model: nn.Module,
-        features: list[torch.Tensor],
-        vision: torch.Tensor,
-        valid: torch.Tensor | None,
-    ) -> None:
+    def plan(self, model: nn.Module, parts: dict[str, list[torch.Tensor]], layout: PromptLayout) -> None:
         """Fixes every count on the host, and makes the cut before the decoder, if there is one.
 
         Args:
             model (`nn.Module`): The vision-language model without its head.
-            features (`list[torch.Tensor]` of shape `(tokens, d)`): Each image's features, in prompt order.
-            vision (`torch.Tensor` of shape `(batch, sequence)`, bool): Placeholder positions.
-            valid (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): False at padding.
+            parts (`dict[str, list[torch.Tensor]]`, each `(tokens, d)`):
+                For each modality, the features of its images, in the order of the prompt.
+            layout ([`PromptLayout`]): Of the prompt.
 
         Raises:
             `ValueError`: where the placeholders of a sample are not those of a whole number of images, or the query
                 mask has another shape than the prompt.
         """
+        vision, valid = layout.kinds > 0, layout.valid
         if self.query_mask is not None and self.query_mask.shape != vision.shape:
             raise ValueError(
                 f"query_mask has the shape {tuple(self.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it "
                 "marks rows of the prompt, (batch, sequence)."
             )
+        owners, kinds, features = [], [], []
+        for kind, modality in enumerate(MODALITIES, 1):
+            own = parts.get(modality, [])
+            owners += layout.owners(modality, [len(part) for part in own])
+            kinds += [kind] * len(own)
+            features += own
         sizes = [len(feature) for feature in features]
-        placeholders = vision if valid is None else vision & valid
-        owners = _assign_images(sizes, placeholders.sum(1).tolist())
         kept = [sizes]
         for cut in self.schedule:
             kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], sizes)])
@@ -296,8 +298,10 @@ class PruningCall:
         scores = cut.score(images).to(device)
 
         def to_prompt(values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-            flat = torch.cat([row[:size] for row, size in zip(values, sizes)])
-            return rest.masked_scatter(vision, flat.to(vision.device))
+            for kind in set(kinds):
+                flat = torch.cat([row[:size] for row, size, own in zip(values, sizes, kinds) if own == kind])
+                rest = rest.masked_scatter(layout.kinds == kind, flat.to(rest.device))
+            return rest
 
         self.vision_scores = to_prompt(scores, self.vision_scores)
         if self.soft:
@@ -307,13 +311,16 @@ class PruningCall:
             # Structure is kept last, so the budget is one of patches.
             self.shares = [min(1.0, count / len(patch)) for count, patch in zip(kept[1], patches)]
             self.probabilities = cut.score.gate(patches, self.shares)
-            scored = ~self.vision_scores.isnan()
-            gates = torch.cat(self.probabilities).to(vision.device)
-            self.gates = torch.ones_like(self.vision_scores).masked_scatter(scored, gates)
+            scored = present & ~scores.isnan()
+            gates = torch.ones_like(scores).masked_scatter(scored, torch.cat(self.probabilities))
+            self.gates = to_prompt(gates, torch.ones_like(self.vision_scores))
             return
-        closes_sample = vision.gather(1, self.last.unsqueeze(1)).squeeze(1).to(device)
-        last_image = [owner != after for owner, after in zip(owners, [*owners[1:], None])]
-        must = torch.tensor(last_image, device=device) & closes_sample[torch.tensor(owners, device=device)]
+        # A sample that ends in a vision token: in the last of its images, or of its videos.
+        places = list(zip(owners, kinds))
+        last_part = [place != after for place, after in zip(places, [*places[1:], None])]
+        ends = layout.kinds.gather(1, self.last.unsqueeze(1)).squeeze(1).to(device)
+        ends = ends[torch.tensor(owners, device=device)] == torch.tensor(kinds, device=device)
+        must = torch.tensor(last_part, device=device) & ends
         must = torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, must.unsqueeze(1))
         chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[1])
         self.vision_kept = to_prompt(chosen, torch.zeros_like(vision))
@@ -332,31 +339,12 @@ class PruningCall:
         """Takes over a plan from [`to_tensors`]. Behind its columns stands an answer: text that ranks nothing."""
         self.answer_length = vision.shape[1] - vision_kept.shape[1]
         behind = (0, self.answer_length)
-        self.vision = vision
+        self.vision = F.pad(vision[:, : vision_kept.shape[1]], behind)
         self.vision_kept = F.pad(vision_kept, behind)
         self.vision_scores = F.pad(vision_scores, behind, value=torch.nan)
         self.query_mask = F.pad(self.query_mask, behind)
         self.last, self.count_table = vision_counts[:, 0], vision_counts[:, 1:]
         self.counts = self.count_table.tolist()
-
-
-def _assign_images(sizes: list[int], placeholders: list[int]) -> list[int]:
-    """Which sample of the batch each image belongs to."""
-    owners, image = [], 0
-    for row, count in enumerate(placeholders):
-        while count > 0 and image < len(sizes):
-            count -= sizes[image]
-            owners.append(row)
-            image += 1
-        if count != 0:
-            break
-    if count != 0 or image != len(sizes):
-        raise ValueError(
-            f"Image features and image tokens do not match: the images have {sizes} tokens, and the samples hold "
-            f"{placeholders} placeholders (none under attention_mask 0). Build input_ids and pixel_values with one "
-            "processor call."
-        )
-    return owners
 
 
 def check_schedule(schedule: tuple[Cut, ...], num_layers: int) -> tuple[Cut, ...]:

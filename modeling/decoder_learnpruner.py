@@ -6,7 +6,7 @@ same account of its keys.
 """
 
 import torch
-from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2Model
+from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2_5_VLTextModel, Qwen2Model, Qwen2VLTextModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import merge_with_config_defaults
@@ -115,6 +115,9 @@ class PrunedDecoderMixin:
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(sequence, device=inputs_embeds.device) + seen).unsqueeze(0)
+        if position_ids.dim() == 3 and len(position_ids) == 4:
+            # M-RoPE's three, behind the text's, which say nothing but whether sequences are packed.
+            position_ids = position_ids[1:]
         if attention_mask is not None:
             refuse_prepared_mask(attention_mask)
             attention_mask = arguments["attention_mask"] = attention_mask.bool()
@@ -266,4 +269,18 @@ class PrunedQwen2Model(PrunedDecoderMixin, Qwen2Model):
     pass
 
 
-PRUNED_TEXT_MODELS = {"llama": PrunedLlamaModel, "mistral": PrunedMistralModel, "qwen2": PrunedQwen2Model}
+class PrunedQwen2VLTextModel(PrunedDecoderMixin, Qwen2VLTextModel):
+    pass
+
+
+class PrunedQwen2_5_VLTextModel(PrunedDecoderMixin, Qwen2_5_VLTextModel):
+    pass
+
+
+PRUNED_TEXT_MODELS = {
+    "llama": PrunedLlamaModel,
+    "mistral": PrunedMistralModel,
+    "qwen2": PrunedQwen2Model,
+    "qwen2_vl_text": PrunedQwen2VLTextModel,
+    "qwen2_5_vl_text": PrunedQwen2_5_VLTextModel,
+}

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import logging
 
 from .cuts_learnpruner import Cut, LearnedScore, PruningCall, check_schedule, learnpruner_schedule
 from .decoder_learnpruner import PRUNED_TEXT_MODELS
@@ -17,6 +17,7 @@ from .guards_learnpruner import (
     refuse_generation,
     refuse_tensor_parallelism,
 )
+from .layout_learnpruner import MODALITIES, PromptLayout
 from .scorer_learnpruner import LearnedPruningModule, budget_loss
 
 logger = logging.get_logger(__name__)
@@ -24,8 +25,6 @@ logger = logging.get_logger(__name__)
 # In these `generate` carries, beside the query_mask, the plan made from the images it encoded. Tensors with the batch
 # first, so that beams expand them.
 PLAN = ("vision_kept", "vision_scores", "vision_counts")
-# What decides which features an image has, beside its pixels.
-FEATURE_ARGUMENTS = ("image_sizes", "vision_feature_layer", "vision_feature_select_strategy")
 
 
 @dataclass
@@ -42,6 +41,8 @@ class LearnPrunerModelOutputWithPast(BaseModelOutputWithPast):
     """
 
     image_hidden_states: torch.Tensor | None = None
+    # Qwen's, up to transformers 5.22.
+    rope_deltas: torch.Tensor | None = None
     kept_mask: tuple[torch.Tensor, ...] | None = None
     vision_scores: tuple[torch.Tensor, ...] | None = None
 
@@ -61,6 +62,7 @@ class LearnPrunerCausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: torch.Tensor | None = None
+    rope_deltas: torch.Tensor | None = None
     kept_mask: tuple[torch.Tensor, ...] | None = None
     vision_scores: tuple[torch.Tensor, ...] | None = None
 
@@ -68,8 +70,45 @@ class LearnPrunerCausalLMOutputWithPast(ModelOutput):
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
-    A family adds `pruner_features`: the vision encoder's features of each image, one row per placeholder.
+    A family says what its images come in and has the methods below that have no body.
+
+    Attributes:
+        pixel_arguments (`tuple[str, ...]`): Names of the stock forward's arguments that hold images.
+        grid_arguments (`tuple[str, ...]`): Names of those that lay images out, each a row of integers.
+        feature_arguments (`tuple[str, ...]`): Names of others that decide which features an image has.
     """
+
+    pixel_arguments: tuple[str, ...]
+    grid_arguments: tuple[str, ...]
+    feature_arguments: tuple[str, ...]
+
+    @staticmethod
+    def encoder_width(config: PreTrainedConfig) -> int:
+        """Width of the features that the pruner reads."""
+        raise NotImplementedError
+
+    def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Placeholders, `(batch, sequence)` int8, as in [`PromptLayout`]."""
+        raise NotImplementedError
+
+    def check_images(self, arguments: dict, layout: PromptLayout) -> None:
+        """Raises `ValueError` where images and what describes them do not fit; before any work."""
+
+    def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
+        """The stock forward's arguments with encoded images in place of pixels."""
+        raise NotImplementedError
+
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+        """The vision encoder's features before the projector.
+
+        Args:
+            arguments: Encoded images (`mm_encoder_outputs`) and the family's `feature_arguments`.
+
+        Returns:
+            `dict[str, list[torch.Tensor]]`, each `(tokens, d)`: for each modality, in the order of the prompt, every
+            part that has a budget of its own. Rows of NaN are structure, not patches.
+        """
+        raise NotImplementedError
 
     def __init__(self, config):
         super().__init__(config)
@@ -80,12 +119,11 @@ class PrunedModelMixin:
             )
         # In place of the stock one that the constructor built; from_pretrained builds both on the meta device.
         self.language_model = PRUNED_TEXT_MODELS[text_type]._from_config(config.text_config)
-        layers = config.vision_feature_layer
-        levels = 1 if isinstance(layers, int) else len(layers)
-        self.pruner = LearnedPruningModule(config.vision_config.hidden_size * levels, config.pruner_hidden_size)
+        self.pruner = LearnedPruningModule(self.encoder_width(config), config.pruner_hidden_size)
         # Right behind the vision tower: device_map="auto" fills devices in this order, and would offload the last. Not
         # before it: the first parameter's precision passes for the model's.
-        for name in [name for name in self._modules if name not in ("vision_tower", "pruner")]:
+        tower = next(iter(self._modules))
+        for name in [name for name in self._modules if name not in (tower, "pruner")]:
             self._modules[name] = self._modules.pop(name)
         self.post_init()
 
@@ -104,94 +142,65 @@ class PrunedModelMixin:
             raise ValueError("Pass pruner_ratio or schedule, not both: a schedule says itself how much it keeps.")
         return check_schedule(schedule, self.config.text_config.num_hidden_layers)
 
-    def vision_mask(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Placeholder positions, `(batch, sequence)` bool."""
+    def marks(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where a special token stands, `(batch, sequence)` bool."""
         if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+            return input_ids == token_id
+        token = torch.tensor(token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def selected_features(
-        self, outputs: ModelOutput, layer: int | list[int] | None, strategy: str | None
-    ) -> torch.Tensor:
-        """The hidden states that the stock model gives its projector, `(crops, patches, d)`."""
-        layer = self.config.vision_feature_layer if layer is None else layer
-        strategy = self.config.vision_feature_select_strategy if strategy is None else strategy
-        if outputs.hidden_states is None:
-            raise ValueError(
-                "The pruner reads the vision encoder's hidden states, and mm_encoder_outputs has none: pass what "
-                "model.get_image_features(..., return_dict=True) returned."
-            )
-        levels = [outputs.hidden_states[level] for level in ([layer] if isinstance(layer, int) else layer)]
-        # "default" leaves out the [CLS] token.
-        return torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)
+    def read_layout(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> PromptLayout:
+        """All that the host must know of a prompt."""
+        given = {name: arguments[name] for name in self.grid_arguments if arguments.get(name) is not None}
+        return PromptLayout.read(kinds, valid, given)
 
-    @can_return_tuple
-    def forward(
+    def has_images(self, arguments: dict) -> bool:
+        """Whether a call has images or videos, as pixels or encoded."""
+        pixels = (arguments.get(name) for name in self.pixel_arguments)
+        if any(values is not None and len(values) > 0 for values in pixels):
+            return True
+        outputs = arguments.get("mm_encoder_outputs") or {}
+        return any(outputs.get(modality) is not None for modality in MODALITIES)
+
+    def _forward(
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        mm_encoder_outputs: dict | None = None,
-        pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | None = None,
-        query_mask: torch.Tensor | None = None,
-        pruning: PruningCall | None = None,
-        **kwargs,
+        stock: dict,
+        kwargs: dict,
+        pruner_ratio: float | None,
+        schedule: tuple[Cut, ...] | None,
+        query_mask: torch.Tensor | None,
+        pruning: PruningCall | None,
     ) -> LearnPrunerModelOutputWithPast:
         """The stock forward; with images and a ratio below 1, the same on fewer tokens.
 
         Args:
+            stock: The stock forward's arguments.
             pruner_ratio, schedule, query_mask: As in the class with the head.
             pruning ([`PruningCall`], *optional*): A call that the head has begun, in place of those three.
         """
         if pruning is None:
             pruning = PruningCall(self.pruner_schedule(pruner_ratio, schedule), query_mask)
-        decoder = {"attention_mask": attention_mask, "position_ids": position_ids, "past_key_values": past_key_values}
-        features = {
-            "image_sizes": image_sizes,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-        }
+        decoder = {name: stock[name] for name in ("attention_mask", "position_ids", "past_key_values")}
         # Given both, the stock model says so.
-        both = pixel_values is not None and mm_encoder_outputs is not None
-        if pruning.schedule and has_images(pixel_values, mm_encoder_outputs) and not both:
+        both = stock["mm_encoder_outputs"] and any(stock[name] is not None for name in self.pixel_arguments)
+        if pruning.schedule and self.has_images(stock) and not both:
             if not pruning.soft:
-                use_cache_now = self.config.text_config.use_cache if use_cache is None else use_cache
-                refuse_decoder_inputs(self, **decoder, use_cache=use_cache_now, kwargs=kwargs)
-            if pixel_values is not None:
-                if image_sizes is not None:
-                    # One transfer to the host, in place of the stock model's several for each image.
-                    features["image_sizes"] = torch.as_tensor(image_sizes).tolist()
-                encoded = self.get_image_features(pixel_values=pixel_values, **features, return_dict=True)
-                mm_encoder_outputs, pixel_values = {"image": encoded}, None
+                use_cache = self.config.text_config.use_cache if stock["use_cache"] is None else stock["use_cache"]
+                refuse_decoder_inputs(self, **decoder, use_cache=use_cache, kwargs=kwargs)
             if pruning.counts is None:
-                vision = self.vision_mask(input_ids, inputs_embeds)
-                valid = None if attention_mask is None else attention_mask[:, -vision.shape[1] :].bool()
-                pruning.plan(self, self.pruner_features(mm_encoder_outputs["image"], **features), vision, valid)
+                kinds = self.vision_kinds(stock["input_ids"], stock["inputs_embeds"])
+                mask = stock["attention_mask"]
+                valid = None if mask is None else mask[:, -kinds.shape[1] :].bool()
+                layout = self.read_layout(stock, kinds, valid)
+                self.check_images(stock, layout)
+                stock = self.encode_images(stock, layout)
+                pruning.plan(self, self.pruner_features(stock, layout), layout)
             # In training, a schedule without a learned cut has nothing to gate.
             if pruning.will_cut and not (pruning.soft and pruning.gates is None):
                 self._warn_if_untrained(pruning)
                 kwargs["pruning"] = pruning
 
-        outputs = super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            inputs_embeds=inputs_embeds,
-            **features,
-            **decoder,
-            use_cache=use_cache,
-            mm_encoder_outputs=mm_encoder_outputs,
-            return_dict=True,
-            **kwargs,
-        )
+        outputs = super().forward(**stock, return_dict=True, **kwargs)
         return LearnPrunerModelOutputWithPast(
             **outputs, kept_mask=pruning.kept_mask, vision_scores=pruning.decided_scores
         )
@@ -203,12 +212,6 @@ class PrunedModelMixin:
                 "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
                 "(model.train_pruner_only()) or load a trained checkpoint."
             )
-
-
-def has_images(pixel_values: torch.Tensor | None, mm_encoder_outputs: dict | None) -> bool:
-    if pixel_values is not None and len(pixel_values) > 0:
-        return True
-    return mm_encoder_outputs is not None and mm_encoder_outputs.get("image") is not None
 
 
 class PrunedGenerationMixin:
@@ -250,10 +253,10 @@ class PrunedGenerationMixin:
             None if query_mask is None else query_mask.bool(),
             soft,
         )
-        if pruning.schedule and not soft and has_images(stock["pixel_values"], stock["mm_encoder_outputs"]):
+        if pruning.schedule and not soft and self.model.has_images(stock):
             refuse_tensor_parallelism(self)
         if plan:
-            pruning.resume(self.model.vision_mask(stock["input_ids"], stock["inputs_embeds"]), **plan)
+            pruning.resume(self.model.vision_kinds(stock["input_ids"], stock["inputs_embeds"]) > 0, **plan)
         outputs = super().forward(**stock, **kwargs, pruning=pruning, return_dict=True)
 
         loss = None
@@ -295,31 +298,32 @@ class PrunedGenerationMixin:
         # `generate` encodes the images here, before it expands the inputs for beams and before the first forward.
         arguments = (inputs_tensor, model_kwargs, model_input_name, generation_config)
         schedule = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
-        images = has_images(model_kwargs.get("pixel_values"), model_kwargs.get("mm_encoder_outputs"))
         # As an assistant the stock model is given no images.
-        if not schedule or not images or generation_config.is_assistant:
+        if not schedule or not self.model.has_images(model_kwargs) or generation_config.is_assistant:
             return super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
 
         attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
         refuse_tensor_parallelism(self)
         refuse_generation(generation_config, attention_mask)
         refuse_decoder_inputs(self.model, attention_mask, None, cache, generation_config.use_cache, {})
-        features = {name: model_kwargs.get(name) for name in FEATURE_ARGUMENTS}
-        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
-
         embeds = inputs_tensor if model_input_name == "inputs_embeds" else None
-        vision = self.model.vision_mask(inputs_tensor if embeds is None else None, embeds)
-        sequence = vision.shape[1]
+        kinds = self.model.vision_kinds(inputs_tensor if embeds is None else None, embeds)
+        sequence = kinds.shape[1]
         # A continued conversation may be given whole; what the cache holds is not part of this call.
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
         start = cache.get_seq_length() if cache is not None and (embeds is not None or mask_length == sequence) else 0
+        valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
+        layout = self.model.read_layout(model_kwargs, kinds[:, start:], valid)
+        self.model.check_images(model_kwargs, layout)
+        features = {name: model_kwargs.get(name) for name in self.model.feature_arguments}
+        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
+        features["mm_encoder_outputs"] = model_kwargs["mm_encoder_outputs"]
+
         # Fixed from the prompt: what is generated never ranks the evidence.
         query_mask = model_kwargs.get("query_mask")
-        query_mask = torch.ones_like(vision) if query_mask is None else query_mask.bool()
+        query_mask = torch.ones_like(kinds, dtype=torch.bool) if query_mask is None else query_mask.bool()
         pruning = PruningCall(schedule, query_mask[:, start:])
-        valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
-        image_features = self.model.pruner_features(model_kwargs["mm_encoder_outputs"]["image"], **features)
-        pruning.plan(self.model, image_features, vision[:, start:], valid)
+        pruning.plan(self.model, self.model.pruner_features(features, layout), layout)
         if not pruning.will_cut:
             model_kwargs.pop("schedule", None)
             return {**model_kwargs, "pruner_ratio": 1.0}
@@ -345,7 +349,7 @@ class PrunedGenerationMixin:
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def generate_batch(self, inputs, *args, **kwargs):
-        image = self.config.image_token_id
-        if self.model.pruner_schedule() and any(image in torch.as_tensor(ids).tolist() for ids in inputs):
+        images = any(self.model.vision_kinds(torch.as_tensor(ids), None).any() for ids in inputs)
+        if self.model.pruner_schedule() and images:
             raise ValueError(f"Pruning does not support continuous batching: use generate. {OR_NO_PRUNING}")
         return super().generate_batch(inputs, *args, **kwargs)

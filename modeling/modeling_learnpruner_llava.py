@@ -2,35 +2,103 @@
 """LLaVA (1.5 shape) with LearnPruner (arXiv 2604.23950)."""
 
 import torch
-from transformers import Cache, LlavaForConditionalGeneration, LlavaModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import Cache, LlavaForConditionalGeneration, LlavaModel, PreTrainedConfig
 from transformers.utils import can_return_tuple
 
 from .configuration_learnpruner import LearnPrunerLlavaConfig
-from .cuts_learnpruner import Cut
-from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin, PrunedModelMixin
+from .cuts_learnpruner import Cut, PruningCall
+from .generation_learnpruner import (
+    LearnPrunerCausalLMOutputWithPast,
+    LearnPrunerModelOutputWithPast,
+    PrunedGenerationMixin,
+    PrunedModelMixin,
+)
 from .hub_learnpruner import HubMixin, register_key_conversion
+from .layout_learnpruner import PromptLayout
 
 
-class LearnPrunerLlavaModel(PrunedModelMixin, LlavaModel):
+class PrunedLlavaModelMixin(PrunedModelMixin):
+    """What LLaVA and LLaVA-NeXT share: pixels through a tower, one layer of which the projector reads."""
+
+    pixel_arguments = ("pixel_values",)
+    grid_arguments = ("image_sizes",)
+    feature_arguments = ("vision_feature_layer", "vision_feature_select_strategy")
+
+    @staticmethod
+    def encoder_width(config: PreTrainedConfig) -> int:
+        layers = config.vision_feature_layer
+        return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+    def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        return self.marks(self.config.image_token_id, input_ids, inputs_embeds).to(torch.int8)
+
+    def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
+        if arguments["pixel_values"] is None:
+            return arguments
+        # As the host read the sizes: from a tensor, the stock model would read them for each image.
+        features = {name: arguments[name] for name in (*self.pixel_arguments, *self.feature_arguments)}
+        encoded = self.get_image_features(**features, image_sizes=layout.grids.get("image_sizes"), return_dict=True)
+        return {**arguments, "pixel_values": None, "mm_encoder_outputs": {"image": encoded}}
+
+    def selected_features(self, arguments: dict) -> torch.Tensor:
+        """The hidden states that the stock model gives its projector, `(crops, patches, d)`."""
+        outputs, layer = arguments["mm_encoder_outputs"]["image"], arguments["vision_feature_layer"]
+        layer = self.config.vision_feature_layer if layer is None else layer
+        strategy = arguments["vision_feature_select_strategy"] or self.config.vision_feature_select_strategy
+        if outputs.hidden_states is None:
+            raise ValueError(
+                "The pruner reads the vision encoder's hidden states, and mm_encoder_outputs has none: pass what "
+                "model.get_image_features(..., return_dict=True) returned."
+            )
+        levels = [outputs.hidden_states[level] for level in ([layer] if isinstance(layer, int) else layer)]
+        # "default" leaves out the [CLS] token.
+        return torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        mm_encoder_outputs: dict | None = None,
+        pruner_ratio: float | None = None,
+        schedule: tuple[Cut, ...] | None = None,
+        query_mask: torch.Tensor | None = None,
+        pruning: PruningCall | None = None,
+        **kwargs,
+    ) -> LearnPrunerModelOutputWithPast:
+        """As the class with the head, without it."""
+        stock = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "vision_feature_layer": vision_feature_layer,
+            "vision_feature_select_strategy": vision_feature_select_strategy,
+            "image_sizes": image_sizes,
+            "use_cache": use_cache,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        return self._forward(stock, kwargs, pruner_ratio, schedule, query_mask, pruning)
+
+
+class LearnPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
     config: LearnPrunerLlavaConfig
 
-    def pruner_features(
-        self,
-        outputs: BaseModelOutputWithPooling,
-        image_sizes: torch.Tensor | None,
-        vision_feature_layer: int | list[int] | None,
-        vision_feature_select_strategy: str | None,
-    ) -> list[torch.Tensor]:
-        """The vision encoder's features before the projector: `(tokens, d)` for each image.
-
-        Args:
-            outputs: What `get_image_features` returned.
-            The other arguments are those it was called with.
-        """
-        features = self.selected_features(outputs, vision_feature_layer, vision_feature_select_strategy)
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+        images = arguments["mm_encoder_outputs"]["image"].pooler_output
         # Towers of native resolution put all images behind one another in a batch of one.
-        return list(features.flatten(0, 1).split([len(image) for image in outputs.pooler_output]))
+        features = self.selected_features(arguments).flatten(0, 1)
+        return {"image": list(features.split([len(image) for image in images]))}
 
 
 class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaForConditionalGeneration):

@@ -3,50 +3,35 @@
 
 import torch
 from transformers import Cache, LlavaNextForConditionalGeneration, LlavaNextModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import can_return_tuple
 
 from .configuration_learnpruner import LearnPrunerLlavaNextConfig
 from .cuts_learnpruner import Cut
-from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin, PrunedModelMixin
+from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin
 from .hub_learnpruner import HubMixin, register_key_conversion
+from .layout_learnpruner import PromptLayout
+from .modeling_learnpruner_llava import PrunedLlavaModelMixin
 
 
-class LearnPrunerLlavaNextModel(PrunedModelMixin, LlavaNextModel):
+class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
     config: LearnPrunerLlavaNextConfig
 
-    def pruner_features(
-        self,
-        outputs: BaseModelOutputWithPooling,
-        image_sizes: torch.Tensor | None,
-        vision_feature_layer: int | list[int] | None,
-        vision_feature_select_strategy: str | None,
-    ) -> list[torch.Tensor]:
-        """The vision encoder's features before the projector, packed as the stock model packs its tokens.
-
-        The learned `image_newline` rows are structure, not patches: they are rows of NaN here, so they carry no score
-        and are kept only when every patch is.
-
-        Args:
-            outputs: What `get_image_features` returned.
-            The other arguments are those it was called with; `image_sizes` is required.
-
-        Returns:
-            `list[torch.Tensor]`: `(tokens, d)` for each image.
-        """
-        if image_sizes is None:
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+        """As the stock model packs its tokens. The learned `image_newline` rows are structure, not patches: they are
+        rows of NaN here, so they carry no score and are kept only when every patch is."""
+        if "image_sizes" not in layout.grids:
             raise ValueError("LLaVA-NeXT lays out its tokens by image_sizes: pass it with the images.")
-        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
-        features = self.selected_features(outputs, vision_feature_layer, strategy)
-        image_sizes = torch.as_tensor(image_sizes).tolist()  # once: the stock functions would do so for each image
+        strategy = arguments["vision_feature_select_strategy"] or self.config.vision_feature_select_strategy
+        features = self.selected_features(arguments)
+        image_sizes = layout.grids["image_sizes"]
         crops = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
             for size in image_sizes
         ]
         newline = features.new_full((features.shape[-1],), torch.nan)
         packed, _ = self.pack_image_features(features.split(crops), image_sizes, strategy, image_newline=newline)
-        return packed
+        return {"image": list(packed)}
 
 
 class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaNextForConditionalGeneration):

@@ -1,6 +1,9 @@
 """Tiny random models of every family, and inputs built by hand: no network, no processor, no files."""
 
+from itertools import product
+
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -17,37 +20,64 @@ from transformers import (
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from learnpruner import LearnPrunerLlavaForConditionalGeneration, LearnPrunerLlavaNextForConditionalGeneration
+from learnpruner import (
+    LearnPrunerLlavaForConditionalGeneration,
+    LearnPrunerLlavaNextForConditionalGeneration,
+    LearnPrunerQwen2_5_VLForConditionalGeneration,
+    LearnPrunerQwen2VLForConditionalGeneration,
+)
 
-FAMILIES = ("llava", "llava_next")
-STOCK = {"llava": LlavaForConditionalGeneration, "llava_next": LlavaNextForConditionalGeneration}
+LLAVA, QWEN = ("llava", "llava_next"), ("qwen2_vl", "qwen2_5_vl")
+FAMILIES = LLAVA + QWEN
+STOCK = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+}
 PRUNED = {
     "llava": LearnPrunerLlavaForConditionalGeneration,
     "llava_next": LearnPrunerLlavaNextForConditionalGeneration,
+    "qwen2_vl": LearnPrunerQwen2VLForConditionalGeneration,
+    "qwen2_5_vl": LearnPrunerQwen2_5_VLForConditionalGeneration,
 }
 TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-IMAGE, PAD, VOCAB, SIDE, PATCH, LAYERS = 120, 0, 128, 32, 8, 4
+# Families and the text models they come with.
+TEXT_MODELS = [(family, text) for family in LLAVA for text in TEXT_CONFIGS] + [(family, None) for family in QWEN]
+IMAGE, VIDEO, PAD, VOCAB, SIDE, PATCH, LAYERS = 120, 121, 0, 128, 32, 8, 4
+# A random model may answer with a placeholder; run again as part of a prompt, stock models refuse it.
+NO_PLACEHOLDERS = {"suppress_tokens": [IMAGE, VIDEO]}
 PATCHES = (SIDE // PATCH) ** 2
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
 
 
 def tiny_config(family="llava", text="llama", **text_fields):
-    text_config = TEXT_CONFIGS[text](
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
+    shared = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
         # Wide enough that attention is far from uniform and greedy tokens differ.
-        initializer_range=0.3,
-        **{"pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None, **text_fields},
-    )
+        "initializer_range": 0.3,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        **text_fields,
+    }
+    if family in QWEN:
+        return tiny_qwen_config(family, shared)
+    text_config = TEXT_CONFIGS[text](**shared)
     if text == "mistral" and "sliding_window" not in text_fields:
         text_config.sliding_window = None
     vision_config = CLIPVisionConfig(
@@ -63,6 +93,35 @@ def tiny_config(family="llava", text="llama", **text_fields):
     if family == "llava":
         return LlavaConfig(**shared, image_seq_length=PATCHES)
     return LlavaNextConfig(**shared, image_grid_pinpoints=PINPOINTS, image_seq_length=PATCHES)
+
+
+def tiny_qwen_config(family, text_config):
+    """A token is PATCH pixels wide, as in the others, hence 2 x 2 patches of half of that."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    text_config = {**text_config, "rope_parameters": rope, "use_sliding_window": False}
+    vision_config = {
+        "depth": 3,
+        "num_heads": 3,
+        "patch_size": PATCH // 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "initializer_range": 0.3,
+    }
+    if family == "qwen2_vl":
+        vision_config |= {"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2}
+    else:
+        # Windows of 2 x 2 tokens, and one layer that sees the whole image.
+        vision_config |= {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 48}
+        vision_config |= {"window_size": 2 * PATCH, "fullatt_block_indexes": [1]}
+    config = {"qwen2_vl": Qwen2VLConfig, "qwen2_5_vl": Qwen2_5_VLConfig}[family]
+    return config(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=122,
+        vision_end_token_id=123,
+    )
 
 
 def tiny_pair(family="llava", text="llama", attention="sdpa", dtype=torch.float32, seed=0, config=None, **fields):
@@ -84,10 +143,15 @@ def tiny_pair(family="llava", text="llama", attention="sdpa", dtype=torch.float3
     return stock, pruned
 
 
-def image_tokens(family, height, width):
-    """Number of placeholders of one image, computed from the published layout rather than by the model."""
+def image_tokens(family, *size):
+    """Placeholders of one image (height, width), or video (groups of frames, height, width), computed from the
+    published layout rather than by the model."""
     if family == "llava":
         return PATCHES
+    if family in QWEN:
+        *groups, height, width = size
+        return (groups[0] if groups else 1) * (height // PATCH) * (width // PATCH)
+    height, width = size
     grid = SIDE // PATCH
     rows, columns = get_anyres_image_grid_shape((height, width), PINPOINTS, SIDE)
     unpadded = unpad_image(torch.zeros(1, rows * grid, columns * grid), (height, width))
@@ -95,25 +159,21 @@ def image_tokens(family, height, width):
 
 
 def build_inputs(family, samples, seed=0, side="left", dtype=torch.float32):
-    """Model inputs for samples given as lists: an int is that many text tokens, a pair an image (height, width).
+    """Model inputs for samples given as lists: an int is that many text tokens, a pair an image (height, width), three
+    numbers a video (groups of frames, height, width).
 
-    Returns a dict with input_ids, attention_mask and, where there are images, pixel_values (and image_sizes).
+    Returns a dict with input_ids, attention_mask and, where there are images or videos, what the family takes them in.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows, pixels, sizes = [], [], []
+    rows, pixels, videos = [], [], []
     for sample in samples:
         ids = [1]
         for part in sample:
             if isinstance(part, int):
                 ids += torch.randint(5, 100, (part,), generator=generator).tolist()
                 continue
-            ids += [IMAGE] * image_tokens(family, *part)
-            crops = 1
-            if family == "llava_next":
-                height, width = get_anyres_image_grid_shape(part, PINPOINTS, SIDE)
-                crops = 1 + height * width
-            pixels.append(torch.randn(crops, 3, SIDE, SIDE, generator=generator))
-            sizes.append(part)
+            ids += [IMAGE if len(part) == 2 else VIDEO] * image_tokens(family, *part)
+            (pixels if len(part) == 2 else videos).append((part, _pixels(family, part, generator)))
         rows.append(ids)
     longest = max(map(len, rows))
     ids = torch.full((len(rows), longest), PAD)
@@ -123,19 +183,50 @@ def build_inputs(family, samples, seed=0, side="left", dtype=torch.float32):
         ids[row, place] = torch.tensor(tokens)
         mask[row, place] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if pixels and family == "llava":
-        inputs["pixel_values"] = torch.cat(pixels).to(dtype)
+    if family in QWEN:
+        inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        for parts, values, grid in (
+            (pixels, "pixel_values", "image_grid_thw"),
+            (videos, "pixel_values_videos", "video_grid_thw"),
+        ):
+            if parts:
+                inputs[values] = torch.cat([value for _, value in parts]).to(dtype)
+                inputs[grid] = torch.tensor([_grid(part) for part, _ in parts])
+    elif pixels and family == "llava":
+        inputs["pixel_values"] = torch.cat([value for _, value in pixels]).to(dtype)
     elif pixels:
-        most = max(len(crop) for crop in pixels)
-        padded = [torch.cat([crop, crop.new_zeros(most - len(crop), *crop.shape[1:])]) for crop in pixels]
+        crops = [value for _, value in pixels]
+        most = max(map(len, crops))
+        padded = [torch.cat([crop, crop.new_zeros(most - len(crop), *crop.shape[1:])]) for crop in crops]
         inputs["pixel_values"] = torch.stack(padded).to(dtype)
-        inputs["image_sizes"] = torch.tensor(sizes)
+        inputs["image_sizes"] = torch.tensor([part for part, _ in pixels])
     return inputs
 
 
+def _grid(part):
+    *groups, height, width = part
+    return [groups[0] if groups else 1, 2 * height // PATCH, 2 * width // PATCH]
+
+
+def _pixels(family, part, generator):
+    if family in QWEN:
+        groups, rows, columns = _grid(part)
+        # Channels, two frames, and the pixels of a patch.
+        return torch.randn(groups * rows * columns, 3 * 2 * (PATCH // 2) ** 2, generator=generator)
+    crops = 1
+    if family == "llava_next":
+        height, width = get_anyres_image_grid_shape(part, PINPOINTS, SIDE)
+        crops = 1 + height * width
+    return torch.randn(crops, 3, SIDE, SIDE, generator=generator)
+
+
 def samples_of(kind, family):
-    """Named batches; LLaVA's images are all of one size, LLaVA-NeXT's differ."""
-    small, wide, tall = ((SIDE, SIDE),) * 3 if family == "llava" else ((30, 60), (60, 40), (64, 64))
+    """Named batches; LLaVA's images are all of one size, the others' differ."""
+    small, wide, tall = {
+        "llava": ((SIDE, SIDE),) * 3,
+        "llava_next": ((30, 60), (60, 40), (64, 64)),
+    }.get(family, ((32, 32), (24, 48), (56, 32)))
+    video = (3, 24, 32)
     return {
         "one": [[3, small, 6]],
         "padded": [[3, small, 6], [1, wide, 11]],
@@ -143,7 +234,14 @@ def samples_of(kind, family):
         "mixed": [[3, small, 6], [2, wide, 2, tall, 4], [9]],
         "image_last": [[5, small]],
         "image_first": [[small, 7]],
+        "video": [[3, video, 6], [2, (2, 32, 32), 9]],
+        "image_and_video": [[2, small, 1, video, 3, wide, 4], [1, (2, 24, 24), 2, tall, 5], [7]],
     }[kind]
+
+
+def with_videos(batches):
+    """Each family with each batch; those that see videos with batches of them too."""
+    return [*product(LLAVA, batches), *product(QWEN, (*batches, "video", "image_and_video"))]
 
 
 def tiny_processor(family):
@@ -171,6 +269,70 @@ def tiny_processor(family):
         image_grid_pinpoints=PINPOINTS,
     )
     return LlavaNextProcessor(image_processor=images, num_additional_image_tokens=1, **shared)
+
+
+LAYOUT = {"llava_next": "image_sizes", "qwen2_vl": "image_grid_thw", "qwen2_5_vl": "image_grid_thw"}
+TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+
+
+def pixels_of(family, inputs, images=slice(None), videos=slice(None)):
+    """Of the inputs, the pixels of some images and videos, and what lays them out."""
+    chosen = {}
+    for some, name, layout in (
+        (images, "pixel_values", LAYOUT.get(family)),
+        (videos, "pixel_values_videos", "video_grid_thw"),
+    ):
+        pixels = inputs.get(name, torch.empty(0))
+        if family in QWEN and len(pixels):
+            pixels = pixels.split(inputs[layout].prod(1).tolist())
+        if len(pixels[some]):
+            chosen[name] = torch.cat(pixels[some]) if family in QWEN else pixels[some]
+            if layout:
+                chosen[layout] = inputs[layout][some]
+    return chosen
+
+
+def cat_pixels(family, parts):
+    """What [`pixels_of`] returned for several images, as one."""
+    if family == "llava_next":
+        most = max(part["pixel_values"].shape[1] for part in parts)
+        pad = [(0, 0) * 3 + (0, most - part["pixel_values"].shape[1]) for part in parts]
+        parts = [{**part, "pixel_values": F.pad(part["pixel_values"], by)} for part, by in zip(parts, pad)]
+    names = {name: None for part in parts for name in part}
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}
+
+
+def row_alone(family, inputs, samples, row):
+    """One row of a batch without its padding, with its own images and videos; and the columns it had."""
+    valid = inputs["attention_mask"][row].bool()
+    counts = [[sum(isinstance(part, tuple) and len(part) == kind for part in s) for s in samples] for kind in (2, 3)]
+    images, videos = (slice(sum(count[:row]), sum(count[: row + 1])) for count in counts)
+    text = {name: inputs[name][row : row + 1, valid] for name in TEXT_INPUTS if name in inputs}
+    return {**text, **pixels_of(family, inputs, images, videos)}, valid
+
+
+def with_answer(inputs, sequences):
+    """The inputs of a prompt with its answer behind it; or of a single prompt with several answers."""
+    repeats, new = len(sequences) // len(inputs["input_ids"]), sequences.shape[1] - inputs["input_ids"].shape[1]
+    assert repeats == 1 or len(inputs["input_ids"]) == 1
+    whole = {name: value.repeat(repeats, *(1,) * (value.dim() - 1)) for name, value in inputs.items()}
+    for name in set(TEXT_INPUTS) & set(whole):
+        whole[name] = F.pad(whole[name], (0, new), value=name == "attention_mask")
+    return {**whole, "input_ids": sequences}
+
+
+def positions(family, model, inputs, new=0):
+    """Of the unpruned prompt, and of `new` tokens behind it, as the stock class has them in generate."""
+    where = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    if family in QWEN:
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+        where, _ = model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
+    return torch.cat([where, where[..., -1:] + torch.arange(1, new + 1)], dim=-1)
+
+
+def vision_tower(model):
+    """The encoder, which stock models build first."""
+    return next(model.model.children())
 
 
 def labelled(family, samples, seed=0, answer=4):

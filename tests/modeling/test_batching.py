@@ -3,39 +3,21 @@
 import pytest
 import torch
 
-from tiny_models import FAMILIES, build_inputs, samples_of, tiny_pair
+from tiny_models import build_inputs, positions, row_alone, samples_of, tiny_pair, with_videos
 
 pytestmark = pytest.mark.core
 
 
-def one_by_one(family, inputs, samples):
-    """Each row alone, without padding, with its own images."""
-    images = 0
-    for row, sample in enumerate(samples):
-        valid = inputs["attention_mask"][row].bool()
-        count = sum(not isinstance(part, int) for part in sample)
-        single = {name: inputs[name][row : row + 1, valid] for name in ("input_ids", "attention_mask")}
-        for name in ("pixel_values", "image_sizes"):
-            if name in inputs and count:
-                single[name] = inputs[name][images : images + count]
-        if family == "llava_next" and count:
-            single["pixel_values"] = single["pixel_values"].clone()
-        images += count
-        yield valid, single
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("batch", ["padded", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(("padded", "mixed")))
 def test_forward(family, batch, side, attention):
     _, pruned = tiny_pair(family, attention=attention)
     samples = samples_of(batch, family)
     inputs = build_inputs(family, samples, side=side)
-    # Positions as generate gives them: padding does not count.
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    together = pruned(**inputs, position_ids=positions)
-    for row, (valid, single) in enumerate(one_by_one(family, inputs, samples)):
+    together = pruned(**inputs, position_ids=positions(family, pruned, inputs))
+    for row in range(len(samples)):
+        single, valid = row_alone(family, inputs, samples, row)
         alone = pruned(**single)
         if alone.kept_mask is not None:
             for cut in range(2):
@@ -46,15 +28,15 @@ def test_forward(family, batch, side, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("batch", ["padded", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(("padded", "mixed")))
 def test_generate(family, batch, attention):
     _, pruned = tiny_pair(family, attention=attention)
     samples = samples_of(batch, family)
     inputs = build_inputs(family, samples)
     arguments = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     together = pruned.generate(**inputs, **arguments)
-    for row, (_, single) in enumerate(one_by_one(family, inputs, samples)):
+    for row in range(len(samples)):
+        single, _ = row_alone(family, inputs, samples, row)
         alone = pruned.generate(**single, **arguments)
         assert torch.equal(together.sequences[row, -10:], alone.sequences[0, -10:])
         for step, expected in zip(together.logits, alone.logits):

@@ -9,7 +9,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.cli import main
 from learnpruner.compare import compare, patch_grids, save_picture
 
-from tiny_models import FAMILIES, PATCH, PATCHES, SIDE, tiny_config, tiny_pair, tiny_processor
+from tiny_models import LLAVA, PATCH, PATCHES, SIDE, tiny_config, tiny_pair, tiny_processor
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_picture_shows_the_crop_that_the_model_saw(tmp_path):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAVA)
 def test_the_picture_darkens_exactly_the_dropped_patches(family, tmp_path):
     image = Image.new("RGB", (SIDE, SIDE), "white")
     comparison = compare(tiny_pair(family)[1], tiny_processor(family), image, "w8", 0.3, max_new_tokens=1)

@@ -12,7 +12,19 @@ import transformers
 from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
 
 from oracles import masked
-from tiny_models import FAMILIES, IMAGE, LAYERS, VOCAB, build_inputs, samples_of, tiny_pair
+from tiny_models import (
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    LLAVA,
+    QWEN,
+    VOCAB,
+    build_inputs,
+    pixels_of,
+    positions,
+    samples_of,
+    tiny_pair,
+)
 
 pytestmark = pytest.mark.core
 
@@ -25,7 +37,8 @@ def test_shapes(family):
     outputs = pruned(**inputs, output_hidden_states=True, output_attentions=True)
     batch, sequence = inputs["input_ids"].shape
     assert outputs.logits.shape == expected.logits.shape
-    assert outputs.image_hidden_states.shape == expected.image_hidden_states.shape
+    if family in LLAVA:
+        assert outputs.image_hidden_states.shape == expected.image_hidden_states.shape
     assert [kept.shape for kept in outputs.kept_mask] == [(batch, sequence)] * 2
     assert [scores.dtype for scores in outputs.vision_scores] == [torch.float32] * 2
     assert type(outputs.past_key_values) is PrunedCache
@@ -113,18 +126,19 @@ def test_return_dict_of_the_text_configuration():
     assert torch.equal(pruned(**inputs).logits, expected)
 
 
-def test_positions_are_those_of_the_unpruned_prompt(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_positions_are_those_of_the_unpruned_prompt(family):
     """Invariant 5, read off the rotary embeddings that each layer gets."""
-    stock, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of("padded", "llava"))
-    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    where = positions(family, stock, inputs)
     seen = []
     for layer in pruned.model.language_model.layers:
         layer.register_forward_pre_hook(
             lambda module, args, kwargs: seen.append(kwargs["position_embeddings"][0]), with_kwargs=True
         )
-    outputs = pruned(**inputs, position_ids=positions)
-    cos, _ = stock.model.language_model.rotary_emb(torch.zeros(1, 1, 32), positions)
+    outputs = pruned(**inputs, position_ids=where)
+    cos, _ = stock.model.language_model.rotary_emb(torch.zeros(1, 1, 32), where)
     for number, given in enumerate(seen):
         kept = outputs.kept_mask[0 if number < pruned.config.pruner_layer else 1]
         for row in range(2):
@@ -233,11 +247,10 @@ def test_autocast_does_not_round_the_scores(family):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("mixed", family))
     expected = pruned(**inputs)
-    encoded = {name: inputs.pop(name) for name in ("pixel_values", "image_sizes") if name in inputs}
-    images = pruned.model.get_image_features(**encoded, return_dict=True)
-    sizes = {name: encoded[name] for name in ("image_sizes",) if name in encoded}
+    images = pruned.model.get_image_features(**pixels_of(family, inputs), return_dict=True)
+    del inputs["pixel_values"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = pruned(**inputs, **sizes, mm_encoder_outputs={"image": images})
+        outputs = pruned(**inputs, mm_encoder_outputs={"image": images})
     assert outputs.logits.dtype == torch.bfloat16
     assert torch.equal(outputs.kept_mask[0], expected.kept_mask[0])
     assert torch.equal(outputs.vision_scores[0].nan_to_num(), expected.vision_scores[0].nan_to_num())
@@ -250,6 +263,7 @@ def test_offloaded_weights(family, tmp_path):
     stock, pruned = tiny_pair(family)
     stock.save_pretrained(tmp_path / "stock")
     parts = ["vision_tower", "multi_modal_projector", "pruner"] + ["image_newline"] * (family == "llava_next")
+    parts = ["visual", "pruner"] if family in QWEN else parts
     device_map = {f"model.{part}": "cpu" for part in parts} | {"model.language_model": "disk", "lm_head": "cpu"}
     models = [
         type(pruned).from_pretrained(tmp_path / "stock", pruner_ratio=0.4),

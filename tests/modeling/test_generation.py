@@ -8,38 +8,48 @@ from transformers import DynamicCache, LlamaForCausalLM, set_seed
 from transformers.generation.candidate_generator import CandidateGenerator
 
 from oracles import masked
-from tiny_models import FAMILIES, IMAGE, LAYERS, PAD, STOCK, build_inputs, samples_of, tiny_config, tiny_pair
+from tiny_models import (
+    FAMILIES,
+    LAYERS,
+    NO_PLACEHOLDERS,
+    PAD,
+    QWEN,
+    STOCK,
+    TEXT_INPUTS,
+    build_inputs,
+    cat_pixels,
+    pixels_of,
+    positions,
+    row_alone,
+    samples_of,
+    tiny_config,
+    tiny_pair,
+    with_answer,
+    with_videos,
+)
 
 pytestmark = pytest.mark.core
-GREEDY = {"do_sample": False, "max_new_tokens": 8}
+GREEDY = {"do_sample": False, "max_new_tokens": 8, **NO_PLACEHOLDERS}
 
 
-def forced_logits(pruned, inputs, sequences):
+def forced_logits(family, pruned, inputs, sequences):
     """Logits of the answer in one pruned run over prompt and answer; the answer ranks nothing."""
     prompt = inputs["input_ids"].shape[1]
-    repeats = len(sequences) // len(inputs["input_ids"])
-    mask = inputs["attention_mask"].repeat_interleave(repeats, 0)
-    new = sequences.shape[1] - prompt
-    mask = torch.cat([mask, torch.ones(len(mask), new, dtype=torch.long)], dim=1)
-    query_mask = torch.zeros_like(mask, dtype=torch.bool)
+    whole = with_answer(inputs, sequences)
+    where = positions(family, pruned, inputs, sequences.shape[1] - prompt)
+    where = where.expand(*where.shape[:-2], len(sequences), -1)
+    query_mask = torch.zeros_like(sequences, dtype=torch.bool)
     query_mask[:, :prompt] = True
-    images = {}
-    for name in ("pixel_values", "image_sizes"):
-        if name in inputs:
-            assert repeats == 1 or len(inputs["input_ids"]) == 1
-            images[name] = inputs[name].repeat(repeats, *(1,) * (inputs[name].dim() - 1))
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    outputs = pruned(input_ids=sequences, attention_mask=mask, position_ids=positions, query_mask=query_mask, **images)
+    outputs = pruned(**whole, position_ids=where, query_mask=query_mask)
     return outputs, outputs.logits[:, prompt - 1 : -1]
 
 
-@pytest.mark.parametrize("batch", ["one", "padded", "two_images", "mixed", "image_first"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(("one", "padded", "two_images", "mixed", "image_first")))
 def test_greedy_equals_teacher_forcing(family, batch):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of(batch, family))
     generated = pruned.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
-    outputs, expected = forced_logits(pruned, inputs, generated.sequences)
+    outputs, expected = forced_logits(family, pruned, inputs, generated.sequences)
     assert (torch.stack(generated.logits, 1) - expected).abs().max() < 1e-4
     prompt = inputs["input_ids"].shape[1]
     for cut in range(2):
@@ -68,7 +78,7 @@ def test_beams(family, mode):
     generated = pruned.generate(
         **inputs, **GREEDY, **mode, return_dict_in_generate=True, output_scores=True, output_logits=True
     )
-    _, forced = forced_logits(pruned, inputs, generated.sequences)
+    _, forced = forced_logits(family, pruned, inputs, generated.sequences)
     answer = generated.sequences[:, inputs["input_ids"].shape[1] :]
     log_probs = forced.log_softmax(-1).gather(2, answer.unsqueeze(-1)).squeeze(-1)
     scores = pruned.compute_transition_scores(
@@ -80,15 +90,15 @@ def test_beams(family, mode):
     assert generated.past_key_values.kept_mask[0].shape[0] == mode["num_beams"]
 
 
-def test_beams_in_a_batch_equal_beams_alone():
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+@pytest.mark.parametrize(("family", "batch"), with_videos(("mixed",)))
+def test_beams_in_a_batch_equal_beams_alone(family, batch):
+    _, pruned = tiny_pair(family)
+    samples = samples_of(batch, family)
+    inputs = build_inputs(family, samples)
     together = pruned.generate(**inputs, **GREEDY, num_beams=3)
-    pixels = inputs["pixel_values"]
-    for row, images in enumerate(({"pixel_values": pixels[:1]}, {"pixel_values": pixels[1:]}, {})):
-        valid = inputs["attention_mask"][row].bool()
-        alone = {name: inputs[name][row : row + 1, valid] for name in ("input_ids", "attention_mask")}
-        single = pruned.generate(**alone, **images, **GREEDY, num_beams=3)
+    for row in range(len(samples)):
+        alone, _ = row_alone(family, inputs, samples, row)
+        single = pruned.generate(**alone, **GREEDY, num_beams=3)
         assert torch.equal(together[row, -8:], single[0, -8:])
 
 
@@ -97,7 +107,7 @@ def test_the_cache_follows_reordered_beams(family):
     """kept_mask and vision_scores of the returned cache are those of the sample, whatever the beams did."""
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("mixed", family))
-    expected = pruned(**inputs, position_ids=(inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0))
+    expected = pruned(**inputs, position_ids=positions(family, pruned, inputs))
     cache = pruned.generate(**inputs, **GREEDY, num_beams=2, return_dict_in_generate=True).past_key_values
     for cut in range(2):
         assert torch.equal(cache.kept_mask[cut], expected.kept_mask[cut].repeat_interleave(2, 0))
@@ -112,13 +122,12 @@ def test_sampling_and_several_sequences(family):
     set_seed(1)
     generated = pruned.generate(
         **inputs,
-        max_new_tokens=8,
-        do_sample=True,
+        **{**GREEDY, "do_sample": True},
         num_return_sequences=3,
         return_dict_in_generate=True,
         output_logits=True,
     )
-    _, expected = forced_logits(pruned, inputs, generated.sequences)
+    _, expected = forced_logits(family, pruned, inputs, generated.sequences)
     assert (torch.stack(generated.logits, 1) - expected).abs().max() < 1e-4
     assert len({tuple(row) for row in generated.sequences.tolist()}) > 1
 
@@ -134,8 +143,7 @@ def assistants():
 def test_assisted_decoding_equals_greedy(batch, assistant):
     _, pruned = tiny_pair()
     inputs = build_inputs("llava", samples_of(batch, "llava"))
-    # A random assistant may propose an image placeholder, which stock models refuse.
-    arguments = {**inputs, **GREEDY, "pruner_ratio": 0.3, "suppress_tokens": [IMAGE]}
+    arguments = {**inputs, **GREEDY, "pruner_ratio": 0.3}
     greedy = pruned.generate(**arguments)
     helper = assistants()[assistant] or copy.deepcopy(pruned)
     assert torch.equal(pruned.generate(**arguments, assistant_model=helper), greedy)
@@ -165,7 +173,7 @@ def test_accepted_and_rejected_candidates(family, batch, monkeypatch):
     """From the very first step, where candidates stand behind the prompt that is cut."""
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of(batch, family))
-    arguments = {**inputs, "do_sample": False, "max_new_tokens": 14, "suppress_tokens": [IMAGE]}
+    arguments = {**inputs, **GREEDY, "max_new_tokens": 14}
     greedy = pruned.generate(**arguments)
     monkeypatch.setattr(pruned, "_get_candidate_generator", lambda *args, **kwargs: Foresight(greedy))
     lengths = []
@@ -192,6 +200,22 @@ def test_prompt_lookup_equals_greedy(batch):
     assert torch.equal(pruned.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=1), greedy)
 
 
+def conversation(answer, first, more, answered=None):
+    """The text inputs of a second turn: a prompt, its answer (0 in `answered`: it ended there), and another prompt."""
+    turn = with_answer(first, answer)
+    if answered is not None:
+        turn["attention_mask"][:, -answered.shape[1] :] = answered
+    names = [name for name in TEXT_INPUTS if name in turn]
+    return {name: torch.cat([{**turn, "input_ids": answer}[name], more[name]], dim=1) for name in names}
+
+
+def next_turn(family, model, both):
+    """What a second turn's images need beside them: with M-RoPE, positions that follow from both turns' images."""
+    if family not in QWEN:
+        return {}
+    return {"mm_token_type_ids": both["mm_token_type_ids"], "position_ids": positions(family, model, both)}
+
+
 @pytest.mark.parametrize("cache", [DynamicCache, lambda: DynamicCache(config=tiny_config().text_config)])
 @pytest.mark.parametrize("second", ["text", "image"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -199,15 +223,18 @@ def test_a_second_turn_on_the_same_cache(family, second, cache):
     """Against a cache-less run of both turns, at the kept sets that the two turns decided."""
     _, pruned = tiny_pair(family)
     first = build_inputs(family, [[2, (32, 32), 6]])
-    more = build_inputs(family, [[3, (30, 60), 5]] if second == "image" else [[5]], seed=7)
+    size = (24, 48) if family in QWEN else (30, 60)
+    more = build_inputs(family, [[3, size, 5]] if second == "image" else [[5]], seed=7)
     held = cache()
     answer = pruned.generate(**first, **GREEDY, past_key_values=held)
     kept = [mask.clone() for mask in pruned(**first).kept_mask]
     whole = torch.cat([answer, more["input_ids"]], dim=1)
-    images = {name: more[name] for name in ("pixel_values", "image_sizes") if name in more}
+    turns = [pixels_of(family, turn) for turn in (first, more)]
+    both = {**conversation(answer, first, more), **cat_pixels(family, [turn for turn in turns if turn])}
     result = pruned.generate(
         input_ids=whole,
-        **images,
+        **turns[1],
+        **next_turn(family, pruned, both),
         **GREEDY,
         past_key_values=held,
         return_dict_in_generate=True,
@@ -220,26 +247,15 @@ def test_a_second_turn_on_the_same_cache(family, second, cache):
             torch.cat([old, torch.ones(1, whole.shape[1] - old.shape[1] - new.shape[1], dtype=torch.bool), new], 1)
             for old, new in zip(kept, new_kept)
         ]
-    both = (
-        {name: torch.cat([first[name], more[name]]) for name in images}
-        if second == "image"
-        else {name: first[name] for name in ("pixel_values", "image_sizes") if name in first}
-    )
-    if family == "llava_next" and second == "image":
-        crops = max(first["pixel_values"].shape[1], more["pixel_values"].shape[1])
-        pad = torch.nn.functional.pad
-        both["pixel_values"] = torch.cat(
-            [pad(x["pixel_values"], (0, 0) * 3 + (0, crops - x["pixel_values"].shape[1])) for x in (first, more)]
-        )
     stock = STOCK[family](tiny_config(family)).eval()
     stock.load_state_dict({k: v for k, v in pruned.state_dict().items() if ".pruner." not in k})
     steps = torch.ones(1, GREEDY["max_new_tokens"], dtype=torch.bool)
     kept = [
         torch.cat([mask, torch.ones(1, whole.shape[1] - mask.shape[1], dtype=torch.bool), steps], 1) for mask in kept
     ]
-    attention_mask = torch.ones_like(result.sequences)
-    with masked(stock, kept, (0, pruned.config.pruner_layer), attention_mask, LAYERS):
-        expected = stock(input_ids=result.sequences, attention_mask=attention_mask, **both).logits
+    both = with_answer(both, result.sequences)
+    with masked(stock, kept, (0, pruned.config.pruner_layer), both["attention_mask"], LAYERS):
+        expected = stock(**both).logits
     expected = expected[:, whole.shape[1] - 1 : -1]
     assert (torch.stack(result.logits, 1) - expected).abs().max() < 1e-4
 
@@ -251,34 +267,28 @@ def test_a_second_turn_of_a_padded_batch(family, how):
     stock, pruned = tiny_pair(family)
     first = build_inputs(family, samples_of("mixed", family))
     held = DynamicCache()
-    arguments = {"do_sample": False, "max_new_tokens": 5, "past_key_values": held, "return_dict_in_generate": True}
+    arguments = {**GREEDY, "max_new_tokens": 5, "past_key_values": held, "return_dict_in_generate": True}
     result = pruned.generate(**first, **arguments)
     kept_first = [mask.clone() for mask in result.past_key_values.kept_mask]
     more = build_inputs(family, [[2, (32, 32), 5], [4], [1, (32, 32), 1, (32, 32), 3]], seed=9)
     answered = torch.ones(3, 5, dtype=torch.long)
     answered[1, -2:] = 0
-    mask = torch.cat([first["attention_mask"], answered, more["attention_mask"]], 1)
-    ids = torch.cat([result.sequences, more["input_ids"]], 1)
-    images = {name: more[name] for name in ("pixel_values", "image_sizes") if name in more}
+    order = ((first, 0), (more, 0), (first, 1), (first, 2), (more, 1), (more, 2))  # by row of the batch
+    pixels = [pixels_of(family, turn, slice(image, image + 1)) for turn, image in order]
+    both = {**conversation(result.sequences, first, more, answered), **cat_pixels(family, pixels)}
+    ids, mask = both["input_ids"], both["attention_mask"]
     prompt = {"input_ids": ids} if how == "ids" else {"inputs_embeds": pruned.get_input_embeddings()(ids)}
-    result = pruned.generate(**prompt, **images, attention_mask=mask, **arguments, output_logits=True)
+    prompt |= {**pixels_of(family, more), **next_turn(family, pruned, both)}
+    result = pruned.generate(**prompt, attention_mask=mask, **arguments, output_logits=True)
 
     kept = []
     for old, new in zip(kept_first, result.past_key_values.kept_mask):
         between = mask[:, old.shape[1] : ids.shape[1] - new.shape[1]].bool()
         kept.append(torch.cat([old, between, new, torch.ones(3, 5, dtype=torch.bool)], 1))
-    whole_mask = torch.cat([mask, torch.ones(3, 5, dtype=torch.long)], 1)
-    order = ((first, 0), (more, 0), (first, 1), (first, 2), (more, 1), (more, 2))  # by row of the batch
-    if family == "llava_next":
-        crops = max(turn["pixel_values"].shape[1] for turn in (first, more))
-        for turn in (first, more):
-            missing = crops - turn["pixel_values"].shape[1]
-            turn["pixel_values"] = torch.nn.functional.pad(turn["pixel_values"], (0, 0) * 3 + (0, missing))
-    both = {name: torch.stack([turn[name][image] for turn, image in order]) for name in images}
-    positions = (whole_mask.cumsum(-1) - 1).clamp(min=0)
-    sequences = torch.cat([ids, result.sequences[:, -5:]], 1)
-    with masked(stock, kept, (0, pruned.config.pruner_layer), whole_mask, LAYERS):
-        logits = stock(input_ids=sequences, attention_mask=whole_mask, position_ids=positions, **both).logits
+    where = positions(family, stock, both, 5)
+    both = with_answer(both, torch.cat([ids, result.sequences[:, -5:]], 1))
+    with masked(stock, kept, (0, pruned.config.pruner_layer), both["attention_mask"], LAYERS):
+        logits = stock(**both, position_ids=where).logits
     assert (torch.stack(result.logits, 1) - logits[:, ids.shape[1] - 1 : -1]).abs().max() < 1e-4
 
 
@@ -336,11 +346,12 @@ def test_several_tokens_at_once_and_crop(batch):
     assert (one_by_one - at_once).abs().max() < 1e-5
 
 
-def test_manual_decoding_needs_no_positions():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_manual_decoding_needs_no_positions(family):
     """The cache reports logical lengths, so a loop without position_ids continues at the right place."""
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of("one", "llava"))
-    expected = pruned.generate(**inputs, **GREEDY)
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    expected = pruned.generate(**inputs, **{**GREEDY, "suppress_tokens": None})
     outputs = pruned(**inputs)
     tokens = []
     for _ in range(8):
@@ -354,8 +365,10 @@ def test_generate_from_embeddings(family):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("padded", family))
     expected = pruned.generate(**inputs, **GREEDY)[:, -8:]
+    # From embeddings the stock class cannot tell M-RoPE's.
+    where = {"position_ids": positions(family, pruned, inputs)} if family in QWEN else {}
     embeds = pruned.get_input_embeddings()(inputs.pop("input_ids"))
-    assert torch.equal(pruned.generate(inputs_embeds=embeds, **inputs, **GREEDY), expected)
+    assert torch.equal(pruned.generate(inputs_embeds=embeds, **inputs, **where, **GREEDY), expected)
 
 
 def test_cache_tools_keep_the_bookkeeping():

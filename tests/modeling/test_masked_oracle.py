@@ -1,13 +1,37 @@
 """Invariant 2: physical cutting equals masking, for the prompt's text rows and for every generated token."""
 
+from itertools import product
+
 import pytest
 import torch
 
 from oracles import masked
-from tiny_models import FAMILIES, LAYERS, TEXT_CONFIGS, build_inputs, samples_of, tiny_pair
+from tiny_models import (
+    LAYERS,
+    LLAVA,
+    NO_PLACEHOLDERS,
+    TEXT_MODELS,
+    build_inputs,
+    positions,
+    samples_of,
+    tiny_pair,
+    with_answer,
+    with_videos,
+)
 
 pytestmark = pytest.mark.core
 BATCHES = ("one", "padded", "two_images", "mixed", "image_first", "image_last")
+# The cuts are the same code in every family: Qwen takes every batch, and part of the ratios and layers.
+FLOAT32 = [
+    (family, batch, ratio, layer)
+    for family, batch in with_videos(BATCHES)
+    for ratio, layer in (product((0.1, 0.4, 0.8), (1, 2, 3)) if family in LLAVA else ((0.1, 2), (0.4, 2)))
+]
+BFLOAT16 = [
+    (family, batch, ratio, layer)
+    for family, batch in with_videos(("one", "padded", "two_images", "mixed"))
+    for ratio, layer in (product((0.2, 0.6), (1, 3)) if family in LLAVA else ((0.2, 3),))
+]
 
 
 def oracle_logits(stock, inputs, kept_mask, layer):
@@ -20,12 +44,9 @@ def surviving(inputs, outputs):
     return outputs.kept_mask[-1] & inputs["attention_mask"].bool()
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("layer", [1, 2, 3])
-@pytest.mark.parametrize("ratio", [0.1, 0.4, 0.8])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_float32(family, attention, ratio, layer, batch):
+@pytest.mark.parametrize(("family", "batch", "ratio", "layer"), FLOAT32)
+def test_prompt_float32(family, batch, ratio, layer, attention):
     stock, pruned = tiny_pair(family, attention=attention, pruner_ratio=ratio, pruner_layer=layer)
     inputs = build_inputs(family, samples_of(batch, family))
     outputs = pruned(**inputs)
@@ -40,8 +61,7 @@ def test_prompt_float32(family, attention, ratio, layer, batch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("text", list(TEXT_CONFIGS))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "text"), TEXT_MODELS)
 def test_text_models_and_padding_sides(family, text, side):
     stock, pruned = tiny_pair(family, text=text)
     inputs = build_inputs(family, samples_of("mixed", family), side=side)
@@ -50,12 +70,9 @@ def test_text_models_and_padding_sides(family, text, side):
     assert (outputs.logits - expected)[surviving(inputs, outputs)].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("batch", ["one", "padded", "two_images", "mixed"])
-@pytest.mark.parametrize("layer", [1, 3])
-@pytest.mark.parametrize("ratio", [0.2, 0.6])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_bfloat16(family, attention, ratio, layer, batch):
+@pytest.mark.parametrize(("family", "batch", "ratio", "layer"), BFLOAT16)
+def test_prompt_bfloat16(family, batch, ratio, layer, attention):
     """Against a float32 oracle at the same kept sets: at most twice the stock model's own bfloat16 error there."""
     stock, pruned = tiny_pair(family, attention=attention, dtype=torch.bfloat16, pruner_ratio=ratio, pruner_layer=layer)
     inputs = build_inputs(family, samples_of(batch, family), dtype=torch.bfloat16)
@@ -63,29 +80,26 @@ def test_prompt_bfloat16(family, attention, ratio, layer, batch):
     rows = surviving(inputs, outputs)
     own = oracle_logits(stock, inputs, outputs.kept_mask, layer).float()
     full = stock.float()
-    inputs["pixel_values"] = inputs["pixel_values"].float()
+    inputs |= {name: value.float() for name, value in inputs.items() if value.is_floating_point()}
     expected = oracle_logits(full, inputs, outputs.kept_mask, layer)
     stock_error = (own - expected)[rows].abs().max()
     assert (outputs.logits.float() - expected)[rows].abs().max() <= 2 * stock_error
 
 
-@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "batch"), with_videos(BATCHES))
 def test_generated_tokens(family, attention, batch):
     """Every step of cached greedy decoding against one masked, uncached run over prompt and answer."""
     stock, pruned = tiny_pair(family, attention=attention)
     inputs = build_inputs(family, samples_of(batch, family))
     steps = 8
-    generated = pruned.generate(
-        **inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True
-    )
+    arguments = {"max_new_tokens": steps, "do_sample": False, **NO_PLACEHOLDERS}
+    generated = pruned.generate(**inputs, **arguments, return_dict_in_generate=True, output_logits=True)
     prompt = inputs["input_ids"].shape[1]
-    answer = torch.ones(len(generated.sequences), steps, dtype=torch.long)
-    attention_mask = torch.cat([inputs["attention_mask"], answer], dim=1)
-    kept_mask = [torch.cat([kept, answer.bool()], dim=1) for kept in generated.past_key_values.kept_mask]
-    whole = {**inputs, "input_ids": generated.sequences, "attention_mask": attention_mask}
-    whole["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    with masked(stock, kept_mask, (0, pruned.config.pruner_layer), attention_mask, LAYERS):
-        expected = stock(**whole).logits[:, prompt - 1 : -1]
+    answer = torch.ones(len(generated.sequences), steps, dtype=torch.bool)
+    kept_mask = [torch.cat([kept, answer], dim=1) for kept in generated.past_key_values.kept_mask]
+    whole = with_answer(inputs, generated.sequences)
+    where = positions(family, stock, inputs, steps)
+    with masked(stock, kept_mask, (0, pruned.config.pruner_layer), whole["attention_mask"], LAYERS):
+        expected = stock(**whole, position_ids=where).logits[:, prompt - 1 : -1]
     assert (torch.stack(generated.logits, dim=1) - expected).abs().max() < 1e-4

@@ -7,7 +7,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from learnpruner import Cut, LearnedScore, TextAttention
 
-from tiny_models import FAMILIES, IMAGE, build_inputs, samples_of, tiny_config, tiny_pair
+from tiny_models import FAMILIES, IMAGE, build_inputs, pixels_of, samples_of, tiny_config, tiny_pair, vision_tower
 
 pytestmark = pytest.mark.core
 NEW = {"max_new_tokens": 4, "do_sample": False}
@@ -28,7 +28,7 @@ def test_generate(family, case):
     inputs = build_inputs(family, samples_of("one", family))
     arguments, message, runs = GENERATE[case]
     seen = []
-    handle = pruned.model.vision_tower.register_forward_pre_hook(lambda *args: seen.append(args))
+    handle = vision_tower(pruned).register_forward_pre_hook(lambda *args: seen.append(args))
     with pytest.raises(ValueError, match=message) as error:
         pruned.generate(**inputs, **NEW, **arguments)
     assert "pruner_ratio=1.0" in str(error.value)
@@ -190,9 +190,7 @@ def test_ratio_of_a_call(ratio):
 def test_images_and_placeholders_that_do_not_match(family):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("padded", family))
-    fewer = {**inputs, "pixel_values": inputs["pixel_values"][:1]}
-    if family == "llava_next":
-        fewer["image_sizes"] = inputs["image_sizes"][:1]
+    fewer = {**inputs, **pixels_of(family, inputs, slice(1))}
     none_expected = {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, 7)}
     for wrong in (fewer, none_expected):
         for call in (pruned, lambda **kwargs: pruned.generate(**NEW, **kwargs)):
@@ -259,8 +257,9 @@ def test_schedules():
         pruned(**inputs, schedule=(first, second), pruner_ratio=0.5)
 
 
-def test_tiny_budgets_keep_one_token_of_each_image():
-    _, pruned = tiny_pair(pruner_ratio=1e-9)
-    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiny_budgets_keep_one_token_of_each_image(family):
+    _, pruned = tiny_pair(family, pruner_ratio=1e-9)
+    inputs = build_inputs(family, samples_of("mixed", family))
     for kept in pruned(**inputs).kept_mask:
         assert [(kept[row] & (inputs["input_ids"][row] == IMAGE)).sum().item() for row in range(3)] == [1, 2, 0]

@@ -11,7 +11,18 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore, learnpruner_schedule
 
-from tiny_models import FAMILIES, LAYERS, build_inputs, labelled, samples_of, tiny_pair
+from tiny_models import (
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    QWEN,
+    VIDEO,
+    build_inputs,
+    image_tokens,
+    labelled,
+    samples_of,
+    tiny_pair,
+)
 
 pytestmark = pytest.mark.core
 
@@ -78,7 +89,8 @@ def test_plain_trainer(family, base, tmp_path):
     assert loaded.config.pruner_trained
     inputs = build_inputs(family, samples_of("padded", family))
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
-    assert (checkpoint / "model.safetensors").stat().st_size < 100_000
+    pruner = sum(parameter.numel() for parameter in model.model.pruner.parameters())
+    assert (checkpoint / "model.safetensors").stat().st_size < 4 * pruner + 1000
 
 
 @pytest.mark.parametrize("family", ["llava"])
@@ -116,7 +128,8 @@ def test_training_forward(family, checkpointing, base):
     if checkpointing:
         model.gradient_checkpointing_enable()
     batch = labelled(family, [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]])
-    seen = []
+    seen, read = [], []
+    model.model.pruner.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
     model.model.language_model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
     outputs = model(**batch)
     assert outputs.kept_mask is None
@@ -128,12 +141,11 @@ def test_training_forward(family, checkpointing, base):
         assert (parameter.grad is not None and parameter.grad.abs().sum() > 0) == (".pruner." in name), name
 
     # The budget term, by hand: keep probabilities are means over each image.
+    sizes = [image_tokens(family, 32, 32)] * 3
     with torch.no_grad():
-        encoded = {name: batch[name] for name in ("pixel_values", "image_sizes") if name in batch}
-        images = model.model.get_image_features(**encoded, return_dict=True)
-        features = model.model.pruner_features(images, batch.get("image_sizes"), None, None)
         errors = []
-        for image in features:
+        for image, size in zip(read[0], sizes):
+            image = image[:size]
             probability = torch.sigmoid(model.model.pruner(image))
             first, _ = keep_counts(
                 len(image), 0.3, num_layers=LAYERS, pruner_layer=model.config.pruner_layer, stage_ratio=3.0
@@ -155,7 +167,9 @@ def test_open_gates_are_the_stock_model(family, base):
     model.model.pruner.output.bias.data = torch.tensor([-200.0, 200.0])
     batch = labelled(family, [[2, (32, 32), 8], [5]])
     valid = batch["attention_mask"].bool()
-    assert (model(**batch).logits - stock(**batch).logits)[valid].abs().max() < 1e-5
+    # For gradients to the gates PyTorch would take another attention kernel, and that one's rounding.
+    with torch.no_grad():
+        assert (model(**batch).logits - stock(**batch).logits)[valid].abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -163,12 +177,13 @@ def test_open_gates_are_the_stock_model(family, base):
 def test_closed_gates_are_the_cut(family, attention, base):
     """Training at gates of 0 and 1 is evaluation with the same tokens cut, for every row of text."""
     model = LearnPrunerForConditionalGeneration.from_pretrained(base, attn_implementation=attention)
-    batch = labelled(family, [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]])
+    images = [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]]
+    batch = labelled(family, samples_of("image_and_video", family) if family in QWEN else images)
     first = learnpruner_schedule(model.config, 0.3)[0]
     hard = HardGate(diversity=0.0)
     cut = model.eval()(**batch, schedule=(replace(first, score=hard),))
     soft = model.train()(**batch, schedule=(replace(first, score=hard),))
-    text = (batch["input_ids"] != model.config.image_token_id) & batch["attention_mask"].bool()
+    text = ~torch.isin(batch["input_ids"], torch.tensor([IMAGE, VIDEO])) & batch["attention_mask"].bool()
     if family == "llava_next":
         # Newlines are no patches: the cut drops them here, training leaves them open.
         assert (soft.logits - cut.logits)[2][text[2]].abs().max() < 1e-4

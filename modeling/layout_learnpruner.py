@@ -1,0 +1,61 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""Where a prompt has its images and videos: what of it the host must know, read once for each call."""
+
+from dataclasses import dataclass
+
+import torch
+
+# What images and videos are called; their place, from 1, is their kind in a prompt. 0 is text.
+MODALITIES = ("image", "video")
+
+
+@dataclass
+class PromptLayout:
+    """Where a prompt has its images and videos, and what the host must know of it.
+
+    Attributes:
+        kinds (`torch.Tensor` of shape `(batch, sequence)`, int8): 0 text, 1 placeholder of an image, 2 of a video.
+        valid (`torch.Tensor` of shape `(batch, sequence)`, bool, or `None`): False at padding.
+        placeholders (`dict[str, list[int]]`): For each modality, how many placeholders each sample has.
+        grids (`dict[str, list[list[int]]]`): For each argument that lays images out, its rows.
+    """
+
+    kinds: torch.Tensor
+    valid: torch.Tensor | None
+    placeholders: dict[str, list[int]]
+    grids: dict[str, list[list[int]]]
+
+    @classmethod
+    def read(cls, kinds: torch.Tensor, valid: torch.Tensor | None, grids: dict[str, torch.Tensor]) -> "PromptLayout":
+        """In one transfer, for which the host waits once."""
+        seen = kinds if valid is None else kinds * valid
+        counts = torch.stack([(seen == kind).sum(1) for kind in range(1, 1 + len(MODALITIES))])
+        tables = [counts, *(torch.as_tensor(grid).to(kinds.device) for grid in grids.values())]
+        values = iter(torch.cat([table.flatten() for table in tables]).tolist())
+        counts, *rows = [[[next(values) for _ in range(table.shape[1])] for _ in range(len(table))] for table in tables]
+        return cls(kinds, valid, dict(zip(MODALITIES, counts)), dict(zip(grids, rows)))
+
+    def owners(self, modality: str, sizes: list[int]) -> list[int]:
+        """Which sample of the batch each image, or part of a video, belongs to.
+
+        Args:
+            sizes (`list[int]`): Tokens of each, in the order of the prompt.
+
+        Raises:
+            `ValueError`: where the placeholders of a sample are not those of a whole number of images.
+        """
+        owners, image = [], 0
+        for row, count in enumerate(self.placeholders[modality]):
+            while count > 0 and image < len(sizes):
+                count -= sizes[image]
+                owners.append(row)
+                image += 1
+            if count != 0:
+                break
+        if count != 0 or image != len(sizes):
+            raise ValueError(
+                f"{modality.capitalize()} features and {modality} tokens do not match: the {modality}s have {sizes} "
+                f"tokens, and the samples hold {self.placeholders[modality]} placeholders (none under attention_mask "
+                "0). Build input_ids and pixels with one processor call."
+            )
+        return owners

@@ -1,0 +1,220 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""Qwen2-VL with LearnPruner (arXiv 2604.23950): native resolution, several images, video, M-RoPE."""
+
+import math
+
+import torch
+from transformers import Cache, PreTrainedConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
+from transformers.utils import can_return_tuple
+
+from .configuration_learnpruner import LearnPrunerQwen2VLConfig
+from .cuts_learnpruner import Cut, PruningCall
+from .generation_learnpruner import (
+    LearnPrunerCausalLMOutputWithPast,
+    LearnPrunerModelOutputWithPast,
+    PrunedGenerationMixin,
+    PrunedModelMixin,
+)
+from .guards_learnpruner import OR_NO_PRUNING
+from .hub_learnpruner import HubMixin, register_key_conversion
+from .layout_learnpruner import PromptLayout
+
+# The pixels of each modality, and the grids that lay them out.
+INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+
+
+class PrunedQwenVLModelMixin(PrunedModelMixin):
+    """What Qwen2-VL and Qwen2.5-VL share.
+
+    A token is what the merger makes of 2 x 2 patches. The pruner reads the encoder's features of those four, side by
+    side, before the merger. A budget is an image's, or one of a video's groups of frames.
+    """
+
+    pixel_arguments = ("pixel_values", "pixel_values_videos")
+    grid_arguments = ("image_grid_thw", "video_grid_thw")
+    feature_arguments = ()
+
+    @staticmethod
+    def encoder_width(config: PreTrainedConfig) -> int:
+        return config.vision_config.embed_dim * config.vision_config.spatial_merge_size**2
+
+    def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        tokens = (self.config.image_token_id, self.config.video_token_id)
+        images, videos = (self.marks(token, input_ids, inputs_embeds) for token in tokens)
+        return images.to(torch.int8) + 2 * videos.to(torch.int8)
+
+    def check_images(self, arguments: dict, layout: PromptLayout) -> None:
+        without = all(arguments.get(name) is None for name in ("mm_token_type_ids", "position_ids"))
+        if without and arguments.get("input_ids") is not None:
+            raise ValueError(
+                "Images and videos need mm_token_type_ids, which the processor returns beside input_ids: without them "
+                f"the positions would be those of text. {OR_NO_PRUNING}"
+            )
+        for modality, (pixels, grid) in INPUTS.items():
+            given = arguments.get(pixels)
+            encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
+            if given is None and encoded is None:
+                continue
+            if grid not in layout.grids:
+                raise ValueError(
+                    f"{modality.capitalize()}s need {grid}, which the processor returns beside their pixels."
+                )
+            if given is None:
+                if encoded.last_hidden_state is None:
+                    raise ValueError(
+                        "The pruner reads the vision encoder's features, and mm_encoder_outputs has none: pass what "
+                        f"model.get_{modality}_features(..., return_dict=True) returned."
+                    )
+                continue
+            patches = [math.prod(row) for row in layout.grids[grid]]
+            if sum(patches) != len(given):
+                raise ValueError(
+                    f"{grid} describes {sum(patches)} patches, and {pixels} has {len(given)}: build both with one "
+                    "processor call."
+                )
+            layout.owners(modality, [count // self.config.vision_config.spatial_merge_size**2 for count in patches])
+
+    def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
+        outputs = dict(arguments["mm_encoder_outputs"] or {})
+        for modality, (pixels, grid) in INPUTS.items():
+            if arguments[pixels] is not None:
+                encode = self.get_image_features if modality == "image" else self.get_video_features
+                outputs[modality] = encode(arguments[pixels], arguments[grid], return_dict=True)
+        return {**arguments, **dict.fromkeys(self.pixel_arguments), "mm_encoder_outputs": outputs}
+
+    def merged_features(self, hidden_states: torch.Tensor, grids: list[list[int]]) -> torch.Tensor:
+        """The encoder's features `(patches, d)`, one row for each token, `(tokens, 4 d)`.
+
+        Args:
+            grids: Groups of frames, rows and columns of tokens, of each image or video.
+        """
+        return hidden_states.view(sum(math.prod(grid) for grid in grids), -1)
+
+    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+        merge, parts = self.config.vision_config.spatial_merge_size, {}
+        for modality, (_, name) in INPUTS.items():
+            outputs = arguments["mm_encoder_outputs"].get(modality)
+            if outputs is None:
+                continue
+            # A continued conversation may give the grids of all its images; the encoded ones are the last.
+            rows = layout.grids[name][-len(outputs.pooler_output) :]
+            grids = [[frames, height // merge, width // merge] for frames, height, width in rows]
+            sizes = [math.prod(grid) for grid in grids]
+            if modality == "video" and self.config.pruner_per_frame:
+                sizes = [size // grid[0] for size, grid in zip(sizes, grids) for _ in range(grid[0])]
+            parts[modality] = list(self.merged_features(outputs.last_hidden_state, grids).split(sizes))
+        return parts
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        pruner_ratio: float | None = None,
+        schedule: tuple[Cut, ...] | None = None,
+        query_mask: torch.Tensor | None = None,
+        pruning: PruningCall | None = None,
+        **kwargs,
+    ) -> LearnPrunerModelOutputWithPast:
+        """As the class with the head, without it."""
+        stock = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        return self._forward(stock, kwargs, pruner_ratio, schedule, query_mask, pruning)
+
+
+class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
+    """The signature that both share."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        pruner_ratio: float | None = None,
+        schedule: tuple[Cut, ...] | None = None,
+        query_mask: torch.Tensor | None = None,
+        **kwargs,
+    ) -> LearnPrunerCausalLMOutputWithPast:
+        """As [`LearnPrunerLlavaForConditionalGeneration.forward`], with Qwen's own arguments.
+
+        Raises:
+            `ValueError`: also where `mm_token_type_ids` are missing, or a grid does not describe its pixels.
+        """
+        stock = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "pixel_values": pixel_values,
+            "pixel_values_videos": pixel_values_videos,
+            "image_grid_thw": image_grid_thw,
+            "video_grid_thw": video_grid_thw,
+            "mm_token_type_ids": mm_token_type_ids,
+            "logits_to_keep": logits_to_keep,
+            "mm_encoder_outputs": mm_encoder_outputs,
+        }
+        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        cuts = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
+        if cuts and inputs_tensor.dim() == 2 and self.model.has_images(model_kwargs):
+            # The stock class counts on its inputs here, and says nothing, or nothing clear, where they do not fit.
+            layout = self.model.read_layout(model_kwargs, self.model.vision_kinds(inputs_tensor, None), None)
+            self.model.check_images({**model_kwargs, "input_ids": inputs_tensor}, layout)
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+
+
+class LearnPrunerQwen2VLModel(PrunedQwenVLModelMixin, Qwen2VLModel):
+    config: LearnPrunerQwen2VLConfig
+
+
+class LearnPrunerQwen2VLForConditionalGeneration(
+    HubMixin, PrunedQwenVLGenerationMixin, Qwen2VLForConditionalGeneration
+):
+    """[`Qwen2VLForConditionalGeneration`] that answers from fewer vision tokens. See [`LearnPrunerQwen2VLConfig`]."""
+
+    config: LearnPrunerQwen2VLConfig
+    config_class = LearnPrunerQwen2VLConfig
+    model_class = LearnPrunerQwen2VLModel
+
+
+register_key_conversion(LearnPrunerQwen2VLForConditionalGeneration, "Qwen2VLForConditionalGeneration")
+register_key_conversion(LearnPrunerQwen2VLModel, "Qwen2VLModel")
+
+__all__ = ["LearnPrunerQwen2VLForConditionalGeneration", "LearnPrunerQwen2VLModel"]

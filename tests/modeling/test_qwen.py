@@ -1,0 +1,316 @@
+"""Qwen2-VL and Qwen2.5-VL alone: M-RoPE, tokens of merged patches, budgets of videos. The rest of their proof is in the
+suite that all families share."""
+
+import pytest
+import torch
+
+from learnpruner.budget_learnpruner import keep_counts
+
+import oracles
+from tiny_models import (
+    IMAGE,
+    LAYERS,
+    NO_PLACEHOLDERS,
+    QWEN,
+    VIDEO,
+    build_inputs,
+    image_tokens,
+    pixels_of,
+    positions,
+    samples_of,
+    tiny_pair,
+    vision_tower,
+)
+
+pytestmark = [pytest.mark.core, pytest.mark.parametrize("family", QWEN)]
+BATCHES = ("one", "padded", "two_images", "mixed", "video", "image_and_video")
+NEW = {"max_new_tokens": 6, "do_sample": False, **NO_PLACEHOLDERS}
+
+
+def seven(ids, scores):
+    return torch.full_like(scores, -1e9).index_fill(1, torch.tensor(7), 0)
+
+
+# One answer from every model.
+SAME = {"max_new_tokens": 4, "do_sample": False, "logits_processor": [seven]}
+
+
+def encoded(model, inputs):
+    """The encoder's outputs, by modality."""
+    outputs = {}
+    if "pixel_values" in inputs:
+        outputs["image"] = model.model.get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True
+        )
+    if "pixel_values_videos" in inputs:
+        outputs["video"] = model.model.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        )
+    return outputs
+
+
+def parts_of(samples, row, per_frame=True):
+    """The parts of a sample that have budgets of their own: kind, and number of tokens."""
+    for part in samples[row]:
+        if isinstance(part, tuple) and len(part) == 3 and per_frame:
+            yield from [(VIDEO, image_tokens("qwen2_vl", *part[1:]))] * part[0]
+        elif isinstance(part, tuple):
+            yield IMAGE if len(part) == 2 else VIDEO, image_tokens("qwen2_vl", *part)
+
+
+def rotary_of_each_layer(model, log):
+    """Logs cos and sin of M-RoPE as each decoder layer gets them."""
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: log.append(kwargs["position_embeddings"]), with_kwargs=True
+        )
+
+
+@pytest.mark.parametrize("mode", ["forward", "generate"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_mrope_is_the_stock_models_token_by_token(family, batch, mode):
+    """Positions that both classes find by themselves, in the prompt and in every step behind it."""
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    logs = {}
+    for model in (stock, pruned):
+        logs[model] = []
+        rotary_of_each_layer(model, logs[model])
+        if mode == "forward":
+            result = model(**inputs)
+        else:
+            cache = model.generate(**inputs, **SAME, return_dict_in_generate=True).past_key_values
+            result = {"kept_mask": cache.kept_mask if model is pruned else None}
+    kept_mask = result["kept_mask"]
+    steps = 1 if mode == "forward" else SAME["max_new_tokens"]
+    assert len(logs[stock]) == len(logs[pruned]) == LAYERS * steps
+    for number, (expected, given) in enumerate(zip(logs[stock], logs[pruned])):
+        kept = kept_mask[0 if number % LAYERS < pruned.config.pruner_layer else 1]
+        for theirs, ours in zip(expected, given):
+            if number >= LAYERS:  # a step behind the prompt
+                assert torch.equal(ours, theirs)
+                continue
+            for row, columns in enumerate(kept):
+                rows = theirs[row, columns]
+                assert torch.equal(ours[row, -len(rows) :], rows)
+    assert torch.equal(pruned.model.rope_deltas, stock.model.rope_deltas)
+    assert (stock.model.rope_deltas != 0).any()
+
+
+@pytest.mark.parametrize("batch", ["video", "image_and_video"])
+def test_videos_at_a_ratio_of_one_are_the_stock_class(family, batch):
+    stock, pruned = tiny_pair(family, pruner_ratio=1.0)
+    inputs = build_inputs(family, samples_of(batch, family))
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    expected, outputs = (model(**inputs, labels=labels) for model in (stock, pruned))
+    assert torch.equal(outputs.logits, expected.logits)
+    assert torch.equal(outputs.loss, expected.loss)
+    for mode in ({}, {"num_beams": 3}, {"use_cache": False}):
+        assert torch.equal(pruned.generate(**inputs, **NEW, **mode), stock.generate(**inputs, **NEW, **mode))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_the_scorer_reads_what_the_merger_reads(family, batch):
+    """In the order of the merged tokens: what the pruner is given, merged, is what the model puts into the prompt."""
+    _, pruned = tiny_pair(family, pruner_per_frame=False)
+    inputs = build_inputs(family, samples_of(batch, family))
+    seen = []
+    pruned.model.pruner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pruned(**inputs)
+    tokens = [token for outputs in encoded(pruned, inputs).values() for token in outputs.pooler_output]
+    assert len(seen[0]) == len(tokens)
+    for features, expected in zip(seen[0], tokens):
+        patches = features[: len(expected)].reshape(4 * len(expected), -1)
+        torch.testing.assert_close(pruned.model.visual.merger(patches), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("batch", ["mixed", "video", "image_and_video"])
+def test_first_cut_of_each_part(family, batch, per_frame):
+    """Each image, each group of frames (or clip), is cut for itself, by the scores of its own tokens."""
+    _, pruned = tiny_pair(family, pruner_ratio=0.3, pruner_diversity=0.5, pruner_per_frame=per_frame)
+    samples = samples_of(batch, family)
+    inputs = build_inputs(family, samples)
+    seen = []
+    pruned.model.pruner.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    kept_mask = pruned(**inputs).kept_mask[0]
+    images, videos = (
+        [part for row in range(len(samples)) for part in parts_of(samples, row, per_frame) if part[0] == kind]
+        for kind in (IMAGE, VIDEO)
+    )
+    features = {IMAGE: list(seen[0][: len(images)]), VIDEO: list(seen[0][len(images) :])}
+    assert len(features[VIDEO]) == len(videos)
+    for row in range(len(samples)):
+        columns = torch.isin(inputs["input_ids"][row], torch.tensor([IMAGE, VIDEO])).nonzero().flatten()
+        for kind, tokens in parts_of(samples, row, per_frame):
+            own, columns = columns[:tokens], columns[tokens:]
+            count, _ = oracles.keep_counts(tokens, 0.3, LAYERS, pruned.config.pruner_layer, 3.0)
+            expected = oracles.first_cut(pruned.model.pruner, list(features[kind].pop(0)[:tokens]), count, 0.5)
+            assert kept_mask[row, own].nonzero().flatten().tolist() == expected
+        assert not len(columns)
+
+
+@pytest.mark.parametrize("floor", [1, 7])
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5])
+@pytest.mark.parametrize("batch", ["mixed", "video", "image_and_video"])
+def test_budgets(family, batch, ratio, per_frame, floor):
+    """Exact: by the tokens of each image, each group of frames or each clip, with a floor for the small."""
+    _, pruned = tiny_pair(family, pruner_ratio=ratio, pruner_per_frame=per_frame, pruner_min_tokens=floor)
+    samples = samples_of(batch, family)
+    inputs = build_inputs(family, samples)
+    first, second = pruned(**inputs).kept_mask
+    for row in range(len(samples)):
+        columns = torch.isin(inputs["input_ids"][row], torch.tensor([IMAGE, VIDEO])).nonzero().flatten()
+        vision, total = columns, 0
+        for _, tokens in parts_of(samples, row, per_frame):
+            own, columns = columns[:tokens], columns[tokens:]
+            r1, r2 = oracles.keep_counts(tokens, ratio, LAYERS, pruned.config.pruner_layer, 3.0)
+            least = min(floor, tokens)
+            assert first[row, own].sum() == max(r1, least)
+            total += max(min(r1, r2), least)
+        assert not len(columns)
+        assert second[row, vision].sum() == total
+
+
+def test_an_image_whose_share_rounds_to_zero_keeps_a_token(family):
+    _, pruned = tiny_pair(family, pruner_ratio=0.1)
+    inputs = build_inputs(family, [[3, (8, 8), 2, (56, 32), 4], [2, (8, 16), 5]])
+    first, second = pruned(**inputs).kept_mask
+    vision = inputs["input_ids"] == IMAGE
+    assert first[0, vision[0]][0]
+    assert first[1, vision[1]].sum() == 1
+    # At the second cut the text decides which image matters, out of a budget that counts every image.
+    assert [second[row, vision[row]].sum().item() for row in range(2)] == [1 + keep_of(28, pruned.config)[1], 1]
+    generated = pruned.generate(**inputs, **NEW, return_dict_in_generate=True)
+    assert torch.equal(generated.past_key_values.kept_mask[1], second)
+
+
+def keep_of(tokens, config):
+    return keep_counts(
+        tokens, config.pruner_ratio, num_layers=LAYERS, pruner_layer=config.pruner_layer, stage_ratio=3.0
+    )
+
+
+@pytest.mark.parametrize("last", [(24, 32), (2, 24, 32)])
+def test_a_vision_token_that_ends_a_sample_is_never_dropped(family, last):
+    """Behind another image and another video: the last of its own kind."""
+    for seed in range(4):
+        _, pruned = tiny_pair(family, pruner_ratio=0.05, seed=seed)
+        samples = [[2, (32, 32), 1, (2, 32, 32), 3, last], [1, (24, 32), 2, (2, 24, 24), 4]]
+        inputs = build_inputs(family, samples, seed=seed)
+        for kept in pruned(**inputs).kept_mask:
+            assert kept[:, -1].all()
+
+
+@pytest.mark.parametrize("mode", [{"use_cache": False}, {"prompt_lookup_num_tokens": 2}])
+def test_a_placeholder_in_an_answer_is_text(family, mode):
+    """What no image belongs to stands in the answer as any other token does."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    script = torch.tensor([9, VIDEO, VIDEO, 11, 12, 13])
+
+    def follow(ids, scores):
+        token = script[ids.shape[1] - inputs["input_ids"].shape[1]]
+        return torch.full_like(scores, -1e9).index_fill(1, token, 0)
+
+    arguments = {
+        **inputs,
+        **NEW,
+        "suppress_tokens": None,
+        "logits_processor": [follow],
+        "return_dict_in_generate": True,
+    }
+    cached, other = (pruned.generate(**arguments, **extra, output_logits=True) for extra in ({}, mode))
+    assert torch.equal(cached.sequences, other.sequences)
+    assert (torch.stack(cached.logits) - torch.stack(other.logits)).abs().max() < 1e-4
+
+
+def test_grids_of_a_whole_conversation(family):
+    """Encoded images of a second turn, with all grids for the positions: the last of them are this turn's."""
+    _, pruned = tiny_pair(family)
+    whole = build_inputs(family, [[2, (32, 32), 6, (24, 48), 5]])
+    new = 2 + 18 + 5
+    where = positions(family, pruned, whole)[..., -new:]
+    first = {name: whole[name][:, :-new] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    turn = {"input_ids": whole["input_ids"][:, -new:], "position_ids": where}
+    pixels = pixels_of(family, whole, slice(1, 2))
+    results = []
+    for images in (
+        pixels,
+        {"image_grid_thw": whole["image_grid_thw"], "mm_encoder_outputs": encoded(pruned, pixels)},
+    ):
+        cache = pruned(**first, **pixels_of(family, whole, slice(0, 1))).past_key_values
+        results.append(pruned(**turn, **images, past_key_values=cache))
+    assert torch.equal(results[0].kept_mask[1], results[1].kept_mask[1])
+    assert torch.equal(results[0].logits, results[1].logits)
+
+
+CALLS = {
+    "forward": lambda model, **kwargs: model(**kwargs),
+    "generate": lambda model, **kwargs: model.generate(**kwargs, **NEW),
+}
+
+
+def refused(model, call, inputs, message):
+    """The call fails with `message` before the encoder runs; at a ratio of 1 it is the stock class's affair."""
+    seen = []
+    handle = vision_tower(model).register_forward_pre_hook(lambda *args: seen.append(args))
+    with pytest.raises(ValueError, match=message):
+        CALLS[call](model, **inputs)
+    handle.remove()
+    assert not seen, "refused before any work"
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("batch", ["one", "video"])
+def test_missing_token_types(family, batch, call):
+    """The stock class would take the positions of text: in generate it says nothing."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    where = positions(family, pruned, inputs)
+    expected = CALLS[call](pruned, **inputs)
+    del inputs["mm_token_type_ids"]
+    with pytest.raises(ValueError, match="mm_token_type_ids"):
+        CALLS[call](pruned, **inputs)
+    # Not needed where the positions are given.
+    outputs = CALLS[call](pruned, **inputs, position_ids=where)
+    if call == "generate":
+        assert torch.equal(outputs, expected)
+    else:
+        assert torch.equal(outputs.logits, expected.logits)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(("batch", "grid"), [("one", "image_grid_thw"), ("video", "video_grid_thw")])
+def test_missing_grids(family, batch, grid, call):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    del inputs[grid]
+    refused(pruned, call, inputs, f"need {grid}")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("batch", ["padded", "video"])
+def test_grids_that_do_not_describe_the_pixels(family, batch, call):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    pixels, grid = ("pixel_values", "image_grid_thw")
+    if batch == "video":
+        pixels, grid = ("pixel_values_videos", "video_grid_thw")
+    refused(pruned, call, {**inputs, pixels: inputs[pixels][:-4]}, f"{grid} describes")
+    refused(pruned, call, {**inputs, grid: inputs[grid][:1]}, f"{grid} describes")
+    # As many patches, of other images and videos than the prompt has.
+    refused(pruned, call, {**inputs, grid: inputs[grid].flip(0)}, "do not match")
+
+
+def test_encoder_outputs_without_features(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    outputs = encoded(pruned, inputs)
+    expected = pruned(**inputs)
+    del inputs["pixel_values"]
+    assert torch.equal(pruned(**inputs, mm_encoder_outputs=outputs).logits, expected.logits)
+    outputs["image"].last_hidden_state = None
+    with pytest.raises(ValueError, match="get_image_features"):
+        pruned(**inputs, mm_encoder_outputs=outputs)
