@@ -158,6 +158,7 @@ class PrunerTrainer(Trainer):
             kwargs |= {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
         with _as_adapter(pruned):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        self._pruned = pruned
         self._seconds = 0.0
         self.add_callback(_RunRecord(self))
         self._recorded: list[torch.Tensor] = []
@@ -225,7 +226,7 @@ class PrunerTrainer(Trainer):
         return samples, items
 
     def _rows_with_images(self, inputs: dict) -> int:
-        return int((inputs["input_ids"] == self.model.config.image_token_id).any(1).sum())
+        return int((self._pruned.model.vision_kinds(inputs["input_ids"], None) > 0).any(1).sum())
 
     def make_gate(self) -> ArgmaxGate | TopKGate:
         """The gate of the current step."""
