@@ -110,3 +110,35 @@ def test_the_page_shows_what_was_recorded():
     unpruned = ablations.accuracy.read_result(ablations.RESULTS.parent / "accuracy" / "standard-none.json")
     for name, table in {**ablations.tables(unpruned), "cost": ablations.cost_table()}.items():
         assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in page, name
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    """RelAcc of each run at each budget, by method."""
+    unpruned = ablations.accuracy.read_result(ablations.RESULTS.parent / "accuracy" / "standard-none.json")
+    groups = ablations.groups_of("budgets", unpruned)
+    return {(name, round(mean)): [run["relative_accuracy"] for run in runs] for (_, name, mean), runs in groups.items()}
+
+
+@pytest.mark.parametrize(("tokens", "least"), [(128, 0.99), (64, 0.98), (32, 0.95)])
+def test_a_trained_pruner_keeps_the_answers(tokens, least, recorded):
+    runs = recorded["learnpruner", tokens]
+    assert len(runs) == len(ablations.SEEDS)
+    assert min(runs) >= least
+
+
+@pytest.mark.parametrize("method", ["random", "uniform", "cls_attention"])
+def test_it_is_above_what_needs_no_training(method, recorded):
+    """At the smaller budgets by more than any seed; at 128 tokens not below."""
+    for tokens in (64, 32):
+        assert min(recorded["learnpruner", tokens]) > max(recorded[method, tokens])
+    ours, theirs = recorded["learnpruner", 128], recorded[method, 128]
+    assert sum(ours) / len(ours) >= sum(theirs) / len(theirs)
+
+
+def test_stage_1_sees_more_of_the_objects_than_cls_attention():
+    """At equal counts: the whole budget in one cut."""
+    read = ablations.accuracy.read_result
+    theirs = read(ablations.RESULTS / "cls_attention-32-0.json")["tokens"]["foreground_recall"][0]
+    for seed in ablations.SEEDS:
+        assert read(ablations.RESULTS / f"stage_1-default-32-{seed}.json")["tokens"]["foreground_recall"][0] > theirs
