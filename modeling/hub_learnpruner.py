@@ -178,8 +178,8 @@ class HubMixin:
         if type(pruner.hidden) is not nn.Linear:
             raise ValueError(
                 "The quantization_config covers the pruner, half a million parameters that must rank exactly: leave it "
-                "out with llm_int8_skip_modules=['model.pruner', 'lm_head'], best with 'model.vision_tower' and "
-                "'model.multi_modal_projector' too."
+                "out with llm_int8_skip_modules=['model.pruner', 'lm_head'], best with encoder and projector too "
+                "('model.vision_tower' and 'model.multi_modal_projector'; Qwen: 'model.visual')."
             )
         # transformers keeps a loaded pruner in float32, but initialises a missing one in the model's precision.
         pruner.float()

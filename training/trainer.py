@@ -23,7 +23,7 @@ from learnpruner.scorer_learnpruner import top_k
 
 from .objectives import ArgmaxGate, RecordedGate, TopKGate, with_gate
 
-# Beside the checkpoints of a run, and in each, where it is written last: what it is a checkpoint of.
+# In each checkpoint, written last: what run it is of.
 RUN_FILE = "pruner_run.json"
 
 
@@ -146,7 +146,6 @@ class PrunerTrainer(Trainer):
         for name, data in (("train", train_dataset), ("evaluation", eval_dataset)):
             if data is not None and has_length(data) and len(data) == 0:
                 raise ValueError(f"The {name} data set has no samples.")
-        self._base = pruned.config.base_model_name_or_path, pruned.config.base_model_revision
         if model is pruned:
             model.train_pruner_only()
             self._base = pruned.config.base_model_name_or_path, pruned.config.base_model_revision
