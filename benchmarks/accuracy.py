@@ -80,10 +80,15 @@ def patch_middles(tokens: int, size: tuple[int, int]) -> tuple[torch.Tensor, tor
     Args:
         tokens (`int`): Patches of the image.
         size (`tuple[int, int]`): Width and height of the image, in pixels.
+
+    Raises:
+        `ValueError`: where no grid of so many squares has the image's shape: the model saw another.
     """
     width, height = size
     columns = math.isqrt(tokens * width // height)
     side = width / columns
+    if columns * round(height / side) != tokens:
+        raise ValueError(f"{tokens} tokens do not lie on {width} x {height} pixels: this model takes other images.")
     return side * (torch.arange(tokens) % columns + 0.5), side * (torch.arange(tokens) // columns + 0.5)
 
 
@@ -132,10 +137,17 @@ def grid_scores(tokens: int, size: tuple[int, int], count: int) -> torch.Tensor:
     return scores.flatten()
 
 
+def vision_tower(model: PreTrainedModel) -> nn.Module:
+    """What turns pixels into features: LLaVA's tower, Qwen's encoder."""
+    return next(module for name, module in model.model.named_children() if name in ("vision_tower", "visual"))
+
+
 @torch.no_grad()
 def cls_attention_scores(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     """What [CLS] pays each patch, mean over the heads, in the layer whose output LLaVA reads (FasterVLM,
     arXiv 2412.01818): `(images, patches)` float32."""
+    if not any(isinstance(module, CLIPEncoder) for module in vision_tower(model).modules()):
+        raise ValueError(f"cls_attention reads CLIP's [CLS] token, and {type(model).__name__}'s tower has none.")
     layer = model.config.vision_feature_layer
     if not (isinstance(layer, int) and layer < 0):
         raise ValueError(f"[CLS] attention is read in one layer counted from the end, and the model reads {layer}.")
@@ -157,14 +169,19 @@ def each_image_encoded_once(tower: nn.Module) -> Iterator[None]:
     forward = tower.forward
     before = vars(tower).get("forward")  # an accelerate hook's, on a model with a device map
 
-    def once(pixel_values: torch.Tensor, **kwargs):
-        _, place, counts = pixel_values.flatten(1).unique_consecutive(dim=0, return_inverse=True, return_counts=True)
-        outputs = forward(pixel_values[counts.cumsum(0) - counts], **kwargs)
+    def once(pixel_values: torch.Tensor, grid_thw: torch.Tensor | None = None, **kwargs):
+        # Qwen's come as the patches of all images in turn, which are of one size here.
+        images = pixel_values.unflatten(0, (len(pixel_values) if grid_thw is None else len(grid_thw), -1))
+        _, place, counts = images.flatten(1).unique_consecutive(dim=0, return_inverse=True, return_counts=True)
+        first = counts.cumsum(0) - counts
+        if grid_thw is not None:
+            kwargs["grid_thw"] = grid_thw[first]
+        outputs = forward(images[first].flatten(0, 1), **kwargs)
 
         def for_all(value):
             if isinstance(value, tuple):
                 return tuple(map(for_all, value))
-            return None if value is None else value[place]
+            return None if value is None else value.unflatten(0, (len(first), -1))[place].flatten(0, 1)
 
         return type(outputs)(**{name: for_all(value) for name, value in outputs.items()})
 
@@ -181,7 +198,7 @@ def each_image_encoded_once(tower: nn.Module) -> Iterator[None]:
 @dataclass(frozen=True)
 class Asked:
     """What a method may look at to make the schedule of one batch: the model, the rows of the data, their numbers and
-    pixels."""
+    pixels, and how many tokens each of their images has."""
 
     model: PreTrainedModel
     ratio: float
@@ -189,10 +206,7 @@ class Asked:
     rows: list[dict]
     numbers: list[int]
     pixel_values: torch.Tensor
-
-    @property
-    def tokens(self) -> int:
-        return self.model.config.image_seq_length
+    tokens: int
 
     @property
     def count(self) -> int:
@@ -273,8 +287,9 @@ def answer_questions(
             padding=True,
             return_tensors="pt",
         ).to(model.device)
-        with each_image_encoded_once(model.model.vision_tower):
-            schedule = METHODS[method](Asked(model, value, seed, rows, numbers, inputs["pixel_values"]))
+        with each_image_encoded_once(vision_tower(model)):
+            tokens = int((inputs["input_ids"][0] == config.image_token_id).sum())
+            schedule = METHODS[method](Asked(model, value, seed, rows, numbers, inputs["pixel_values"], tokens))
             output = model.generate(
                 **inputs, schedule=schedule, do_sample=False, max_new_tokens=8, return_dict_in_generate=True
             )
@@ -395,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="in place of the checkpoint's pruner_ field"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="of the checkpoint's processor")
     parser.add_argument("--name", help="what the method is called in tables, by default its name")
     parser.add_argument("--unpruned", type=Path, help="the result of --method none on the same questions, for RelAcc")
     parser.add_argument("--batch-size", type=positive, default=32)
@@ -418,7 +434,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         scenes = math.ceil(arguments.limit / PER_SCENE)
         data = scene_dataset("test", scenes, level=arguments.level, per_scene=PER_SCENE).select(range(arguments.limit))
-        processor = load_processor(arguments.model)
+        processor = load_processor(arguments.model, arguments.trust_remote_code)
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
         model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **fields).eval()
         about = {

@@ -77,12 +77,34 @@ def load_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} is not an image that Pillow can read, or is damaged ({error})") from error
 
 
-def shown_pixels(processor: ProcessorMixin, pixel_values: torch.Tensor) -> torch.Tensor:
-    """Undoes the normalisation of the first crop: `(..., 3, height, width)` to `(height, width, 3)` in [0, 1]."""
-    first = pixel_values.flatten(0, -4)[0].permute(1, 2, 0).float().cpu()
-    mean, std = (
-        torch.tensor(values) for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
-    )
+def token_side(processor: ProcessorMixin) -> int:
+    """Pixels of one side of what a vision token stands for."""
+    image = processor.image_processor
+    return image.patch_size * image.merge_size if _has_grids(image) else processor.patch_size
+
+
+def _has_grids(image_processor) -> bool:
+    """Whether pixels come as patches of whole images, as Qwen's do, and not as crops."""
+    return "image_grid_thw" in image_processor.model_input_names
+
+
+def shown_pixels(processor: ProcessorMixin, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the vision tower sees of the first image: `(height, width, 3)` in [0, 1].
+
+    Args:
+        inputs: What the processor, or its image processor, returned: of its crops the first, which for LLaVA-NeXT is
+            the whole image.
+    """
+    image, values = processor.image_processor, inputs["pixel_values"].float().cpu()
+    if _has_grids(image):
+        _, rows, columns = inputs["image_grid_thw"][0].tolist()
+        merge, side = image.merge_size, image.patch_size
+        # Patches come block by block, each of them with its channels and its two equal frames.
+        blocks = values[: rows * columns].view(rows // merge, columns // merge, merge, merge, 3, -1, side, side)
+        first = blocks[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3)
+    else:
+        first = values.flatten(0, -4)[0].permute(1, 2, 0)
+    mean, std = torch.tensor(image.image_mean), torch.tensor(image.image_std)
     return (first * std + mean).clamp(0, 1)
 
 
@@ -139,7 +161,7 @@ def compare(
         cache_bytes=cache_bytes(cache),
         stock_cache_bytes=cache_bytes(results["stock"].past_key_values),
         kept=kept,
-        pixels=shown_pixels(processor, inputs["pixel_values"]),
+        pixels=shown_pixels(processor, inputs),
     )
 
 
@@ -192,8 +214,11 @@ def check_picture(path: Path) -> None:
         raise ValueError(f"no such folder for the picture: {path.parent}")
 
 
-def load_processor(model: str) -> ProcessorMixin:
+def load_processor(model: str, trust_remote_code: bool = False) -> ProcessorMixin:
     """The processor of a checkpoint, or of its base where it holds a pruner alone.
+
+    Args:
+        trust_remote_code (`bool`): Runs the processor's own code, where the checkpoint brings some.
 
     Raises:
         `ValueError`: where there is none, or the checkpoint is of no supported family.
@@ -201,7 +226,9 @@ def load_processor(model: str) -> ProcessorMixin:
     config = pruned_class(model).config_class.from_pretrained(model)
     base, revision = find_base(model, config.base_model_name_or_path), config.base_model_revision
     try:
-        return AutoProcessor.from_pretrained(base or model, **({"revision": revision} if revision else {}))
+        return AutoProcessor.from_pretrained(
+            base or model, trust_remote_code=trust_remote_code, **({"revision": revision} if revision else {})
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no processor at {base or model}: save the base model's there, processor.save_pretrained(folder) ({error})"
@@ -220,5 +247,5 @@ def compare_file(
     pruned = LearnPrunerForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(device)
     comparison = compare(pruned, processor, loaded, question, ratio, max_new_tokens)
     if picture is not None:
-        save_picture(comparison, pruned.config.vision_config.patch_size, picture)
+        save_picture(comparison, token_side(processor), picture)
     return comparison

@@ -37,6 +37,7 @@ class PrunerDataArguments:
             paper's objective, of training.
         relative_base (`bool`, defaults to `False`): Names a base that is a folder by its path from the output, so
             that both open wherever they are moved together.
+        trust_remote_code (`bool`, defaults to `False`): Runs the code that a base brings for its processor, if any.
     """
 
     model_name_or_path: str = field(metadata={"help": "Hub id or folder"})
@@ -49,6 +50,7 @@ class PrunerDataArguments:
     foreground: bool = True
     pruner_ratio: float | None = None
     relative_base: bool = False
+    trust_remote_code: bool = False
 
 
 def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments, PrunerTrainingArguments]:
@@ -91,7 +93,7 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
     output = Path(training.output_dir)
     if output.resolve() == Path(data.model_name_or_path).resolve():
         raise ValueError(f"output_dir {output} holds the base, which the pruner would replace.")
-    processor = load_processor(data.model_name_or_path)
+    processor = load_processor(data.model_name_or_path, data.trust_remote_code)
     samples = load_samples(data.train_data, data.image_folder, data.data_share, training.seed, data.strict)
     evaluation = None
     if data.eval_data is not None:

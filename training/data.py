@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import ProcessorMixin
 from transformers.utils import logging
 
-from learnpruner.compare import shown_pixels
+from learnpruner.compare import shown_pixels, token_side
 
 logger = logging.get_logger(__name__)
 
@@ -219,8 +219,8 @@ class PrunerCollator:
         processor ([`ProcessorMixin`]): The base model's, with a chat template.
         max_length (`int`, *optional*): Tokens of the longest row.
         foreground (`bool`, defaults to `False`): Adds `foreground`, which [`PrunerTrainer`] takes out again: True for
-            image tokens in a box. Of samples with one image, on models of one crop an image (LLaVA-1.5); elsewhere
-            none is marked, with a warning.
+            image tokens in a box. Of samples with one image, on models of one crop an image (LLaVA-1.5, Qwen);
+            elsewhere none is marked, with a warning.
         strict (`bool`, defaults to `False`): A damaged image is an error; otherwise its sample is left out, and
             counted in a warning.
     """
@@ -304,9 +304,8 @@ class PrunerCollator:
         for left, top, right, bottom in boxes:
             if right > left and bottom > top:
                 ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), fill="white")
-        crops = self.processor.image_processor(images=drawn, return_tensors="pt")["pixel_values"]
-        inside = shown_pixels(self.processor, crops)[..., 0]
-        return (F.avg_pool2d(inside.unsqueeze(0), self.processor.patch_size) >= 0.5).flatten()
+        inside = shown_pixels(self.processor, self.processor.image_processor(images=drawn, return_tensors="pt"))[..., 0]
+        return (F.avg_pool2d(inside.unsqueeze(0), token_side(self.processor)) >= 0.5).flatten()
 
     def _mark(self, front: list[torch.Tensor | None], ids: torch.Tensor) -> torch.Tensor:
         """`(batch, sequence)` bool."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import mean_tokens
 from learnpruner.cli import Parser, positive, ratio
-from learnpruner.compare import compare, load_processor, save_picture
+from learnpruner.compare import compare, load_processor, save_picture, token_side
 
 from scenes import OBJECTS, scene_dataset
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     for number, row in enumerate(tqdm(questions, desc="asking", unit="question")):
         result = compare(model, processor, row["image"], row["question"], max_new_tokens=8)
         picture = arguments.output / f"question-{number}.png"
-        save_picture(result, model.config.vision_config.patch_size, picture)
+        save_picture(result, token_side(processor), picture)
         tqdm.write(f"\n{result}\ntrue answer      {row['answer']!r}\npicture          {picture}")
         results.append(result)
 

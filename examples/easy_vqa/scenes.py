@@ -30,8 +30,10 @@ CELL, GRID = 64, 3
 SIDE = CELL * GRID
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-# Objects of a scene: the standard set, and a harder one of more objects and of the smaller half of the shapes.
-OBJECTS = {"standard": (2, 4), "hard": (4, 6)}
+# Objects of a scene: the standard set; a harder one of more objects and of the smaller half of the shapes; and one of
+# another size and shape, for models that take images as they are.
+OBJECTS = {"standard": (2, 4), "hard": (4, 6), "wide": (2, 4)}
+GRIDS = {"standard": (GRID, GRID), "hard": (GRID, GRID), "wide": (2, 4)}
 KINDS = ("color", "shape", "presence", "count")
 
 
@@ -241,7 +243,7 @@ def scene_at(
     if level == "hard":
         middle = sorted(source.area for source in images)[len(images) // 2]
         images = tuple(source for source in images if source.area <= middle)
-    scene = make_scene(rng, images, OBJECTS[level])
+    scene = make_scene(rng, images, OBJECTS[level], grid=GRIDS[level])
     asked, turn = [], number
     while len(asked) < per_scene:
         kind = KINDS[turn % len(KINDS)]
@@ -258,7 +260,7 @@ def scene_dataset(split: str, scenes: int, *, level: str = "standard", seed: int
     Args:
         split (`str`): `"train"` or `"test"`: of which images the scenes are made.
         scenes (`int`): How many scenes.
-        level (`str`): `"standard"` or `"hard"`.
+        level (`str`): `"standard"`, `"hard"` or `"wide"`.
         seed (`int`): Another seed, other scenes.
         per_scene (`int`): Questions of each scene.
 
@@ -285,14 +287,15 @@ def scene_dataset(split: str, scenes: int, *, level: str = "standard", seed: int
 
 
 def write_questions(path: Path, questions: int, seed: int) -> None:
-    """Writes about train scenes, half of each level, one question each: `path`, and pictures in a folder beside it."""
+    """Writes about train scenes, half standard, half hard, one question each: `path`, and pictures in a folder beside
+    it."""
     pictures = path.parent / path.stem
     pictures.mkdir(parents=True, exist_ok=True)
     halves = [questions - questions // 2, questions // 2]
     rows = concatenate_datasets(
         [
             scene_dataset("train", half, level=level, seed=seed, per_scene=1)
-            for half, level in zip(halves, OBJECTS)
+            for half, level in zip(halves, ("standard", "hard"))
             if half
         ]
     )

@@ -124,12 +124,12 @@ def grid_waves(side: int, width: int) -> torch.Tensor:
 
 def patch_classes(scene: Scene) -> np.ndarray:
     """For each patch 0 for ground, else 1 + the class (shape and color) of the object that covers an eighth of it."""
-    side = scene.image.width // PATCH
-    pixels, classes = np.asarray(scene.image), np.zeros((side, side), dtype=np.int64)
+    columns, rows = (side // PATCH for side in scene.image.size)
+    pixels, classes = np.asarray(scene.image), np.zeros((rows, columns), dtype=np.int64)
     for source, (left, top, right, bottom) in zip(scene.objects, scene.boxes):
         shape = np.zeros(pixels.shape[:2], dtype=bool)
         shape[top:bottom, left:right] = covered(pixels[top:bottom, left:right], source.ground)
-        share = shape.reshape(side, PATCH, side, PATCH).mean((1, 3))
+        share = shape.reshape(rows, PATCH, columns, PATCH).mean((1, 3))
         classes[share >= min(1 / 8, share.max())] = (
             1 + SHAPES.index(source.shape) * len(COLORS) + COLORS.index(source.color)
         )
@@ -138,8 +138,8 @@ def patch_classes(scene: Scene) -> np.ndarray:
 
 def patch_middles(scene: Scene) -> np.ndarray:
     """True for each patch that holds the middle of an object's box."""
-    side = scene.image.width // PATCH
-    middles = np.zeros((side, side), dtype=bool)
+    columns, rows = (side // PATCH for side in scene.image.size)
+    middles = np.zeros((rows, columns), dtype=bool)
     for left, top, right, bottom in scene.boxes:
         middles[(top + bottom) // 2 // PATCH, (left + right) // 2 // PATCH] = True
     return middles.reshape(-1)
@@ -155,27 +155,47 @@ def pixels_of(scenes: list[Scene], processor: LlavaProcessor) -> torch.Tensor:
 def pack_questions(
     asked: list[list[tuple[str, str]]], processor: LlavaProcessor, tokens: int
 ) -> dict[str, torch.Tensor]:
-    """One row for each scene: the image of `tokens` tokens, then its questions with their answers side by side.
+    """One row for each scene: the image of `tokens` tokens, then its questions with their answers.
 
-    Returns input_ids, position_ids, labels `(scenes, length)` and a 4D mask `(scenes, 1, length, length)`, in which a
-    question sees the image and itself.
+    Returns what [`pack_rows`] does, position_ids `(scenes, length)`.
     """
     tokenizer = processor.tokenizer
-    image = tokenizer.convert_tokens_to_ids("<image>")
-    prefix = [tokenizer.bos_token_id] + [image] * tokens
+    prefix = [tokenizer.bos_token_id] + [tokenizer.convert_tokens_to_ids("<image>")] * tokens
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    blocks = [
+        [(ids(question), [*ids(answer), tokenizer.eos_token_id]) for question, answer in questions]
+        for questions in asked
+    ]
+    return pack_rows(prefix, list(range(len(prefix))), blocks, tokenizer.pad_token_id)
+
+
+def pack_rows(
+    prefix: list[int], places: list[int], asked: list[list[tuple[list[int], list[int]]]], pad: int
+) -> dict[str, torch.Tensor]:
+    """One row for each scene: a prefix, then questions with their replies side by side, each as if it stood alone.
+
+    Args:
+        prefix (`list[int]`): Token ids of what stands before the questions, the image among them.
+        places (`list[int]`): Their positions, the highest last.
+        asked: For each scene, token ids of questions and of their replies.
+
+    Returns input_ids, position_ids, labels `(scenes, length)` and a 4D mask `(scenes, 1, length, length)`, in which a
+    question sees the prefix and itself.
+    """
     rows = []
     for questions in asked:
-        ids, positions, labels, block = list(prefix), list(range(len(prefix))), [-100] * len(prefix), [0] * len(prefix)
-        for number, (question, answer) in enumerate(questions, 1):
-            words = tokenizer(question, add_special_tokens=False).input_ids
-            reply = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ids, positions, labels, block = list(prefix), list(places), [-100] * len(prefix), [0] * len(prefix)
+        for number, (words, reply) in enumerate(questions, 1):
             ids += words + reply
             labels += [-100] * len(words) + reply
-            positions += range(len(prefix), len(prefix) + len(words) + len(reply))
+            positions += range(places[-1] + 1, places[-1] + 1 + len(words) + len(reply))
             block += [number] * (len(words) + len(reply))
         rows.append((ids, positions, labels, block))
     length = max(len(ids) for ids, *_ in rows)
-    fill = (tokenizer.pad_token_id, 0, -100, -1)
+    fill = (pad, 0, -100, -1)
     ids, positions, labels, block = (
         torch.tensor([row[part] + [fill[part]] * (length - len(row[part])) for row in rows]) for part in range(4)
     )
@@ -185,9 +205,8 @@ def pack_questions(
     return {"input_ids": ids, "position_ids": positions, "labels": labels, "attention_mask": mask}
 
 
-class VisionHeads(nn.Module):
-    """What the first stage reads off the tower: each patch's shape, its color and whether it is an object's middle;
-    off [CLS] in that layer and in the last, the classes of the scene.
+class PatchHeads(nn.Module):
+    """What a tower is trained to tell of each patch: its shape, its color, and whether it is an object's middle.
 
     Shape and color have a head each: one direction for all that is round, whatever its color, is what a text model
     can read soon. A head for their 24 pairs leaves it a table to learn by heart.
@@ -198,18 +217,16 @@ class VisionHeads(nn.Module):
         self.shape = nn.Linear(width, 1 + len(SHAPES))
         self.color = nn.Linear(width, 1 + len(COLORS))
         self.middle = nn.Linear(width, 1)
-        self.scene = nn.ModuleList(nn.Linear(width, 1 + len(SHAPES) * len(COLORS)) for _ in range(2))
 
-    def forward(self, layer, pooled, classes, middles) -> tuple[torch.Tensor, float]:
+    def forward(self, patches, classes, middles) -> tuple[torch.Tensor, float]:
         """Loss, and the share of foreground patches whose shape and color are both right.
 
         Args:
-            layer (`torch.FloatTensor` of shape `(scenes, 1 + patches, width)`): Hidden states that LLaVA reads.
-            pooled (`torch.FloatTensor` of shape `(scenes, width)`): [CLS] after the last layer.
+            patches (`torch.FloatTensor` of shape `(scenes, patches, width)`): Their features.
             classes (`torch.LongTensor` of shape `(scenes, patches)`): Of [`patch_classes`].
             middles (`torch.BoolTensor` of shape `(scenes, patches)`): Of [`patch_middles`].
         """
-        patches, front = layer[:, 1:], classes > 0
+        front = classes > 0
         right, loss = front, 0.0
         shapes, colors = (classes - 1) // len(COLORS) + 1, (classes - 1) % len(COLORS) + 1
         for head, target in ((self.shape, shapes), (self.color, colors)):
@@ -220,7 +237,25 @@ class VisionHeads(nn.Module):
             right = right & (logits.argmax(-1) == target)
         middle = self.middle(patches).squeeze(-1)
         loss = loss + F.binary_cross_entropy_with_logits(middle, middles.float(), pos_weight=torch.tensor(10.0))
+        return loss, (right.sum() / front.sum()).item()
+
+
+class VisionHeads(PatchHeads):
+    """The same, and off [CLS] in that layer and in the last, the classes of the scene."""
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.scene = nn.ModuleList(nn.Linear(width, 1 + len(SHAPES) * len(COLORS)) for _ in range(2))
+
+    def forward(self, layer, pooled, classes, middles) -> tuple[torch.Tensor, float]:
+        """As [`PatchHeads`].
+
+        Args:
+            layer (`torch.FloatTensor` of shape `(scenes, 1 + patches, width)`): Hidden states that LLaVA reads.
+            pooled (`torch.FloatTensor` of shape `(scenes, width)`): [CLS] after the last layer.
+        """
+        loss, right = super().forward(layer[:, 1:], classes, middles)
         there = F.one_hot(classes, self.scene[0].out_features).amax(1).float()
         for head, token in zip(self.scene, (layer[:, 0], pooled)):
             loss = loss + 0.5 * F.binary_cross_entropy_with_logits(head(token), there)
-        return loss, (right.sum() / front.sum()).item()
+        return loss, right

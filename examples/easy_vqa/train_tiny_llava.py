@@ -51,6 +51,7 @@ from tiny_llava import (
 )
 
 STAGES = ("vision", "align", "answer", "sizes")
+STEPS = (2500, 1800, 1500, 1200)
 # Muon's, for the matrices of layers and projector; AdamW's, for all else.
 LEARNING_RATE = {"vision": 2e-2, "align": 1e-2, "answer": 1e-2, "sizes": 1e-2}
 ADAMW_LEARNING_RATE = 2e-3
@@ -138,10 +139,10 @@ float32.
 """
 
 
-def model_card(parameters: int, log: dict) -> str:
-    """The model's README, from its log."""
+def stage_rows(log: dict) -> str:
+    """A table's row for each stage, from a run's log."""
     rows = []
-    for stage in STAGES:
+    for stage in log["steps"]:
         entries = [entry for entry in log["log"] if entry["stage"] == stage]
         if entries:
             starts = [0] + [entry["step"] for entry in entries]
@@ -149,46 +150,69 @@ def model_card(parameters: int, log: dict) -> str:
             minutes = sum(entry["seconds_per_step"] * count for entry, count in zip(entries, steps)) / 60
             last = entries[-1]
             rows.append(f"| {stage} | {last['step']} | {last['loss']:.3f} | {last['accuracy']:.3f} | {minutes:.0f} |")
-    return CARD.format(parameters=parameters / 1e6, stages="\n".join(rows), every=LOG_EVERY, **log, **log["versions"])
+    return "\n".join(rows)
+
+
+def model_card(card: str, parameters: int, log: dict) -> str:
+    """The model's README, from its log."""
+    return card.format(parameters=parameters / 1e6, stages=stage_rows(log), every=LOG_EVERY, **log, **log["versions"])
 
 
 class Run:
-    """A training that can be cut off at any step and go on."""
+    """A training that can be cut off at any step and go on. Subclasses train other models on the same scenes."""
+
+    learning_rate = LEARNING_RATE
+    card = CARD
+    # Parts of the names of the layers' matrices, which Muon trains.
+    layers = (".layers.", "projector.")
 
     def __init__(self, folder: Path, seed: int, steps: dict[str, int]):
         self.folder, self.seed, self.steps = folder, seed, steps
         torch.manual_seed(seed)
-        self.processor = build_processor()
-        self.model = build_model(self.processor)
-        # With a mask of its own for each scene, plain attention took less time than sdpa on the CPU it was tried on.
-        self.model.set_attn_implementation("eager")
-        self.heads = VisionHeads(self.model.config.vision_config.hidden_size)
-        self.stage, self.step, self.log = STAGES[0], 0, []
+        self.build()
+        self.stage, self.step, self.log = self.stages[0], 0, []
         self.images = sources("train")
         self.optimizers = self._optimizers()
         if (folder / "run.pt").exists():
             self._resume()
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
+    def build(self) -> None:
+        """Sets the processor, the model, and heads that train it and are not part of it."""
+        self.processor = build_processor()
+        self.model = build_model(self.processor)
+        # With a mask of its own for each scene, plain attention took less time than sdpa on the CPU it was tried on.
+        self.model.set_attn_implementation("eager")
+        self.heads = VisionHeads(self.model.config.vision_config.hidden_size)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return tuple(self.steps)
+
+    def modules(self) -> dict[str, nn.Module]:
+        """What the present stage trains."""
         tower = self.model.model.vision_tower
-        modules = {"tower": tower, "heads": self.heads}
-        if self.stage != "vision":
-            modules = {
-                "projector": self.model.model.multi_modal_projector,
-                "language_model": self.model.model.language_model,
-                "lm_head": self.model.lm_head,
-            }
-        return {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        if self.stage == "vision":
+            return {"tower": tower, "heads": self.heads}
+        return {
+            "projector": self.model.model.multi_modal_projector,
+            "language_model": self.model.model.language_model,
+            "lm_head": self.model.lm_head,
+        }
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"{part}.{name}": p for part, module in self.modules().items() for name, p in module.named_parameters()
+        }
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-            return parameter.ndim == 2 and (".layers." in name or name.startswith("projector."))
+            return parameter.ndim == 2 and any(part in name for part in self.layers)
 
         named = self._parameters().items()
         matrices = [parameter for name, parameter in named if is_matrix(name, parameter)]
         others = [parameter for name, parameter in named if not is_matrix(name, parameter)]
         return [
-            torch.optim.Muon(matrices, lr=LEARNING_RATE[self.stage], weight_decay=0.01),
+            torch.optim.Muon(matrices, lr=self.learning_rate[self.stage], weight_decay=0.01),
             torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, weight_decay=0.01, betas=(0.9, 0.98)),
         ]
 
@@ -233,15 +257,16 @@ class Run:
         }
         log = {**about, "log": self.log}
         (self.folder / "log.json").write_text(json.dumps(log, indent=1) + "\n")
-        (self.folder / "README.md").write_text(model_card(self.model.num_parameters(), log))
+        (self.folder / "README.md").write_text(model_card(self.card, self.model.num_parameters(), log))
+
+    def make_scenes(self, plan: Plan, rng: random.Random) -> list[Scene]:
+        return [make_scene(rng, self.images, plan.objects, grid=plan.grid, cell=plan.cell) for _ in range(plan.scenes)]
 
     def loss(self) -> tuple[torch.Tensor, float]:
         """Loss of one fresh batch, made from the seed and the step alone, and the accuracy that shows progress."""
         rng = random.Random(f"{self.seed} {self.stage} {self.step}")
         plan = plan_step(self.stage, self.step, self.step / self.steps[self.stage], rng)
-        scenes = [
-            make_scene(rng, self.images, plan.objects, grid=plan.grid, cell=plan.cell) for _ in range(plan.scenes)
-        ]
+        scenes = self.make_scenes(plan, rng)
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(self.stage == "vision"):
             tower = self.model.model.vision_tower(
                 pixels_of(scenes, self.processor), output_hidden_states=True, interpolate_pos_encoding=True
@@ -260,6 +285,10 @@ class Run:
             words = self.model.get_input_embeddings()(ids)
             embeds = torch.cat([words[:, :1], features.to(words.dtype), words[:, 1 + plan.tokens :]], dim=1)
             hidden = self.model.model.language_model(inputs_embeds=embeds, **batch, use_cache=False).last_hidden_state
+        return self.answer_loss(hidden, labels)
+
+    def answer_loss(self, hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, float]:
+        """Cross-entropy of the replies, and how many of their words, their end left out, are right."""
         supervised = labels[:, 1:] != -100
         logits, targets = self.model.lm_head(hidden[:, :-1][supervised].float()), labels[:, 1:][supervised]
         answers = targets != self.processor.tokenizer.eos_token_id
@@ -274,7 +303,7 @@ class Run:
         return self.log[-1]["accuracy"] >= ALIGNED or self.step >= 4 * self.steps[self.stage]
 
     def train(self, save_every: int) -> None:
-        for stage in STAGES[STAGES.index(self.stage) :]:
+        for stage in self.stages[self.stages.index(self.stage) :]:
             if stage != self.stage:
                 self.stage, self.step = stage, 0
                 self.optimizers = self._optimizers()
@@ -287,7 +316,7 @@ class Run:
         bar = tqdm(desc=self.stage, initial=self.step, total=total, mininterval=10)
         while not self._stage_is_over():
             share = rate_at(self.stage, self.step / total, self.step)
-            for optimizer, rate in zip(self.optimizers, (LEARNING_RATE[self.stage], ADAMW_LEARNING_RATE)):
+            for optimizer, rate in zip(self.optimizers, (self.learning_rate[self.stage], ADAMW_LEARNING_RATE)):
                 for group in optimizer.param_groups:
                     group["lr"] = rate * share
             loss, accuracy = self.loss()
@@ -312,23 +341,28 @@ class Run:
         bar.close()
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__.splitlines()[0])
+def run_command(kind: type[Run], description: str, steps: dict[str, int], argv: list[str] | None) -> int:
+    """The command of a training script."""
+    parser = Parser(description=description)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=len(STAGES), default=(2500, 1800, 1500, 1200), metavar=STAGES)
+    parser.add_argument("--steps", type=int, nargs=len(steps), default=list(steps.values()), metavar=tuple(steps))
     parser.add_argument("--save-every", type=positive, default=200)
     parser.add_argument("--threads", type=positive, default=2)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        run = Run(arguments.output, arguments.seed, dict(zip(STAGES, arguments.steps)))
+        run = kind(arguments.output, arguments.seed, dict(zip(steps, arguments.steps)))
     except (ImportError, OSError, ValueError) as error:
-        print(f"train_tiny_llava: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).stem}: {error}", file=sys.stderr)
         return 2
     run.train(arguments.save_every)
     run.export()
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(Run, __doc__.splitlines()[0], dict(zip(STAGES, STEPS)), argv)
 
 
 if __name__ == "__main__":

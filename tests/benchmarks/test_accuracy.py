@@ -13,6 +13,7 @@ from learnpruner.budget_learnpruner import keep_counts
 import accuracy
 import render_accuracy
 import tiny_llava
+import tiny_qwen2_vl
 from scenes import KINDS, scene_dataset
 
 
@@ -23,6 +24,16 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     processor = tiny_llava.build_processor()
     tiny_llava.build_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("untrained-qwen")
+    torch.manual_seed(0)
+    processor = tiny_qwen2_vl.build_processor()
+    tiny_qwen2_vl.build_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
 
@@ -116,6 +127,50 @@ def test_an_image_is_encoded_once_for_its_questions(folder):
     for one, other in zip(plain.hidden_states, shared.hidden_states):
         assert (one - other).abs().max() < 1e-5
     assert torch.equal(again.last_hidden_state, plain.last_hidden_state)
+
+
+@torch.no_grad()
+def test_an_image_is_encoded_once_on_models_of_native_resolution(qwen):
+    tower = accuracy.vision_tower(accuracy.LearnPrunerForConditionalGeneration.from_pretrained(qwen).eval())
+    # Three images of 4 x 8 patches, the questions of each side by side.
+    pixels = torch.randn(3, 32, 96)[[0, 0, 1, 2, 2, 2]].flatten(0, 1)
+    grids, inner = torch.tensor([[1, 4, 8]]).repeat(6, 1), []
+    tower.patch_embed.register_forward_pre_hook(lambda module, args: inner.append(len(args[0])))
+    plain = tower(pixels, grid_thw=grids)
+    with accuracy.each_image_encoded_once(tower):
+        shared = tower(pixels, grid_thw=grids)
+    assert inner == [6 * 32, 3 * 32]
+    for name in ("last_hidden_state", "pooler_output"):
+        assert (plain[name] - shared[name]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("level", "tokens"), [("standard", 576), ("wide", 512)])
+def test_models_of_native_resolution(level, tokens, qwen, tmp_path):
+    """A ratio is of each image's own tokens, and foreground lies where the image says."""
+    for method in ("none", "random", "uniform", "oracle_boxes", "learnpruner"):
+        ratio = () if method == "none" else ("--ratio", "1/16")
+        common = ("--trust-remote-code", "--level", level, "--method", method, *ratio, "--limit", 5)
+        result = run(qwen, tmp_path, *common, "--batch-size", 3)
+        assert result["tokens"]["image"] == tokens
+        if method != "none":
+            assert result["tokens"]["mean"] == pytest.approx(tokens / 16, rel=0.02)
+        if method == "oracle_boxes":
+            assert result["tokens"]["objects_seen"] == [1.0]
+            assert result["tokens"]["foreground_recall"][0] > 0.5
+
+
+def test_what_a_model_has_not_is_said(qwen, folder, tmp_path, capsys):
+    common = ["--limit", "2", "--ratio", "1/16", "--output", str(tmp_path / "x.json")]
+    arguments = ["--model", str(qwen), "--trust-remote-code", "--method", "cls_attention", *common]
+    assert accuracy.main(arguments) == 2
+    assert "[CLS]" in capsys.readouterr().err
+    # LLaVA's processor makes a square of everything.
+    assert accuracy.main(["--model", str(folder), "--level", "wide", "--method", "random", *common]) == 2
+    assert "256 x 128" in capsys.readouterr().err
+    # The processor's code is not run unasked.
+    assert accuracy.main(["--model", str(qwen), "--method", "random", *common]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_fields_of_the_pruner_can_be_set(folder, tmp_path):

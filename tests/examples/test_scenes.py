@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import scenes
-from scenes import COLORS, KINDS, OBJECTS, SHAPES, SIDE, ask, make_scene, scene_at, scene_dataset, sources
+from scenes import CELL, COLORS, GRIDS, KINDS, OBJECTS, SHAPES, ask, make_scene, scene_at, scene_dataset, sources
 
 # What the package draws with: matplotlib's colors of these names, but for brown, green and gray.
 RED_GREEN_BLUE = {
@@ -65,7 +65,8 @@ def test_boxes_hold_the_objects_and_nothing_else(level):
         scene, _ = scene_at("test", level, 0, number, 1)
         least, most = OBJECTS[level]
         assert least <= len(scene.objects) <= most
-        check_boxes(scene, SIDE, SIDE)
+        rows, columns = GRIDS[level]
+        check_boxes(scene, CELL * columns, CELL * rows)
 
 
 @pytest.mark.parametrize(("grid", "cell"), [((1, 3), 64), ((3, 2), 40), ((2, 2), 24)])

@@ -7,8 +7,9 @@ from transformers import LlavaForConditionalGeneration
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.cli import main
-from learnpruner.compare import compare, patch_grids, save_picture
+from learnpruner.compare import compare, patch_grids, save_picture, token_side
 
+import tiny_qwen2_vl
 from tiny_models import LLAVA, PATCH, PATCHES, SIDE, tiny_config, tiny_pair, tiny_processor
 
 
@@ -64,6 +65,23 @@ def test_the_picture_darkens_exactly_the_dropped_patches(family, tmp_path):
     dark = ((grey.int() - 46).abs() <= 2).sum().item()
     dropped = sum((~grid).sum().item() for grid in grids)
     assert dark / dropped == pytest.approx(103**2, rel=0.05)
+
+
+def test_qwen_is_shown_at_its_own_size(tmp_path):
+    """Pixels come as blocks of patches there: they are put together again, and a token is a block."""
+    torch.manual_seed(0)
+    processor = tiny_qwen2_vl.build_processor()
+    tiny_qwen2_vl.build_model(processor).save_pretrained(tmp_path / "base")
+    model = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "base").eval()
+    image = Image.effect_mandelbrot((64, 40), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    comparison = compare(model, processor, image, "is there a circle?", 0.3, max_new_tokens=1)
+    assert token_side(processor) == 8
+    assert comparison.tokens[0] == 5 * 8
+    expected = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(40, 64, 3) / 255
+    torch.testing.assert_close(comparison.pixels, expected, atol=1e-5, rtol=0)
+    for grid, kept in zip(patch_grids(comparison, token_side(processor)), comparison.kept):
+        assert grid.shape == (5, 8)
+        assert grid.flatten().tolist() == kept.tolist()
 
 
 def test_a_class_token_before_the_patches_is_not_drawn():

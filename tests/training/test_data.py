@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from learnpruner.training.data import PrunerCollator, load_samples, read_images, read_messages
 
 import tiny_llava
+import tiny_qwen2_vl
 from tiny_models import tiny_processor
 
 
@@ -279,6 +280,29 @@ def test_foreground_follows_the_processors_crop(size, processor):
     assert torch.equal(batch["foreground"][0][image[0]], white)
     assert 20 < white.sum() < 120
     assert "foreground" not in PrunerCollator(processor)(rows)
+
+
+def test_qwen_batches():
+    """Images of two sizes with their grids, answers labelled with the end of their turn, and boxes on their tokens."""
+    processor = tiny_qwen2_vl.build_processor()
+    picture = Image.new("RGB", (64, 32))
+    picture.paste("white", (8, 8, 40, 24))
+    rows = [
+        {"image": picture, "question": QUESTION, "answer": ANSWER, "boxes": [[8, 8, 40, 24]]},
+        {"image": Image.new("RGB", (32, 32)), "conversations": TURNS},
+        {"question": QUESTION, "answer": ANSWER},
+    ]
+    batch = PrunerCollator(processor, foreground=True)(rows)
+    placeholders = batch["input_ids"] == processor.image_token_id
+    assert batch["image_grid_thw"].tolist() == [[1, 8, 16], [1, 8, 8]]
+    assert placeholders.sum(1).tolist() == [32, 16, 0]
+    assert torch.equal(batch["mm_token_type_ids"].bool(), placeholders)
+    labels = [decoded_labels(processor, row) for row in batch["labels"]]
+    assert labels == [["teal", "<|im_end|>"], ["teal", "<|im_end|>", "3", "<|im_end|>"], ["teal", "<|im_end|>"]]
+    marked = torch.zeros(4, 8, dtype=torch.bool)
+    marked[1:3, 1:5] = True
+    assert torch.equal(batch["foreground"][0][placeholders[0]], marked.flatten())
+    assert not batch["foreground"][1:].any()
 
 
 def test_boxes_that_cannot_be_followed(processor):

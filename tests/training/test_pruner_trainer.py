@@ -10,7 +10,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
 
-from tiny_models import LAYERS, labelled, tiny_pair
+from tiny_models import FAMILIES, LAYERS, QWEN, labelled, tiny_pair
 
 pytestmark = pytest.mark.core
 
@@ -68,10 +68,12 @@ def test_only_the_pruner_learns(objective, base, tmp_path):
         assert len({trainer_ratio(trainer, step) for step in range(40)}) == len(trainer.args.budgets)
 
 
-def test_other_families(tmp_path):
-    """LLaVA-NeXT: rows that are structure are no patches, and images of several crops."""
-    tiny_pair("llava_next")[0].save_pretrained(tmp_path / "base")
-    trainer = trainer_for(tmp_path / "base", tmp_path / "run", samples=((2, (30, 60), 8),), family="llava_next")
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llava"])
+def test_other_families(family, tmp_path):
+    """LLaVA-NeXT: rows that are structure are no patches, and images of several crops. Qwen: sizes as they come."""
+    tiny_pair(family)[0].save_pretrained(tmp_path / "base")
+    size = (32, 64) if family in QWEN else (30, 60)
+    trainer = trainer_for(tmp_path / "base", tmp_path / "run", samples=((2, size, 8),), family=family)
     before = trainer.model.model.pruner.hidden.weight.clone()
     trainer.train()
     assert not torch.equal(trainer.model.model.pruner.hidden.weight, before)
