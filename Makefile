@@ -12,7 +12,7 @@ FLOOR = transformers==5.20.0
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo accuracy ablations test test-floor test-matrix quality style clean
+.PHONY: demo accuracy accuracy-qwen ablations test test-floor test-matrix quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -34,6 +34,20 @@ accuracy: .venv/installed
 	  done; \
 	done
 	.venv/bin/python benchmarks/render_accuracy.py $(RESULTS)/*.json --into examples/easy_vqa/README.md
+
+# The same for the small Qwen2-VL, on scenes of two sizes.
+QWEN = benchmarks/results/qwen2_vl
+ASK_QWEN = .venv/bin/python benchmarks/accuracy.py --model examples/easy_vqa/learnpruner-tiny-qwen2-vl --trust-remote-code
+accuracy-qwen: .venv/installed
+	set -e; for level in standard wide; do \
+	  $(ASK_QWEN) --level $$level --method none --output $(QWEN)/$$level-none.json; \
+	  $(ASK_QWEN) --level $$level --method random --ratio 32/576 --output $(QWEN)/$$level-random-32.json; \
+	  for tokens in 128 64 32; do \
+	    $(ASK_QWEN) --level $$level --method learnpruner --ratio $$tokens/576 \
+	      --output $(QWEN)/$$level-learnpruner-$$tokens.json; \
+	  done; \
+	done
+	.venv/bin/python benchmarks/render_accuracy.py $(QWEN)/*.json --into examples/easy_vqa/README.md --mark qwen2_vl
 
 # Every figure of training/RESULTS.md: pruners of three seeds, and all that is asked of them. Hours; goes on if killed.
 ablations: .venv/installed

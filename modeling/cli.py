@@ -33,7 +33,9 @@ def positive(text: str) -> int:
 def add_budget(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="Hub id or folder; only its configuration is read")
     parser.add_argument("--ratio", type=ratio, nargs="+", help="default: 1/3, 2/9, 1/9 and 1/18")
-    parser.add_argument("--tokens", type=positive, help="vision tokens of the image; default: one crop of the model")
+    parser.add_argument(
+        "--tokens", type=positive, help="vision tokens of the image; default: one crop, where it has a size"
+    )
 
 
 def run_budget(arguments: argparse.Namespace) -> None:
@@ -43,6 +45,8 @@ def run_budget(arguments: argparse.Namespace) -> None:
 
     config = pruned_class(arguments.model).config_class.from_pretrained(arguments.model)
     vision = config.vision_config
+    if arguments.tokens is None and "image_size" not in vision.to_dict():
+        raise ValueError(f"{arguments.model} takes images of any size: give --tokens, those of yours.")
     tokens = arguments.tokens or (vision.image_size // vision.patch_size) ** 2
     depth = config.text_config.num_hidden_layers
     print(f"{arguments.model}: {tokens} vision tokens, {depth} decoder layers, second cut before {config.pruner_layer}")
@@ -61,6 +65,7 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", required=True)
     parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
     parser.add_argument("--max-new-tokens", type=positive, default=32)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the processor's own code, if it has any")
     parser.add_argument("--picture", type=Path, help="write the image with the kept patches of both cuts here (PNG)")
 
 

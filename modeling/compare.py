@@ -231,18 +231,25 @@ def load_processor(model: str, trust_remote_code: bool = False) -> ProcessorMixi
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no processor at {base or model}: save the base model's there, processor.save_pretrained(folder) ({error})"
+            f"no processor could be loaded from {base or model}; where there is none, save the base model's there, "
+            f"processor.save_pretrained(folder) ({error})"
         ) from error
 
 
 def compare_file(
-    model: str, image: Path, question: str, ratio: float | None, max_new_tokens: int, picture: Path | None
+    model: str,
+    image: Path,
+    question: str,
+    ratio: float | None,
+    max_new_tokens: int,
+    picture: Path | None,
+    trust_remote_code: bool = False,
 ) -> Comparison:
     """The `learnpruner compare` command. Bad input is refused before the model is loaded."""
     loaded = load_image(image)
     if picture is not None:
         check_picture(picture)
-    processor = load_processor(model)
+    processor = load_processor(model, trust_remote_code)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pruned = LearnPrunerForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(device)
     comparison = compare(pruned, processor, loaded, question, ratio, max_new_tokens)

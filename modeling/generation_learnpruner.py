@@ -94,6 +94,11 @@ class PrunedModelMixin:
     def check_images(self, arguments: dict, layout: PromptLayout) -> None:
         """Raises `ValueError` where images and what describes them do not fit; before any work."""
 
+    def count_parts(self, arguments: dict) -> int:
+        """How many parts of a call, images or groups of frames, have a budget of their own."""
+        pixels = arguments.get("pixel_values")
+        return 0 if pixels is None else len(pixels)
+
     def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
         """The stock forward's arguments with encoded images in place of pixels."""
         raise NotImplementedError
@@ -152,7 +157,7 @@ class PrunedModelMixin:
     def read_layout(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> PromptLayout:
         """All that the host must know of a prompt."""
         given = {name: arguments[name] for name in self.grid_arguments if arguments.get(name) is not None}
-        return PromptLayout.read(kinds, valid, given)
+        return PromptLayout.read(kinds, valid, given, arguments.get("mm_token_type_ids"))
 
     def has_images(self, arguments: dict) -> bool:
         """Whether a call has images or videos, as pixels or encoded."""
@@ -184,9 +189,8 @@ class PrunedModelMixin:
         # Given both, the stock model says so.
         both = stock["mm_encoder_outputs"] and any(stock[name] is not None for name in self.pixel_arguments)
         if pruning.schedule and self.has_images(stock) and not both:
-            if not pruning.soft:
-                use_cache = self.config.text_config.use_cache if stock["use_cache"] is None else stock["use_cache"]
-                refuse_decoder_inputs(self, **decoder, use_cache=use_cache, kwargs=kwargs)
+            use_cache = self.config.text_config.use_cache if stock["use_cache"] is None else stock["use_cache"]
+            refuse_decoder_inputs(self, **decoder, use_cache=use_cache, kwargs=kwargs)
             if pruning.counts is None:
                 kinds = self.vision_kinds(stock["input_ids"], stock["inputs_embeds"])
                 mask = stock["attention_mask"]
@@ -255,6 +259,8 @@ class PrunedGenerationMixin:
         )
         if pruning.schedule and not soft and self.model.has_images(stock):
             refuse_tensor_parallelism(self)
+        if soft and not self.model.has_images(stock):
+            stock = self._with_gradient(stock)
         if plan:
             pruning.resume(self.model.vision_kinds(stock["input_ids"], stock["inputs_embeds"]) > 0, **plan)
         outputs = super().forward(**stock, **kwargs, pruning=pruning, return_dict=True)
@@ -273,6 +279,17 @@ class PrunedGenerationMixin:
         return LearnPrunerCausalLMOutputWithPast(
             **outputs, loss=loss, kept_mask=pruning.kept_mask, vision_scores=pruning.decided_scores
         )
+
+    def _with_gradient(self, stock: dict) -> dict:
+        """Text alone, of which the pruner has no part: nothing that depends on it is added to the embeddings, so that
+        a batch of text has a gradient too, and goes back through every layer, as processes that share the layers
+        (FSDP) expect of each other."""
+        trained = [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
+        embeds = stock["inputs_embeds"]
+        if embeds is None:
+            embeds = self.get_input_embeddings()(stock["input_ids"])
+        nothing = sum((parameter.sum() * 0 for parameter in trained), embeds.new_zeros(()))
+        return {**stock, "input_ids": None, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
 
     def _pruner_loss(
         self, pruning: PruningCall, labels: torch.Tensor, num_items_in_batch, budget_share

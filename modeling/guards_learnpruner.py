@@ -42,7 +42,8 @@ def refuse_decoder_inputs(
     use_cache: bool,
     kwargs: dict,
 ) -> None:
-    """Raises `ValueError` where the decoder could not cut. `model` is the vision-language model without its head."""
+    """Raises `ValueError` where the decoder could not cut, nor gate as if it did. `model` is the vision-language model
+    without its head."""
     text_config = model.config.text_config
     if any(DynamicCache(config=text_config).is_sliding):
         raise ValueError(
@@ -57,7 +58,9 @@ def refuse_decoder_inputs(
     packed = "cu_seq_lens_q" in kwargs
     if attention_mask is None and position_ids is not None and past_key_values is None and not use_cache:
         # The condition under which the stock model looks for packed sequences.
-        packed |= position_ids.dim() == 2 and find_packed_sequence_indices(position_ids) is not None
+        # In front of M-RoPE's three, a fourth row has the text's positions.
+        text = position_ids[0] if position_ids.dim() == 3 and len(position_ids) == 4 else position_ids
+        packed |= text.dim() == 2 and find_packed_sequence_indices(text) is not None
     if packed:
         raise ValueError(f"Pruning does not support packed sequences: pad the samples of a batch. {OR_NO_PRUNING}")
     refuse_cache(past_key_values)

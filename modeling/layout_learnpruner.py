@@ -18,22 +18,49 @@ class PromptLayout:
         valid (`torch.Tensor` of shape `(batch, sequence)`, bool, or `None`): False at padding.
         placeholders (`dict[str, list[int]]`): For each modality, how many placeholders each sample has.
         grids (`dict[str, list[list[int]]]`): For each argument that lays images out, its rows.
+        mistyped (`int`): Tokens whose `mm_token_type_ids` are not of their kind.
     """
 
     kinds: torch.Tensor
     valid: torch.Tensor | None
     placeholders: dict[str, list[int]]
     grids: dict[str, list[list[int]]]
+    mistyped: int = 0
 
     @classmethod
-    def read(cls, kinds: torch.Tensor, valid: torch.Tensor | None, grids: dict[str, torch.Tensor]) -> "PromptLayout":
-        """In one transfer, for which the host waits once."""
+    def read(
+        cls,
+        kinds: torch.Tensor,
+        valid: torch.Tensor | None,
+        grids: dict[str, torch.Tensor],
+        types: torch.Tensor | None = None,
+    ) -> "PromptLayout":
+        """In one transfer, for which the host waits once.
+
+        Raises:
+            `ValueError`: where a grid is no table of whole numbers, or `types` has fewer columns than the prompt.
+        """
+        for name, grid in grids.items():
+            if (grid := torch.as_tensor(grid)).dim() != 2 or grid.is_floating_point():
+                raise ValueError(f"{name} has a row of whole numbers for each, got {grid.dtype} {tuple(grid.shape)}.")
+        if types is None:
+            types = kinds
+        elif types.shape[0] != kinds.shape[0] or types.shape[1] < kinds.shape[1]:
+            raise ValueError(
+                f"mm_token_type_ids {tuple(types.shape)} are not those of a prompt {tuple(kinds.shape)}: pass what the "
+                "processor returned beside input_ids."
+            )
+        # A continued conversation may give them for all of its turns.
+        mistyped = types[:, -kinds.shape[1] :].to(kinds.device) != kinds
         seen = kinds if valid is None else kinds * valid
         counts = torch.stack([(seen == kind).sum(1) for kind in range(1, 1 + len(MODALITIES))])
-        tables = [counts, *(torch.as_tensor(grid).to(kinds.device) for grid in grids.values())]
+        mistyped = (mistyped if valid is None else mistyped & valid).sum().view(1, 1)
+        tables = [mistyped, counts, *(torch.as_tensor(grid).to(kinds.device) for grid in grids.values())]
         values = iter(torch.cat([table.flatten() for table in tables]).tolist())
-        counts, *rows = [[[next(values) for _ in range(table.shape[1])] for _ in range(len(table))] for table in tables]
-        return cls(kinds, valid, dict(zip(MODALITIES, counts)), dict(zip(grids, rows)))
+        ((mistyped,),), counts, *rows = [
+            [[next(values) for _ in range(table.shape[1])] for _ in range(len(table))] for table in tables
+        ]
+        return cls(kinds, valid, dict(zip(MODALITIES, counts)), dict(zip(grids, rows)), mistyped)
 
     def owners(self, modality: str, sizes: list[int]) -> list[int]:
         """Which sample of the batch each image, or part of a video, belongs to.
@@ -56,6 +83,7 @@ class PromptLayout:
             raise ValueError(
                 f"{modality.capitalize()} features and {modality} tokens do not match: the {modality}s have {sizes} "
                 f"tokens, and the samples hold {self.placeholders[modality]} placeholders (none under attention_mask "
-                "0). Build input_ids and pixels with one processor call."
+                "0). Build input_ids and pixels with one processor call; in a later turn on one cache, pass that turn's "
+                "alone."
             )
         return owners

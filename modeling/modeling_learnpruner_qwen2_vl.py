@@ -19,6 +19,11 @@ from .guards_learnpruner import OR_NO_PRUNING
 from .hub_learnpruner import HubMixin, register_key_conversion
 from .layout_learnpruner import PromptLayout
 
+# What a conversation on one cache can do, and a processor call of all its turns cannot.
+NEXT_TURN = (
+    "For a new image in a later turn on one cache, encode it first: pass mm_encoder_outputs of the new images alone "
+    "(model.model.get_image_features(..., return_dict=True)), grids and mm_token_type_ids of the whole conversation."
+)
 # The pixels of each modality, and the grids that lay them out.
 INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
@@ -44,12 +49,7 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         return images.to(torch.int8) + 2 * videos.to(torch.int8)
 
     def check_images(self, arguments: dict, layout: PromptLayout) -> None:
-        without = all(arguments.get(name) is None for name in ("mm_token_type_ids", "position_ids"))
-        if without and arguments.get("input_ids") is not None:
-            raise ValueError(
-                "Images and videos need mm_token_type_ids, which the processor returns beside input_ids: without them "
-                f"the positions would be those of text. {OR_NO_PRUNING}"
-            )
+        self._check_positions(arguments)
         for modality, (pixels, grid) in INPUTS.items():
             given = arguments.get(pixels)
             encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
@@ -59,20 +59,58 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
                 raise ValueError(
                     f"{modality.capitalize()}s need {grid}, which the processor returns beside their pixels."
                 )
-            if given is None:
-                if encoded.last_hidden_state is None:
-                    raise ValueError(
-                        "The pruner reads the vision encoder's features, and mm_encoder_outputs has none: pass what "
-                        f"model.get_{modality}_features(..., return_dict=True) returned."
-                    )
-                continue
-            patches = [math.prod(row) for row in layout.grids[grid]]
-            if sum(patches) != len(given):
+            self._check_grid(grid, layout.grids[grid])
+            if given is not None:
+                self._check_pixels(modality, given, layout)
+            elif encoded.last_hidden_state is None:
                 raise ValueError(
-                    f"{grid} describes {sum(patches)} patches, and {pixels} has {len(given)}: build both with one "
-                    "processor call."
+                    "The pruner reads the vision encoder's features, and mm_encoder_outputs has none: pass what "
+                    f"model.get_{modality}_features(..., return_dict=True) returned."
                 )
-            layout.owners(modality, [count // self.config.vision_config.spatial_merge_size**2 for count in patches])
+        if layout.mistyped and arguments.get("position_ids") is None:
+            raise ValueError(
+                f"mm_token_type_ids are wrong for {layout.mistyped} tokens (0 text, 1 image, 2 video): pass what the "
+                f"processor returned beside input_ids, padded as they are. {OR_NO_PRUNING}"
+            )
+
+    def _check_positions(self, arguments: dict) -> None:
+        """Where positions are left to the model, it finds them from token ids and their types, of the whole prompt."""
+        if arguments.get("position_ids") is not None:
+            return
+        cache = arguments.get("past_key_values")
+        if arguments.get("input_ids") is None or (cache is not None and cache.get_seq_length() > 0):
+            raise ValueError(
+                "Positions of images are found from the ids of the whole prompt: with inputs_embeds, or for images "
+                "in a later call on one cache, pass position_ids (model.model.get_rope_index(...) makes them of the "
+                f"whole). {OR_NO_PRUNING}"
+            )
+        if arguments.get("mm_token_type_ids") is None:
+            raise ValueError(
+                "Images and videos need mm_token_type_ids, which the processor returns beside input_ids: without them "
+                f"the positions would be those of text. {OR_NO_PRUNING}"
+            )
+
+    def _check_grid(self, name: str, rows: list[list[int]]) -> None:
+        merge = self.config.vision_config.spatial_merge_size
+        if any(len(row) != 3 or min(row) < 1 or row[1] % merge or row[2] % merge for row in rows):
+            raise ValueError(
+                f"A row of {name} is frames, height and width in patches, the last two multiples of {merge}: {rows}."
+            )
+
+    def _check_pixels(self, modality: str, pixels: torch.Tensor, layout: PromptLayout) -> None:
+        name, grid = INPUTS[modality]
+        patches = [math.prod(row) for row in layout.grids[grid]]
+        if sum(patches) != len(pixels):
+            raise ValueError(
+                f"{grid} describes {sum(patches)} patches, and {name} has {len(pixels)}: build both with one "
+                f"processor call. {NEXT_TURN}"
+            )
+        layout.owners(modality, [count // self.config.vision_config.spatial_merge_size**2 for count in patches])
+
+    def count_parts(self, arguments: dict) -> int:
+        images, videos = (arguments.get(grid) for _, grid in INPUTS.values())
+        groups = 0 if videos is None else int(videos[:, 0].sum()) if self.config.pruner_per_frame else len(videos)
+        return groups + (0 if images is None else len(images))
 
     def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
         outputs = dict(arguments["mm_encoder_outputs"] or {})
@@ -193,10 +231,16 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         cuts = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
-        if cuts and inputs_tensor.dim() == 2 and self.model.has_images(model_kwargs):
-            # The stock class counts on its inputs here, and says nothing, or nothing clear, where they do not fit.
-            layout = self.model.read_layout(model_kwargs, self.model.vision_kinds(inputs_tensor, None), None)
-            self.model.check_images({**model_kwargs, "input_ids": inputs_tensor}, layout)
+        if cuts and self.model.has_images(model_kwargs):
+            # The stock class counts on its inputs here, and says nothing, or nothing clear, where they do not fit. It
+            # is given the whole conversation, of which a cache may hold the beginning.
+            ids = inputs_tensor if inputs_tensor.dim() == 2 else model_kwargs.get("input_ids")
+            given = {**model_kwargs, "input_ids": ids if ids is not None and ids.numel() else None}
+            kinds = self.model.vision_kinds(given["input_ids"], inputs_tensor)
+            mask = model_kwargs.get("attention_mask")
+            valid = mask.bool() if mask is not None and mask.shape == kinds.shape else None
+            layout = self.model.read_layout(given, kinds, valid)
+            self.model.check_images({**given, "past_key_values": None}, layout)
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
 

@@ -111,12 +111,13 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
         model.print_trainable_parameters()
     last = last_checkpoint(output)
     metrics = trainer.train(resume_from_checkpoint=last).metrics
+    sharded = trainer.trained_state() if trainer.is_fsdp_enabled else None
     finished_before = last is not None and last.endswith(f"checkpoint-{trainer.state.global_step}")
     if trainer.is_world_process_zero() and not (finished_before and (output / RECORD).exists()):
         if data.relative_base:
             model.config.base_model_name_or_path = f"./{Path(os.path.relpath(base, output)).as_posix()}"
         # Not trainer.save_model: it would add a pickle of the arguments.
-        model.eval().save_pretrained(output)
+        model.eval().save_pretrained(output, state_dict=sharded)
         processor.save_pretrained(output)
         record = {
             **trainer.run_settings(),

@@ -14,13 +14,14 @@ import psutil
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from learnpruner.cuts_learnpruner import learnpruner_schedule
 from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scorer_learnpruner import top_k
 
+from .fsdp import ShardedCheckpoints
 from .objectives import ArgmaxGate, RecordedGate, TopKGate, with_gate
 
 # In each checkpoint, written last: what run it is of.
@@ -91,7 +92,7 @@ def answer_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float(right.mean())} if rows.any() else {}
 
 
-class PrunerTrainer(Trainer):
+class PrunerTrainer(ShardedCheckpoints):
     """Trains the pruner of a LearnPruner model and nothing else; the base is frozen when the trainer is made.
 
     Takes a model of this project, and what else `Trainer` takes. Checkpoints hold the pruner alone. Evaluation cuts
@@ -108,7 +109,8 @@ class PrunerTrainer(Trainer):
     Raises:
         `ValueError`: for another model, adapters that leave the pruner out, a loss of one's own or label smoothing
             (the shipped forward has the loss), a budget at which nothing leaves, several GPUs in one process (start
-            one for each: `accelerate launch`), FSDP and DeepSpeed (not measured), and no samples.
+            one for each: `accelerate launch`), DeepSpeed, FSDP in its first version, with adapters or without a base
+            to name, and no samples.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
     """
 
@@ -131,10 +133,10 @@ class PrunerTrainer(Trainer):
             raise ValueError("The shipped forward has the loss: no label_smoothing_factor and no compute_loss_func.")
         if args.n_gpu > 1:
             raise ValueError(f"One process with {args.n_gpu} GPUs: start one for each, with `accelerate launch`.")
-        if args.fsdp or args.deepspeed:
+        if args.deepspeed:
             raise ValueError(
-                "PrunerTrainer has not been measured with FSDP or DeepSpeed, which would save the whole base or "
-                "nothing: use data parallelism (`accelerate launch`), with a quantised base where memory is short."
+                "PrunerTrainer has not been made for DeepSpeed, which would save the whole base: use data parallelism "
+                "(`accelerate launch`), or FSDP2 where the base does not fit."
             )
         budgets = [pruned.config.pruner_ratio] if args.objective == "paper" else args.budgets
         for budget in budgets:
@@ -157,6 +159,7 @@ class PrunerTrainer(Trainer):
             kwargs |= {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
         with _as_adapter(pruned):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        self.check_sharding()
         self._pruned = pruned
         self._seconds = 0.0
         self.add_callback(_RunRecord(self))
@@ -220,12 +223,9 @@ class PrunerTrainer(Trainer):
 
     def get_batch_samples(self, *args, **kwargs):
         samples, items = super().get_batch_samples(*args, **kwargs)
-        own = torch.tensor(sum(self._rows_with_images(batch) for batch in samples), device=self.args.device)
+        own = torch.tensor(sum(map(self._pruned.model.count_parts, samples)), device=self.args.device)
         self._images_in_step = self.accelerator.gather(own).sum()
         return samples, items
-
-    def _rows_with_images(self, inputs: dict) -> int:
-        return int((self._pruned.model.vision_kinds(inputs["input_ids"], None) > 0).any(1).sum())
 
     def make_gate(self) -> ArgmaxGate | TopKGate:
         """The gate of the current step."""
@@ -255,7 +255,7 @@ class PrunerTrainer(Trainer):
         gate = RecordedGate(self.model.config.pruner_diversity, self.make_gate(), recorded)
         gated = {**inputs, "schedule": with_gate(self.model.config, gate, self.step_ratio())}
         if self._images_in_step is not None:
-            gated["budget_share"] = self._rows_with_images(inputs) / self._images_in_step.clamp_min(1)
+            gated["budget_share"] = self._pruned.model.count_parts(inputs) / self._images_in_step.clamp_min(1)
         try:
             loss, outputs = super().compute_loss(model, gated, True, num_items_in_batch)
         except FloatingPointError as error:

@@ -200,9 +200,7 @@ class Run:
         }
 
     def _parameters(self) -> dict[str, nn.Parameter]:
-        return {
-            f"{part}.{name}": p for part, module in self.modules().items() for name, p in module.named_parameters()
-        }
+        return {f"{part}.{name}": p for part, module in self.modules().items() for name, p in module.named_parameters()}
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -302,11 +300,14 @@ class Run:
             return True
         return self.log[-1]["accuracy"] >= ALIGNED or self.step >= 4 * self.steps[self.stage]
 
+    def begin(self, stage: str) -> None:
+        self.stage, self.step = stage, 0
+        self.optimizers = self._optimizers()
+
     def train(self, save_every: int) -> None:
         for stage in self.stages[self.stages.index(self.stage) :]:
             if stage != self.stage:
-                self.stage, self.step = stage, 0
-                self.optimizers = self._optimizers()
+                self.begin(stage)
             self._train_stage(save_every)
         self.save()
 

@@ -5,8 +5,8 @@
 Only transformers' own classes, and never with tokens dropped. Its tokens are as large as the small LLaVA's, 8 x 8
 pixels, and its text model is the same but for biases and rotary positions. So it learns in two stages:
 
-1. `vision`: vision tower and merger, to make of a scene the tokens that the small LLaVA's tower and projector make; and
-   the tower, on the class of the object under each token and on where its middle is, as the small LLaVA's was.
+1. `vision`: the tower, on the class of the object under each token and on where its middle is; and, from what the tower
+   tells, the merger, to make the tokens that the small LLaVA's tower and projector make of the scene.
 2. `answer`: merger and language model, now with M-RoPE's positions, on scenes of one to three rows and one to four
    columns, whose cells are cut closer to their shapes as well. The tower is frozen from then on.
 
@@ -25,12 +25,12 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, LlavaForConditionalGeneration
 
 import tiny_llava
-from scenes import CELL, GRID, OBJECTS
+from scenes import CELL, GRID, OBJECTS, Scene, make_scene, sources
 from tiny_llava import PatchHeads, patch_classes, patch_middles
 from tiny_qwen2_vl import TOKEN, build_model, build_processor, pack_questions, pixels_of, start_from_llava
-from train_tiny_llava import Plan, Run, questions_about, rate_at, run_command
+from train_tiny_llava import Plan, Run, questions_about, run_command
 
-STEPS = {"vision": 2000, "answer": 900}
+STEPS = {"vision": 1800, "answer": 900}
 LLAVA = Path(__file__).parent / "tiny-llava"
 
 
@@ -87,8 +87,11 @@ class QwenRun(Run):
         self.llava_processor = tiny_llava.build_processor()
         start_from_llava(self.model, self.processor, self.llava, AutoTokenizer.from_pretrained(LLAVA))
         self.model.model.language_model.set_attn_implementation("eager")
-        # What the merger makes is as small as nothing at first, as the tokens are that it is to make.
-        nn.init.zeros_(self.model.model.visual.merger.mlp[-1].weight)
+        # The small LLaVA's tokens are large and have much in common: the merger learns them about their mean, in units
+        # of their deviation, and is given both when it has learned them.
+        rng = random.Random(0)
+        tokens = self.llava_tokens([make_scene(rng, sources("train"), OBJECTS["standard"]) for _ in range(8)])
+        self.mean, self.scale = tokens.mean(0), tokens.var(0).mean().sqrt()
         vision = self.model.config.vision_config
         self.heads = PatchHeads(vision.embed_dim * vision.spatial_merge_size**2)
 
@@ -97,6 +100,22 @@ class QwenRun(Run):
             return {"tower": self.model.model.visual, "heads": self.heads}
         parts = {"language_model": self.model.model.language_model, "lm_head": self.model.lm_head}
         return {"merger": self.model.model.visual.merger, **parts}
+
+    @torch.no_grad()
+    def llava_tokens(self, scenes: list[Scene]) -> torch.Tensor:
+        """What the small LLaVA's text model is given of the scenes: `(tokens of all, 192)` float32."""
+        pixels = tiny_llava.pixels_of(scenes, self.llava_processor)
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = self.llava.model.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+        return torch.cat(list(tokens)).float()
+
+    def begin(self, stage: str) -> None:
+        super().begin(stage)
+        if stage == "answer":
+            last = self.model.model.visual.merger.mlp[-1]
+            with torch.no_grad():
+                last.weight *= self.scale
+                last.bias.mul_(self.scale).add_(self.mean)
 
     def loss(self) -> tuple[torch.Tensor, float]:
         rng = random.Random(f"{self.seed} {self.stage} {self.step}")
@@ -107,12 +126,12 @@ class QwenRun(Run):
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(self.stage == "vision"):
             encoded = visual(pixels, grids)
         if self.stage == "vision":
-            with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-                wanted = tiny_llava.pixels_of(scenes, self.llava_processor)
-                wanted = self.llava.model.get_image_features(wanted, interpolate_pos_encoding=True).pooler_output
-            wanted = torch.cat(list(wanted)).float()
-            left = F.mse_loss(encoded.pooler_output.float(), wanted) / wanted.var(0).mean()
-            classes, middles = (torch.from_numpy(np.stack([f(s) for s in scenes])) for f in (patch_classes, patch_middles))
+            with torch.autocast("cpu", torch.bfloat16):
+                made = visual.merger(encoded.last_hidden_state.detach())
+            left = F.mse_loss(made.float(), (self.llava_tokens(scenes) - self.mean) / self.scale)
+            classes, middles = (
+                torch.from_numpy(np.stack([f(s) for s in scenes])) for f in (patch_classes, patch_middles)
+            )
             features = encoded.last_hidden_state.float().view(*classes.shape, -1)
             loss, right = self.heads(features, classes, middles)
             return left + loss, right

@@ -126,7 +126,13 @@ def test_model_card():
         {"stage": stage, "step": step, "loss": 0.25, "accuracy": right, "seconds_per_step": seconds}
         for stage, step, right, seconds in entries
     ]
-    about = {"steps": dict.fromkeys(recipe.STAGES, 80), "seed": 3, "threads": 2, "machine": "toaster", "versions": {"torch": "2.x", "transformers": "5.y"}}
+    about = {
+        "steps": dict.fromkeys(recipe.STAGES, 80),
+        "seed": 3,
+        "threads": 2,
+        "machine": "toaster",
+        "versions": {"torch": "2.x", "transformers": "5.y"},
+    }
     card = recipe.model_card(recipe.CARD, 4_900_000, {**about, "log": log})
     # 50 steps of a minute and 30 of two; 50 of six seconds.
     assert "| vision | 80 | 0.250 | 0.700 | 110 |\n| answer | 50 | 0.250 | 0.900 | 5 |" in card

@@ -12,7 +12,9 @@ import train_tiny_qwen2_vl as recipe
 from scenes import make_scene, scene_at, sources
 from train_tiny_llava import Plan
 
-QUESTIONS = [[("what color is the circle?", "teal"), ("how many shapes are there?", "3"), ("is a red shape present?", "no")]]
+QUESTIONS = [
+    [("what color is the circle?", "teal"), ("how many shapes are there?", "3"), ("is a red shape present?", "no")]
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def test_anatomy(model_and_processor):
 
 def test_inputs_are_those_of_the_stock_image_processor(model_and_processor, scenes):
     _, processor = model_and_processor
-    stock = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=processor.image_processor.size)
+    stock = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, temporal_patch_size=2, size=processor.image_processor.size
+    )
     expected = stock(images=[scene.image for scene in scenes], return_tensors="pt")
     pixels, grids = tiny_qwen2_vl.pixels_of(scenes, processor)
     assert torch.equal(grids, expected["image_grid_thw"])
