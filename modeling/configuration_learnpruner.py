@@ -58,8 +58,9 @@ class PrunerConfig:
         pruner_diversity (`float`, defaults to 0.1):
             Share of R1 that is filled with the tokens least similar to those already chosen.
         pruner_min_tokens (`int`, defaults to 1):
-            So many of each image survive every cut, or all where it has fewer; a floor for small images, which raises
-            the mean.
+            So many of each image, or of each group of a video's frames, survive the first cut, or all where it has
+            fewer; at the second, where the images of a sample compete, they keep no fewer together. A floor for small
+            images, which raises the mean.
         pruner_query (`"all"` or `"last"`, defaults to `"all"`):
             Text rows whose attention ranks the vision tokens at the second cut.
 

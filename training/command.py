@@ -16,6 +16,7 @@ from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.compare import load_processor
 
 from .data import PrunerCollator, load_samples
+from .fsdp import plain_class
 from .trainer import PrunerTrainer, PrunerTrainingArguments, last_checkpoint
 
 RECORD = "training.json"
@@ -117,7 +118,8 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
         if data.relative_base:
             model.config.base_model_name_or_path = f"./{Path(os.path.relpath(base, output)).as_posix()}"
         # Not trainer.save_model: it would add a pickle of the arguments.
-        model.eval().save_pretrained(output, state_dict=sharded)
+        with plain_class(model):
+            model.eval().save_pretrained(output, state_dict=sharded)
         processor.save_pretrained(output)
         record = {
             **trainer.run_settings(),

@@ -6,6 +6,8 @@ and written and read as they are without sharding, so that a checkpoint opens ev
 number of processes.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,11 +20,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from transformers import Trainer
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
+
+
+@contextmanager
+def plain_class(model: PreTrainedModel) -> Iterator[None]:
+    """Sharding gives a model a class of its own, under whose name no checkpoint would open: here it has its own again.
+    A model that is not sharded has it anyway."""
+    sharded = type(model)
+    model.__class__ = next(cls for cls in sharded.__mro__ if not issubclass(cls, FSDPModule))
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
 
 
 class ShardedCheckpoints(Trainer):
@@ -50,7 +65,8 @@ class ShardedCheckpoints(Trainer):
             return
         state = self.trained_state()
         if self.args.should_save:
-            self._save(output_dir, state_dict=state)
+            with plain_class(self.model):
+                self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 

@@ -134,7 +134,6 @@ def test_the_loss(weight, base, tmp_path):
     ("settings", "says"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing"),
-        ({"fsdp": True}, "FSDP"),
         ({"budgets": [0.9]}, "drops nothing"),
         ({"objective": "paper", "budgets": [0.9]}, None),
     ],

@@ -1,0 +1,100 @@
+"""A base shared by processes (FSDP2): the same pruner as without, checkpoints that open everywhere, and a run that goes
+on, one process having text alone."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from learnpruner import LearnPrunerForConditionalGeneration, cli
+
+import tiny_llava
+
+WORKER = Path(__file__).with_name("fsdp_on_cpu.py")
+# What `accelerate launch` makes of its configuration file.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fsdp")
+    torch.manual_seed(0)
+    processor = tiny_llava.build_processor()
+    tiny_llava.build_model(processor).save_pretrained(folder / "base")
+    processor.save_pretrained(folder / "base")
+    Image.new("RGB", (192, 192), "red").save(folder / "0.png")
+    seen = [{"from": "human", "value": "<image>\nis there a circle?"}, {"from": "gpt", "value": "no"}]
+    text = [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no no 3 no"}]
+    (folder / "data.json").write_text(json.dumps([{"image": "0.png", "conversations": seen}, {"conversations": text}]))
+    settings = {
+        "model_name_or_path": str(folder / "base"),
+        "train_data": str(folder / "data.json"),
+        "max_steps": 3,
+        "save_steps": 1,
+        "optim": "sgd",  # Adam would make much of rounding
+        "learning_rate": 0.1,
+        "use_cpu": True,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "budgets": [0.1, 0.2],
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+def launch(folder, *arguments, check=True):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    command += ["train", str(folder / "config.yaml"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **FSDP}
+    return subprocess.run(
+        [*command, *arguments], check=check, capture_output=True, text=True, env=environment, timeout=300
+    )
+
+
+def test_shared_layers(folder):
+    launch(folder, "--output_dir", str(folder / "shared"))
+    one = ["train", str(folder / "config.yaml"), "--per_device_train_batch_size", "2"]
+    assert cli.main([*one, "--output_dir", str(folder / "whole")]) == 0
+    shared, whole = (load_file(folder / name / "model.safetensors") for name in ("shared", "whole"))
+    start = load_file(folder / "shared" / "checkpoint-1" / "model.safetensors")
+    assert set(shared) == set(whole) == set(start)
+    assert all(name.startswith("model.pruner.") for name in shared)
+    assert any((whole[name] - start[name]).abs().max() > 1e-5 for name in whole)
+    assert all((value - shared[name]).abs().max() < 1e-6 for name, value in whole.items())
+    # No checkpoint holds the base, and each is as any other.
+    assert max(path.stat().st_size for path in (folder / "shared").rglob("*") if path.is_file()) < 1_000_000
+    assert LearnPrunerForConditionalGeneration.from_pretrained(folder / "shared").config.pruner_trained
+    assert {path.name for path in (folder / "shared" / "checkpoint-1").iterdir()} - {
+        path.name for path in (folder / "whole" / "checkpoint-1").iterdir()
+    } == {"rng_state_0.pth", "rng_state_1.pth"}
+
+
+def test_a_run_goes_on(folder):
+    """With momentum, so that the optimizer has something to lose."""
+    adam = ("--optim", "adamw_torch", "--learning_rate", "1e-3")
+    launch(folder, *adam, "--output_dir", str(folder / "in-one-go"))
+    launch(folder, *adam, "--output_dir", str(folder / "cut"))
+    for path in [*(folder / "cut").glob("*.*"), folder / "cut" / "checkpoint-3"]:
+        subprocess.run(["rm", "-r", str(path)], check=True)
+    launch(folder, *adam, "--output_dir", str(folder / "cut"))
+    cut, whole = (load_file(folder / name / "model.safetensors") for name in ("cut", "in-one-go"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
+
+
+def test_first_version_is_refused(folder, monkeypatch):
+    monkeypatch.setitem(FSDP, "FSDP_VERSION", "1")
+    result = launch(folder, "--output_dir", str(folder / "old"), check=False)
+    assert result.returncode != 0
+    assert "FSDP2" in result.stderr
