@@ -104,9 +104,9 @@ def _accuracy_rows(accuracy: list[dict]) -> list[list]:
         stock = unpruned.get((record["level"], record["data"]))
         relative = record.get("relative_accuracy") if stock is None else relative_accuracy(record, stock)
         cuts = " -> ".join(map(str, tokens["after_cuts"])) or "no cut"
-        mean = f"{tokens['mean']:.1f} of {tokens['image']}"
+        ratio, mean = f"{record['ratio']:.4g}", f"{tokens['mean']:g} of {tokens['image']}"
         shown = percent(record["accuracy"]), percent(relative)
-        rows.append([record["level"], record["name"], record["seed"], mean, cuts, record["n"], *shown])
+        rows.append([record["level"], record["name"], record["seed"], ratio, mean, cuts, record["n"], *shown])
     return rows
 
 
@@ -116,8 +116,8 @@ def _versions(records: Iterable[Mapping]) -> str:
 
 def _speed_row(record: Mapping) -> list:
     settings = ", ".join(f"{name} {value}" for name, value in {**record["settings"], **record["versions"]}.items())
-    speeds = [MISSING if record[name] is None else f"{record[name]:.3f}" for name in SPEEDS]
-    return [f"{record['ratio']:.4f}", record["device"], settings, *speeds]
+    speeds = [MISSING if record[name] is None else f"{record[name]:g}" for name in SPEEDS]
+    return [f"{record['ratio']:.4g}", record["device"], settings, *speeds]
 
 
 def _training_rows(training: Mapping) -> list[tuple]:
@@ -128,7 +128,7 @@ def _training_rows(training: Mapping) -> list[tuple]:
 
 def _what(record: Mapping) -> str:
     tokens = record["tokens"]
-    return f"{tokens['mean']:.1f} of {tokens['image']} vision tokens, mean over the decoder's layers"
+    return f"{tokens['mean']:g} of {tokens['image']} vision tokens, mean over the decoder's layers"
 
 
 def _eval_result(record: Mapping) -> EvalResult:

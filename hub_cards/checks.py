@@ -76,10 +76,13 @@ def _sha256(path: Path) -> str:
 
 @contextmanager
 def hub_reached():
-    """A Hub that does not answer is an `OSError`, as other files that are not there."""
+    """A Hub that does not answer, or does not take a file, is an `OSError` that says why."""
     try:
         yield
     except HfHubHTTPError:
         raise
+    except RuntimeError as error:
+        # huggingface_hub names the file that failed, and keeps the reason as the cause.
+        raise OSError(f"{error} {error.__cause__ or ''}") from error
     except HTTPError as error:
         raise ConnectionError(f"The Hub cannot be reached ({error}): try again later.") from error

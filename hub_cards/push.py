@@ -22,7 +22,7 @@ from learnpruner.auto import LearnPrunerForConditionalGeneration
 
 from .card import EVALUATIONS, PICTURE, write_card
 from .checks import OWN_WEIGHTS, check_code, hub_reached, refuse_weights
-from .records import TRAINING, check_same_weights, read_results
+from .records import TRAINING, check_recorded_of, read_results
 
 logger = logging.get_logger(__name__)
 
@@ -114,7 +114,7 @@ def push_pruner(
     if not dry_run and not (token if isinstance(token, str) else get_token()):
         raise OSError("No token to push with: run `hf auth login`, or set HF_TOKEN (with the right to write).")
     records = read_results(map(Path, results))
-    check_same_weights(model, records)
+    check_recorded_of(model, records)
     training = _training_of(model, training)
     base, base_revision = pushed_base(model, merged, token)
     api = HfApi(token=token)
@@ -181,7 +181,7 @@ def _training_of(model: PreTrainedModel, given: dict | None) -> dict | None:
     try:
         if "pruner_sha256" not in record:
             raise ValueError(f"{TRAINING} does not say of which weights it is (pruner_sha256).")
-        check_same_weights(model, {TRAINING: record})
+        check_recorded_of(model, {TRAINING: record})
     except ValueError as error:
         if given is not None:
             raise

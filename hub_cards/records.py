@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 TRAINING = "training.json"
 ACCURACY_FIELDS = {"method", "seed", "level", "accuracy", "n", "by_kind", "tokens", "base_sha256", "pruner_sha256"}
-ACCURACY_FIELDS |= {"data", "versions", "name"}
+ACCURACY_FIELDS |= {"data", "versions", "name", "ratio"}
 # Ratios of wall clock, each a number or `None` where it was not measured: unpruned / pruned of the prefill, what that
 # would be if pruning itself cost nothing, unpruned / pruned of a whole answer, and pruner_ratio=1.0 / stock class.
 SPEEDS = ("prefill_speedup", "prefill_ceiling", "end_to_end_speedup", "overhead_at_ratio_one")
@@ -66,8 +66,9 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict]:
     return results
 
 
-def check_same_weights(model: PreTrainedModel, records: Mapping[str, Mapping]) -> None:
-    """Raises `ValueError` where one of the named records was not made of the weights that `model` holds."""
+def check_recorded_of(model: PreTrainedModel, records: Mapping[str, Mapping]) -> None:
+    """Raises `ValueError` where one of the named records was not made of the weights that `model` holds, or of its
+    pruner at other settings than the configuration's."""
     for field, pruner in (("base_sha256", False), ("pruner_sha256", True)):
         known = {name: record[field] for name, record in records.items() if record.get(field)}
         digest = weights_digest(model, pruner) if known else None
@@ -76,6 +77,13 @@ def check_same_weights(model: PreTrainedModel, records: Mapping[str, Mapping]) -
                 f"{', '.join(others)}: recorded of other weights than these, by {field} ({known[others[0]]}, and the "
                 f"model has {digest}). Measure this model, or leave them out."
             )
+    for name, record in records.items():
+        for field, value in record.get("fields", {}).items() if record["pruner_sha256"] else ():
+            if getattr(model.config, field) != value:
+                raise ValueError(
+                    f"{name}: recorded with {field}={value}, and the model has {getattr(model.config, field)}. Set "
+                    f"model.config.{field}, or leave it out."
+                )
 
 
 def relative_accuracy(result: Mapping, unpruned: Mapping) -> float:

@@ -15,7 +15,7 @@ from learnpruner.compare import build_prompt, load_image
 
 from .checks import check_code, hub_reached, refuse_weights
 from .push import RESULTS
-from .records import check_same_weights, read_results, weights_digest
+from .records import check_recorded_of, read_results, weights_digest
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def verify(
         checkpoint, dtype="auto", use_safetensors=True, **place
     ).eval()
     results = read_results(sorted((folder / RESULTS).glob("*.json")))
-    check_same_weights(model, results)
+    check_recorded_of(model, results)
     try:
         processor = AutoProcessor.from_pretrained(checkpoint, **place)
     except (OSError, ValueError) as error:

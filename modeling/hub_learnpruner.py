@@ -156,6 +156,7 @@ class HubMixin:
             )
         cls._prepare_pruner(model)
         model.load_state_dict(weights, strict=False)
+        model.name_or_path = str(path)  # not the base's
         model._freeze_base()
         return model, info
 

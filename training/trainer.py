@@ -226,7 +226,7 @@ class PrunerTrainer(Trainer):
         return self._pruned._training
 
     def _record(self, metrics: dict[str, float]) -> dict:
-        return {
+        record = {
             **self.run_settings(),
             "steps": self.state.max_steps,
             "processes": self.args.world_size,
@@ -237,6 +237,8 @@ class PrunerTrainer(Trainer):
             "metrics": metrics,
             "log": self.state.log_history,
         }
+        # As it will be read again: enumerations as strings, and no list that grows in a further training.
+        return json.loads(json.dumps(record))
 
     def push_to_hub(
         self,

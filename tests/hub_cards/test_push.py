@@ -54,14 +54,14 @@ def test_push_is_one_commit_of_all_that_a_pruner_needs(hub, worker, light, evide
         assert files[f"results/{path.rpartition('/')[2]}"] == Path(path).read_bytes()
 
 
-def test_dry_run_lists_files_and_sizes_and_asks_the_hub_to_change_nothing(hub, worker, light, capsys):
+def test_dry_run_lists_files_and_sizes_and_asks_the_hub_to_change_nothing(hub, worker, light):
     before = hub.writes()
     # It needs no token, either.
     answer = worker("result = main(['push', folder, 'user/dry', '--dry-run'])", token=None, folder=light)
     assert answer.result == 0, answer.err
     assert hub.writes() == before
     assert "user/dry" not in hub.repos
-    lines = dict(reversed(line.split()) for line in answer.out.splitlines()[1:])
+    lines = dict(line.split() for line in answer.out.splitlines()[1:])
     assert set(lines) == EXPECTED | {path.name for path in light.glob("*.py")}
     assert int(lines["model.safetensors"].replace(",", "")) == (light / "model.safetensors").stat().st_size
     assert "nothing was uploaded" in answer.out.splitlines()[0]
@@ -96,9 +96,8 @@ def test_all_weights(hub, worker, light, base_folder):
 
 
 THREE_WAYS = """
-import json, re
+import json
 from pathlib import Path
-from datasets import Dataset
 from PIL import Image
 from transformers import AutoProcessor
 from learnpruner import LearnPrunerForConditionalGeneration as Factory
@@ -134,11 +133,14 @@ def test_trainer_model_and_command_give_the_same_repository(hub, worker, base, t
     names = ("by-trainer", "by-model", "by-command")
     repos = {name: hub.files(f"user/{name}") for name in names}
     assert "training.json" in repos["by-model"]
-    assert all(set(repos[name]) == set(repos["by-model"]) for name in names)
     for name in names:
+        assert set(repos[name]) == set(repos["by-model"])
         for path, content in repos[name].items():
-            expected = repos["by-model"][path]
-            assert content.replace(name.encode(), b"by-model") == expected, (name, path)
+            content, expected = content.replace(name.encode(), b"by-model"), repos["by-model"][path]
+            if path == "config.json":
+                # Trainer sets use_cache=False in the model it trains, which transformers forgets as it loads it.
+                content, expected = ({**json.loads(text), "use_cache": None} for text in (content, expected))
+            assert content == expected, (name, path)
     record = json.loads(repos["by-model"]["training.json"])
     assert f"| steps | {record['steps']} |" in repos["by-trainer"]["README.md"].decode()
 
@@ -199,13 +201,12 @@ def test_a_published_pruner_opens_anywhere(hub, worker, light, base, base_folder
     later = edited(light, tmp_path / "later", lambda name, value: value * 2)
     try:
         worker(PUSH, folder=later, repo_id="user/published", options={})
-        second = hub.repos["user/published"]["refs"]["main"]
         home = tmp_path / "home"
         home.mkdir()
-        online = run_remote(hub, home, "none", first, second)
+        online = run_remote(hub, home, "none", first)
         shutil.rmtree(home / "modules", ignore_errors=True)
         requests = len(hub.requests)
-        offline = run_remote(hub, home, first, second, HF_HUB_OFFLINE="1")
+        offline = run_remote(hub, home, "none", first, HF_HUB_OFFLINE="1")
     finally:
         hub.publish("user/base", base_folder)
     # Results of the weights that were there before are gone, in the same commit as the new weights.
@@ -217,12 +218,11 @@ def test_a_published_pruner_opens_anywhere(hub, worker, light, base, base_folder
     (head,) = (value.sum().item() for name, value in head.items() if "lm_head" in name)
     for results in (online, offline):
         assert results[first]["pruner"] == pytest.approx(pruner)
-        assert results[second]["pruner"] == pytest.approx(2 * pruner)
+        assert results["none"]["pruner"] == pytest.approx(2 * pruner)
         for result in results.values():
             assert result["base"] == pytest.approx(head)
             assert result["revision"] == base
             assert 0 < result["kept"][1] < result["kept"][0] < 16 + 3
-    assert online["none"] == online[second]
     assert len(hub.requests) == requests
 
 
