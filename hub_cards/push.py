@@ -19,6 +19,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from learnpruner.auto import LearnPrunerForConditionalGeneration
+from learnpruner.hub_learnpruner import HubMixin
 
 from .card import EVALUATIONS, PICTURE, write_card
 from .checks import OWN_WEIGHTS, check_code, hub_reached, refuse_weights
@@ -104,10 +105,12 @@ def push_pruner(
     Raises:
         `OSError`: without a token, without rights, and where the Hub does not take the upload. A repository that was
             made for it is removed again.
-        `ValueError`: for a name that is not allowed, results or code that are not of this model and release, a base
-            that others cannot find, a model with other weights than the pruner's trained and not `merged`, and a
+        `ValueError`: for another model, a name that is not allowed, results or code that are not of this model and
+            release, a base that others cannot find, other trainable weights than the pruner's without `merged`, and a
             repository that is public or holds other weights.
     """
+    if not isinstance(model, HubMixin):
+        raise ValueError(f"{type(model).__name__} is no model of LearnPrunerForConditionalGeneration.")
     validate_repo_id(repo_id)
     if picture is not None and not _is_png(Path(picture)):
         raise ValueError(f"The picture is a PNG file, and {picture} is none.")
@@ -118,39 +121,36 @@ def push_pruner(
     training = _training_of(model, training)
     base, base_revision = pushed_base(model, merged, token)
     api = HfApi(token=token)
-    with hub_reached():
+    with hub_reached(), tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         if "/" not in repo_id and not dry_run:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         if processor is None:
             processor = _processor_of(model, token)
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            model.save_pretrained(folder, pruner_only=not merged, max_shard_size=max_shard_size)
-            processor.save_pretrained(folder)
-            if records:
-                (folder / RESULTS).mkdir()
-                for path in map(Path, results):
-                    shutil.copy(path, folder / RESULTS / path.name)
-            if training is not None:
-                (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
-            if picture is not None:
-                shutil.copy(picture, folder / PICTURE)
-            write_card(folder, repo_id, model, check_code(folder), records, training, base, base_revision, merged, tags)
-            files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-            refuse_weights(files, str(folder))
-            if dry_run:
-                return Push(repo_id, files, None)
-            with _repository(api, repo_id, private, None if create_pr else revision) as there:
-                stale = [name for name in there if _is_own(name) and name not in files]
-                commit = api.create_commit(
-                    repo_id,
-                    [CommitOperationAdd(name, folder / name) for name in files]
-                    + [CommitOperationDelete(name) for name in stale],
-                    commit_message=commit_message,
-                    commit_description=commit_description,
-                    revision=revision,
-                    create_pr=create_pr,
-                )
+        model.save_pretrained(folder, pruner_only=not merged, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+        for path in map(Path, results):
+            (folder / RESULTS).mkdir(exist_ok=True)
+            shutil.copy(path, folder / RESULTS)
+        if training is not None:
+            (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
+        if picture is not None:
+            shutil.copy(picture, folder / PICTURE)
+        write_card(folder, repo_id, model, check_code(folder), records, training, base, base_revision, merged, tags)
+        files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        if dry_run:
+            return Push(repo_id, files, None)
+        with _repository(api, repo_id, private, None if create_pr else revision) as there:
+            added = [CommitOperationAdd(name, folder / name) for name in files]
+            stale = [CommitOperationDelete(name) for name in there if _is_own(name) and name not in files]
+            commit = api.create_commit(
+                repo_id,
+                added + stale,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )
     return Push(repo_id, files, commit)
 
 
@@ -237,9 +237,10 @@ def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | 
     """Makes what does not exist, and yields the files that are there. If the upload fails, a repository that was made
     for it goes again."""
     made = not api.repo_exists(repo_id)
-    if private and not made and not api.model_info(repo_id).private:
+    if made:
+        api.create_repo(repo_id, private=private)
+    elif private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} is public: make it private in its settings, or push to a new one.")
-    api.create_repo(repo_id, private=private, exist_ok=True)
     try:
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from fake_hub import TOKEN, FakeHub, environment
@@ -35,6 +36,12 @@ for line in sys.stdin:
         answer["trace"] = traceback.format_exc()
     print(json.dumps({**answer, "result": names["result"], "out": out.getvalue(), "err": err.getvalue()}), flush=True)
 """
+
+CHAT = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+    "{% endfor %}{% endfor %}"
+)
 
 
 @dataclass
@@ -89,8 +96,20 @@ def base_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     stock, _ = tiny_pair()
     stock.save_pretrained(folder)
-    tiny_processor("llava").save_pretrained(folder)
+    processor = tiny_processor("llava")
+    processor.chat_template = CHAT
+    processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A file of questions to train a pruner on."""
+    folder = tmp_path_factory.mktemp("data")
+    Image.new("RGB", (32, 32), "teal").save(folder / "0.png")
+    rows = [{"image": "0.png", "question": "w7 w8", "answer": f"w{number}"} for number in (20, 21, 22, 23)]
+    (folder / "questions.json").write_text(json.dumps(rows))
+    return folder / "questions.json"
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ result = {"files": push.files, "commit": push.commit and push.commit.oid, "text"
 """
 EXPECTED = {
     "README.md",
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "model.safetensors",
@@ -98,38 +99,28 @@ def test_all_weights(hub, worker, light, base_folder):
 THREE_WAYS = """
 import json
 from pathlib import Path
-from PIL import Image
 from transformers import AutoProcessor
 from learnpruner import LearnPrunerForConditionalGeneration as Factory
-from learnpruner.training import PrunerCollator, PrunerTrainer, PrunerTrainingArguments
+from learnpruner.training import PrunerCollator, PrunerTrainer, PrunerTrainingArguments, load_samples
 processor = AutoProcessor.from_pretrained("user/base")
-processor.chat_template = "{% for m in messages %}{% for p in m['content'] %}" \
-    "{% if p['type'] == 'image' %}<image> {% else %}{{ p['text'] }} {% endif %}{% endfor %}{% endfor %}"
-image = Image.new("RGB", (32, 32), "teal")
-rows = [{"image": image, "question": "w7 w8", "answer": f"w{n}"} for n in (20, 21, 22, 23)]
-Path("rows").mkdir(exist_ok=True)
-image.save("rows/0.png")
-Path("rows/rows.json").write_text(json.dumps([{**row, "image": "0.png"} for row in rows]))
-from learnpruner.training import load_samples
-data = load_samples("rows/rows.json")
 model = Factory.from_pretrained("user/base", pruner_ratio=0.4)
 arguments = PrunerTrainingArguments(
     output_dir=folder, max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
     push_to_hub=True, hub_model_id="user/by-trainer",
 )
-trainer = PrunerTrainer(model, arguments, PrunerCollator(processor), data)
+trainer = PrunerTrainer(model, arguments, PrunerCollator(processor), load_samples(data))
 trainer.train()
 trainer.push_to_hub()
 model.push_to_hub("user/by-model")
 model.save_pretrained(folder)
-AutoProcessor.from_pretrained("user/base").save_pretrained(folder)
+processor.save_pretrained(folder)
 (Path(folder) / "training.json").write_text(json.dumps(trainer.record()))
 assert main(["push", folder, "user/by-command"]) == 0
 """
 
 
-def test_trainer_model_and_command_give_the_same_repository(hub, worker, base, tmp_path):
-    worker(THREE_WAYS, folder=tmp_path / "out")
+def test_trainer_model_and_command_give_the_same_repository(hub, worker, base, data, tmp_path):
+    worker(THREE_WAYS, folder=tmp_path / "out", data=data)
     names = ("by-trainer", "by-model", "by-command")
     repos = {name: hub.files(f"user/{name}") for name in names}
     assert "training.json" in repos["by-model"]
@@ -143,6 +134,48 @@ def test_trainer_model_and_command_give_the_same_repository(hub, worker, base, t
             assert content == expected, (name, path)
     record = json.loads(repos["by-model"]["training.json"])
     assert f"| steps | {record['steps']} |" in repos["by-trainer"]["README.md"].decode()
+
+
+def train(worker, tmp_path, data, **settings):
+    settings = {
+        "model_name_or_path": "user/base",
+        "train_data": str(data),
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "push_to_hub": True,
+        **settings,
+    }
+    (tmp_path / "settings.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    return worker("result = main(['train', path])", path=tmp_path / "settings.yaml")
+
+
+def test_the_train_command_pushes(hub, worker, base, data, tmp_path):
+    answer = train(worker, tmp_path, data, hub_model_id="user/by-train", hub_private_repo=True)
+    assert answer.result == 0, answer.err
+    files = hub.files("user/by-train")
+    assert set(files) >= EXPECTED | {"training.json"}
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth"))]
+    assert "| train data | questions.json |" in files["README.md"].decode()
+    assert str(tmp_path).encode() not in b"".join(files.values())
+    assert hub.repos["user/by-train"]["private"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"hub_strategy": "every_save"}, "hub_strategy"), ({"model_name_or_path": "folder"}, "nobody else")],
+)
+def test_a_training_that_could_not_be_pushed_does_not_begin(
+    settings, message, hub, worker, base_folder, data, tmp_path
+):
+    if "model_name_or_path" in settings:
+        settings = {"model_name_or_path": str(base_folder)}
+    answer = train(worker, tmp_path, data, hub_model_id="user/bad", **settings)
+    assert answer.result == 2
+    assert message in answer.err.strip().splitlines()[-1]
+    assert "user/bad" not in hub.repos
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 REMOTE = """
