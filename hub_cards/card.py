@@ -3,6 +3,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -101,8 +102,10 @@ def _accuracy_rows(accuracy: list[dict]) -> list[list]:
     rows = []
     for record in accuracy:
         tokens = record["tokens"]
-        stock = unpruned.get((record["level"], record["data"]))
-        relative = record.get("relative_accuracy") if stock is None else relative_accuracy(record, stock)
+        relative = record.get("relative_accuracy")
+        if stock := unpruned.get((record["level"], record["data"])):
+            with suppress(ValueError):  # where the unpruned model has none of a kind right, there is no ratio
+                relative = relative_accuracy(record, stock)
         cuts = " -> ".join(map(str, tokens["after_cuts"])) or "no cut"
         ratio, mean = f"{record['ratio']:.4g}", f"{tokens['mean']:g} of {tokens['image']}"
         shown = percent(record["accuracy"]), percent(relative)

@@ -133,6 +133,11 @@ def test_what_was_not_recorded_is_said_to_be_missing(model, tmp_path):
     card = rendered(tmp_path / "some", model, {**half, **slow})
     assert [row[-2:] for row in table(card, "Accuracy")] == [["97.65", "not measured"]]
     assert [row[3:5] for row in table(card, "Speed")] == [["1.83", "not measured"]]
+    # Nor where the unpruned model has none of a kind right.
+    none = records("b", "p")["none.json"]
+    none["by_kind"]["count"]["accuracy"] = 0.0
+    card = rendered(tmp_path / "zero", model, {**half, "none.json": none})
+    assert [row[-1] for row in table(card, "Accuracy")] == ["not measured"] * 2
     # Without a base on the Hub, none is named; an untrained pruner is called so.
     model.config.pruner_trained = False
     card = rendered(tmp_path / "merged", model, {}, base=None, merged=True)

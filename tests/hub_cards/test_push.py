@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 from safetensors.torch import load, load_file, save_file
+
+from learnpruner.hub_cards.checks import hub_reached
 
 from fake_hub import environment
 from recorded import training_record, write
@@ -387,3 +390,8 @@ def test_weights_that_are_in_the_way(hub, worker, light):
     answer = worker(PUSH, check=False, folder=light, repo_id="user/occupied", options={})
     assert "pytorch_model.bin" in answer.error
     assert hub.repos["user/occupied"]["refs"] == before
+
+
+def test_a_hub_that_does_not_answer_is_an_oserror_that_says_so():
+    with pytest.raises(ConnectionError, match="cannot be reached"), hub_reached():
+        raise HTTPError("connection refused")
