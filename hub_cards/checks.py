@@ -56,8 +56,8 @@ def check_code(folder: Path) -> dict[str, str]:
     for path in sorted(folder.glob("*.json")):
         for reference in _named_code(path):
             # Code of another repository is named `user/repo--module.Class`.
-            if f"{reference.partition('.')[0]}.py" not in found:
-                raise ValueError(f"{path} names code that is not in the checkpoint: {reference}. Do not run it.")
+            if f"{reference.partition('.')[0]}.py" not in release:
+                raise ValueError(f"{path} names code that is not this release's: {reference}. Do not run it.")
     return found
 
 

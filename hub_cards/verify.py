@@ -11,7 +11,7 @@ from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 import learnpruner
 from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.cache_learnpruner import PrunedCache
-from learnpruner.compare import build_prompt, load_image
+from learnpruner.compare import build_prompt, load_image, load_processor
 
 from .checks import check_code, hub_reached, refuse_weights
 from .push import RESULTS
@@ -76,7 +76,7 @@ def verify(
     Raises:
         `OSError`: where there is no such checkpoint.
         `ValueError`: for pickles, other weights than the model's, code that is not this release's, results that were
-            recorded of other weights, and a checkpoint without processor.
+            recorded of other weights, and where neither it nor its base has a processor.
     """
     loaded = Image.new("RGB", (336, 336), "teal") if image is None else load_image(Path(image))
     place, folder = {}, Path(checkpoint)
@@ -97,8 +97,8 @@ def verify(
     check_recorded_of(model, results)
     try:
         processor = AutoProcessor.from_pretrained(checkpoint, **place)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"No processor in {checkpoint}: save it there, processor.save_pretrained ({error})") from error
+    except (OSError, ValueError):
+        processor = load_processor(str(folder))  # the base's: a folder may hold a pruner alone
     tokens, answer = _ask(model, processor, loaded, question, ratio)
     base, base_revision = model.config.base_model_name_or_path, model.config.base_model_revision
     return Verified(
