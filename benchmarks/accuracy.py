@@ -40,15 +40,14 @@ from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.cuts_learnpruner import Cut, EncodedImages, learnpruner_schedule
+from learnpruner.hub_cards.records import check_comparable, read_result, relative_accuracy, weights_digest
 from learnpruner.scorer_learnpruner import top_k
-from learnpruner.training.metrics import ExactMatch, RelAcc
+from learnpruner.training.metrics import ExactMatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
 from scenes import OBJECTS, scene_dataset
 
 PER_SCENE = 4
-FIELDS = {"method", "seed", "level", "accuracy", "n", "by_kind", "tokens", "base_sha256", "pruner_sha256", "data"}
-FIELDS |= {"versions", "name"}
 PRUNER_FIELDS = ("pruner_layer", "pruner_stage_ratio", "pruner_diversity", "pruner_query")
 OUTSIDE = -1e6
 
@@ -325,35 +324,6 @@ def answer_questions(
     }
 
 
-def relative_accuracy(result: dict, unpruned: dict) -> float:
-    """Mean over the kinds of question of accuracy / unpruned accuracy.
-
-    Raises:
-        `ValueError`: where the two did not ask the same model the same questions, or the unpruned model had none of a
-            kind right.
-    """
-    check_comparable(result, unpruned)
-    pairs = [(kind["accuracy"], unpruned["by_kind"][name]["accuracy"]) for name, kind in result["by_kind"].items()]
-    pruned, stock = zip(*pairs)
-    return RelAcc().compute(predictions=pruned, references=stock)["rel_acc"]
-
-
-def check_comparable(result: dict, unpruned: dict) -> None:
-    """Raises `ValueError` where two runs did not ask the same model the same questions."""
-    for name in ("base_sha256", "level", "data"):
-        if result[name] != unpruned[name]:
-            raise ValueError(f"RelAcc compares runs of one model on the same questions; they differ in {name}.")
-
-
-def weights_digest(model: PreTrainedModel, pruner: bool = False) -> str:
-    """sha256 of the base's weights, the pruner left out, or of the pruner's alone."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if (".pruner." in name) == pruner:
-            digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def commit_of(model: str) -> str | None:
     """The commit that a Hub id stands for; `None` for a folder, which `base_sha256` identifies."""
     return None if Path(model).is_dir() else extract_commit_hash(cached_file(model, CONFIG_NAME), None)
@@ -385,18 +355,6 @@ def read_fields(pairs: list[str]) -> dict:
         except json.JSONDecodeError:
             fields[name] = value
     return fields
-
-
-def read_result(path: Path) -> dict:
-    """Raises `ValueError` where the file is not a result of this command."""
-    try:
-        result = json.loads(path.read_text())
-        missing = FIELDS - set(result)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of benchmarks/accuracy.py ({error})") from error
-    if missing:
-        raise ValueError(f"{path} is not a result of benchmarks/accuracy.py: it lacks {sorted(missing)}")
-    return result
 
 
 def main(argv: list[str] | None = None) -> int:

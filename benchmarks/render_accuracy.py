@@ -13,8 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from learnpruner.cli import Parser
-
-from accuracy import read_result, relative_accuracy
+from learnpruner.hub_cards.records import read_result, relative_accuracy
 
 MISSING = "not measured"
 

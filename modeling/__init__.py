@@ -18,11 +18,22 @@ from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalG
 from .modeling_learnpruner_qwen2_5_vl import LearnPrunerQwen2_5_VLForConditionalGeneration
 from .modeling_learnpruner_qwen2_vl import LearnPrunerQwen2VLForConditionalGeneration
 
+
+def push_to_hub(self, repo_id: str, **options):
+    """Pushes the model with its processor and card, as [`learnpruner.hub_cards.push_pruner`] says, whose options these
+    are. Returns the commit ([`huggingface_hub.CommitInfo`])."""
+    from .hub_cards import push_pruner  # not for those who only run a model
+
+    return push_pruner(self, repo_id, **options).commit
+
+
 for family in FAMILIES:
+    # The classes ship with checkpoints, and push as transformers does where this package is not installed.
+    family.push_to_hub = push_to_hub
     AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
     AutoModel.register(family.config_class, family, exist_ok=True)
     AutoModelForImageTextToText.register(family.config_class, family, exist_ok=True)
-del family
+del family, push_to_hub
 
 __all__ = [
     "Cut",

@@ -86,10 +86,46 @@ def run_train(arguments: argparse.Namespace) -> None:
     train(*parse_arguments(arguments.config, arguments.flags))
 
 
+def add_push(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="folder or Hub id of a pruner")
+    parser.add_argument("repo_id", help="where to: user/name")
+    parser.add_argument("--merged", action="store_true", help="all weights, not the pruner's alone")
+    parser.add_argument("--base", help="Hub id of the base, where the checkpoint names a folder")
+    parser.add_argument("--results", nargs="+", default=[], metavar="JSON", help="of benchmarks/, for the card")
+    parser.add_argument("--picture", metavar="PNG", help="of kept tokens, such as `learnpruner compare` draws")
+    parser.add_argument("--private", action="store_true", default=None, help="where the repository is made")
+    parser.add_argument("--revision", help="branch")
+    parser.add_argument("--create-pr", action="store_true", help="as a pull request")
+    parser.add_argument("--commit-message", default="Upload pruner")
+    parser.add_argument("--dry-run", action="store_true", help="list every file and its size, and upload nothing")
+
+
+def run_push(arguments: argparse.Namespace) -> None:
+    from .hub_cards.push import push_checkpoint
+
+    print(push_checkpoint(**{name: value for name, value in vars(arguments).items() if name != "run"}))
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="Hub id or folder")
+    parser.add_argument("--revision", help="commit, tag or branch of a Hub id")
+    parser.add_argument("--image", type=Path, help="default: a plain one")
+    parser.add_argument("--question", default="What is this?")
+    parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
+
+
+def run_verify(arguments: argparse.Namespace) -> None:
+    from .hub_cards import verify
+
+    print(verify(**{name: value for name, value in vars(arguments).items() if name != "run"}))
+
+
 COMMANDS = {
     "budget": (add_budget, run_budget, "what a ratio means for a checkpoint: tokens of one image after each cut"),
     "compare": (add_compare, run_compare, "one question about one image, pruned and unpruned, and what was kept"),
+    "push": (add_push, run_push, "a pruner to the Hub, with its code, processor, results and card, in one commit"),
     "train": (add_train, run_train, "a pruner for a base model, from a configuration file"),
+    "verify": (add_verify, run_verify, "a pruner's files, code and recorded results, before it is trusted"),
 }
 
 

@@ -61,6 +61,8 @@ class HubMixin:
     _auto_class = "AutoModelForImageTextToText"
     # The stock checkpoint that the weights were loaded from, and its revision.
     _base = (None, None)
+    # What trained the pruner, as training.json has it.
+    _training = None
 
     def post_init(self):
         super().post_init()
@@ -154,6 +156,7 @@ class HubMixin:
             )
         cls._prepare_pruner(model)
         model.load_state_dict(weights, strict=False)
+        model.name_or_path = str(path)  # not the base's
         model._freeze_base()
         return model, info
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 import yaml
 from transformers import HfArgumentParser
 
@@ -86,7 +85,7 @@ def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments
 
 def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> PrunerTrainer:
     """Trains a pruner, from the last checkpoint in `training.output_dir` if there is one, and saves it there, with
-    the processor and `training.json`: settings, cost and log.
+    the processor and `training.json`: settings, cost and log. With `push_to_hub` they go to the Hub, too.
 
     Raises:
         `ValueError`: where the output is the base's folder, or settings or data do not allow a training.
@@ -111,27 +110,21 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
     if trainer.is_world_process_zero():
         model.print_trainable_parameters()
     last = last_checkpoint(output)
-    metrics = trainer.train(resume_from_checkpoint=last).metrics
+    trainer.train(resume_from_checkpoint=last)
     sharded = trainer.trained_state() if trainer.is_fsdp_enabled else None
+    if not trainer.is_world_process_zero():
+        return trainer
     finished_before = last is not None and last.endswith(f"checkpoint-{trainer.state.global_step}")
-    if trainer.is_world_process_zero() and not (finished_before and (output / RECORD).exists()):
+    if not (finished_before and (output / RECORD).exists()):
         if data.relative_base:
             model.config.base_model_name_or_path = f"./{Path(os.path.relpath(base, output)).as_posix()}"
         # Not trainer.save_model: it would add a pickle of the arguments.
         with plain_class(model):
             model.eval().save_pretrained(output, state_dict=sharded)
         processor.save_pretrained(output)
-        record = {
-            **trainer.run_settings(),
-            "base": model.config.base_model_name_or_path,
-            "steps": trainer.state.max_steps,
-            "processes": training.world_size,
-            "device": str(training.device),
-            "threads": torch.get_num_threads(),
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-            "metrics": metrics,
-            "log": trainer.state.log_history,
-        }
-        (output / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        named = {"base": model.config.base_model_name_or_path, "train_data": Path(data.train_data).name}
+        (output / RECORD).write_text(json.dumps({**trainer.record(), **named}, indent=1) + "\n")
         model.config.base_model_name_or_path = base
+    if training.push_to_hub:
+        trainer.push_to_hub(processor=processor, training=json.loads((output / RECORD).read_text()))
     return trainer

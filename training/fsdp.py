@@ -52,6 +52,8 @@ class ShardedCheckpoints(Trainer):
             raise ValueError("The pruner is trained with FSDP2 alone: fsdp_version 2 in the settings of accelerate.")
         if isinstance(self.model, PeftModel):
             raise ValueError("Adapters and pruner are not trained together with FSDP: use data parallelism.")
+        if self.args.push_to_hub:
+            raise ValueError("With FSDP the pruner is pushed when it is trained: learnpruner push.")
         if self.model.config.base_model_name_or_path is None:
             raise ValueError("With FSDP a checkpoint is the pruner alone: load a stock checkpoint, which it can name.")
 
@@ -67,8 +69,6 @@ class ShardedCheckpoints(Trainer):
         if self.args.should_save:
             with plain_class(self.model):
                 self._save(output_dir, state_dict=state)
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import psutil
 import torch
+import transformers
+from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import HubStrategy, has_length
 
 from learnpruner.cuts_learnpruner import learnpruner_schedule
+from learnpruner.hub_cards.push import pushed_base
+from learnpruner.hub_cards.records import tensors_digest, weights_digest
 from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scorer_learnpruner import top_k
 
@@ -48,6 +52,12 @@ class PrunerTrainingArguments(TrainingArguments):
         temperature, final_temperature (`float`, default to 1.0 and 0.1):
             Of the soft top-k, falling geometrically over the training. `"default"` only.
 
+    > Hub
+
+    Args:
+        hub_strategy (`"end"`): With `push_to_hub`, the finished pruner is pushed, by `push_to_hub`, `save_model` or the
+            `train` command. Checkpoints are not: they hold pickles (optimizer, arguments).
+
     With `load_best_model_at_end` the best is the one of the highest `accuracy`, unless `metric_for_best_model` says
     otherwise.
     """
@@ -59,6 +69,7 @@ class PrunerTrainingArguments(TrainingArguments):
     final_temperature: float = 0.1
     # Collators read the columns of samples themselves, and foreground is no argument of forward.
     remove_unused_columns: bool = False
+    hub_strategy: HubStrategy | str = "end"
 
     def __post_init__(self):
         if self.load_best_model_at_end and self.metric_for_best_model is None:
@@ -67,6 +78,8 @@ class PrunerTrainingArguments(TrainingArguments):
             # Each process collates its own batches of a stream: cut out of a large one, rows would lose their images.
             self.accelerator_config = {"dispatch_batches": False}
         super().__post_init__()
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise ValueError("hub_strategy is 'end': checkpoints hold pickles, which are not pushed.")
         if self.objective not in ("default", "paper"):
             raise ValueError(f"objective is 'default' or 'paper', got {self.objective!r}.")
         if not self.budgets or not all(0 < budget < 1 for budget in self.budgets):
@@ -109,8 +122,8 @@ class PrunerTrainer(ShardedCheckpoints):
     Raises:
         `ValueError`: for another model, adapters that leave the pruner out, a loss of one's own or label smoothing
             (the shipped forward has the loss), a budget at which nothing leaves, several GPUs in one process (start
-            one for each: `accelerate launch`), DeepSpeed, FSDP in its first version, with adapters or without a base
-            to name, and no samples.
+            one for each: `accelerate launch`), DeepSpeed, FSDP in its first version, with adapters, `push_to_hub` or no
+            base to name, no samples, and with `push_to_hub` adapters or a base in a folder.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
     """
 
@@ -138,6 +151,11 @@ class PrunerTrainer(ShardedCheckpoints):
                 "PrunerTrainer has not been made for DeepSpeed, which would save the whole base: use data parallelism "
                 "(`accelerate launch`), or FSDP2 where the base does not fit."
             )
+        if args.push_to_hub and model is not pruned:
+            raise ValueError(
+                "Adapters are not pushed as a pruner: train with push_to_hub=False, then merge_and_unload() and "
+                "push_to_hub(repo_id, merged=True)."
+            )
         budgets = [pruned.config.pruner_ratio] if args.objective == "paper" else args.budgets
         for budget in budgets:
             # Counted on many tokens, so that rounding decides nothing.
@@ -151,6 +169,8 @@ class PrunerTrainer(ShardedCheckpoints):
         if model is pruned:
             model.train_pruner_only()
             self._base = pruned.config.base_model_name_or_path, pruned.config.base_model_revision
+            if args.push_to_hub:
+                pushed_base(pruned, merged=False, token=args.hub_token)  # rather now than after the training
         elif not any(parameter.requires_grad for parameter in pruned.model.pruner.parameters()):
             raise ValueError("The adapters leave the pruner out: LoraConfig(..., modules_to_save=['pruner']).")
         else:
@@ -200,7 +220,56 @@ class PrunerTrainer(ShardedCheckpoints):
         output.metrics["seconds"] = round(self.seconds(), 1)
         output.metrics["trained_parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         output.metrics["peak_memory_bytes"] = peak_memory(self.args.device)
+        self._pruned._training = self._record(output.metrics)
         return output
+
+    def record(self) -> dict | None:
+        """What `training.json` says of the last training: settings, cost, log, and the sha256 of its pruner."""
+        return self._pruned._training
+
+    def _record(self, metrics: dict[str, float]) -> dict:
+        if self.is_fsdp_enabled:
+            digest = tensors_digest(self.trained_state())
+        else:
+            digest = weights_digest(self._pruned, pruner=True)
+        record = {
+            **self.run_settings(),
+            "steps": self.state.max_steps,
+            "processes": self.args.world_size,
+            "device": str(self.args.device),
+            "threads": torch.get_num_threads(),
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "pruner_sha256": digest,
+            "metrics": metrics,
+            "log": self.state.log_history,
+        }
+        # As it will be read again: enumerations as strings, and no list that grows in a further training.
+        return json.loads(json.dumps(record))
+
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **options,
+    ) -> CommitInfo | None:
+        """Pushes the pruner as the model's own `push_to_hub` does, whose options these are, with the record of the
+        training, to `args.hub_model_id`. Returns the commit, on the main process."""
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        return self._pruned.push_to_hub(
+            self.hub_model_id,
+            commit_message=commit_message,
+            token=token,
+            revision=revision or self.args.hub_revision,
+            private=self.args.hub_private_repo if private is None else private,
+            **{"processor": self.processing_class, **options},
+        )
 
     def seconds(self) -> float:
         """Of training, in all starts of the run."""
