@@ -41,7 +41,7 @@ def page(screenshot, address, request):
     requests, problems = [], []
     with screenshot.browse(getattr(request, "param", screenshot.DESKTOP)) as page:
         page.on("request", lambda sent: requests.append(sent.url))
-        page.on("pageerror", problems.append)
+        page.on("pageerror", lambda error: problems.append(error))
         screenshot.visit(page, address)
         yield page
     assert not [url for url in requests if not url.startswith((address, "data:", "blob:"))]
