@@ -69,6 +69,7 @@ def to_picture(pixels: torch.Tensor) -> str:
 
 
 def in_words(pruned: float, full: float, less: str, more: str) -> str:
+    """By what factor they differ, or nothing where they do not."""
     factor = f"{max(pruned, full) / min(pruned, full):.1f}"
     return "" if factor == "1.0" else f"{factor}&times; {less if pruned < full else more}"
 
@@ -119,12 +120,13 @@ def render(comparison: Comparison, patch_size: int, layer: int, layers: int) -> 
     )
     table = "".join(
         f'<tr><th>{name}<br><span class="small">{meaning}</span></th>'
-        f"<td>{texts[0]} <b>{in_words(*values, *words)}</b>{bar(values[0], max(values), '')}</td>"
+        f"<td>{texts[0]} <b>{in_words(*values, *words) if comparison.kept else ''}</b>"
+        f"{bar(values[0], max(values), '')}</td>"
         f"<td>{texts[1]}{bar(values[1], max(values), 'full')}</td></tr>"
         for name, meaning, values, texts, words in rows
     )
     if comparison.kept and comparison.tokens[0] > patch_grids(comparison, patch_size)[0].numel() + 1:
-        legend += " The enlarged parts that this model also reads are cut likewise, and not drawn."
+        legend += " The counts include the enlarged parts that this model also reads, which are not drawn."
     return f"""<div class="lp">
 <p class="verdict">{"The same answer" if same else "The answers differ"}, with {share:.0%} of the vision tokens</p>
 <p class="small">“{html.escape(comparison.question)}”</p>
@@ -144,7 +146,7 @@ def bar(value: float, longest: float, kind: str) -> str:
 
 
 def refuse(message: str) -> gr.Error:
-    return gr.Error(html.escape(message), title="Not yet", print_exception=False)
+    return gr.Error(html.escape(message), print_exception=False)
 
 
 def ask(model: PreTrainedModel, processor: ProcessorMixin, upload, question, percent) -> str:
@@ -241,12 +243,11 @@ def build(model: PreTrainedModel, processor: ProcessorMixin, *notes: str) -> gr.
 
 
 def main() -> None:
-    shipped = shipped_model()
-    path = os.environ.get("LEARNPRUNER_MODEL", shipped)
+    other = os.environ.get("LEARNPRUNER_MODEL")
     try:
-        pair = load(path)
+        pair = load(other or shipped_model())
     except (OSError, RuntimeError, ValueError) as error:
-        raise SystemExit(f"LEARNPRUNER_MODEL={path} cannot be opened: {error}") from error
+        raise SystemExit(f"LEARNPRUNER_MODEL={other or ''}: the model cannot be opened: {error}") from error
     # Fonts of the visitor's system, so that nothing is fetched from elsewhere, and colors of enough contrast.
     theme = gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
         body_text_color_subdued="*neutral_500",
@@ -254,7 +255,7 @@ def main() -> None:
         button_primary_background_fill="*primary_700",
         button_primary_background_fill_hover="*primary_800",
     )
-    page = build(*pair, *([SHIPPED_NOTE] if path == shipped else []))
+    page = build(*pair, *([] if other else [SHIPPED_NOTE]))
     page.launch(theme=theme, css=CSS, max_file_size="20mb", footer_links=["gradio"])
 
 

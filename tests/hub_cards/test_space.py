@@ -68,6 +68,9 @@ def test_an_answer_shows_every_stage(app, tiny, white, percent):
     assert len(counts) == (1 if percent == 100 else 3)
     for label in ("Time", "Cache", "Vision tokens"):
         assert label in shown
+    assert ("fewer" in shown) == ("smaller" in shown) == (percent < 100)
+    # Where nothing is dropped, a difference in time is chance.
+    assert percent < 100 or not re.search("faster|slower", shown)
 
 
 def test_question_and_answers_are_text(app, tiny, white, monkeypatch):
@@ -132,6 +135,12 @@ def test_a_failing_model_is_a_message(app, tiny, white, monkeypatch):
     monkeypatch.setattr(app, "compare", compare)
     with pytest.raises(gradio.Error, match="out of memory &lt;here&gt;"):
         app.ask(*tiny, white, "w8", 30)
+
+
+def test_what_is_not_drawn_is_said(app, tiny, white):
+    """LLaVA-NeXT also reads enlarged crops, which the pictures leave out."""
+    assert "not drawn" not in app.ask(*tiny, white, "w8", 30)
+    assert "not drawn" in app.ask(tiny_pair("llava_next")[1], tiny_processor("llava_next"), white, "w8", 30)
 
 
 @pytest.mark.parametrize(
