@@ -12,10 +12,14 @@ FLOOR = transformers==5.20.0
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo accuracy accuracy-qwen ablations test test-floor test-matrix quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations test test-floor test-matrix quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
+
+# The demo in a browser.
+space: .venv/installed
+	.venv/bin/python hub_cards/space/app.py
 
 # Every accuracy figure of examples/easy_vqa/README.md: 2,000 questions each.
 RESULTS = benchmarks/results/accuracy

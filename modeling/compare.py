@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
+from .budget_learnpruner import mean_tokens
 from .cache_learnpruner import PrunedCache
 from .hub_learnpruner import find_base
 
 RUNS = 3
+# How much a dropped patch is darkened.
+SHADE = 0.82
 
 
 @dataclass
@@ -26,6 +29,7 @@ class Comparison:
     Attributes:
         question, answer, stock_answer (`str`).
         tokens (`tuple[int, ...]`): Vision tokens of the prompt, then after each cut.
+        mean_tokens (`float`): Vision tokens on average over the decoder's layers.
         seconds, stock_seconds (`float`): Median wall clock of `generate`, image encoding included.
         cache_bytes, stock_cache_bytes (`int`): Keys and values held at the end.
         kept (`tuple[torch.Tensor, ...]`, each `(tokens,)` bool): Survivors of each cut, in the image's token order.
@@ -37,6 +41,7 @@ class Comparison:
     answer: str
     stock_answer: str
     tokens: tuple[int, ...]
+    mean_tokens: float
     seconds: float
     stock_seconds: float
     cache_bytes: int
@@ -64,7 +69,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Reads an image whole, so that a damaged one is found here.
+    """Reads an image whole, so that a damaged one is found here, and upright, as its camera was held.
 
     Raises:
         `ValueError`: where there is none, or Pillow cannot read it.
@@ -72,8 +77,9 @@ def load_image(path: Path) -> Image.Image:
     if not path.is_file():
         raise ValueError(f"no such image: {path}")
     try:
-        return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises the latter
+        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+        # What Pillow's readers raise, PNG's the second, the last at pictures too large to be meant.
         raise ValueError(f"{path} is not an image that Pillow can read, or is damaged ({error})") from error
 
 
@@ -151,11 +157,14 @@ def compare(
     # Where nothing was cut the cache is the stock model's, which keeps no record.
     kept = cache.kept_mask if isinstance(cache, PrunedCache) else ()
     kept = tuple(mask[0, vision].cpu() for mask in kept)
+    tokens = (int(vision.sum()), *(int(mask.sum()) for mask in kept))
+    layers = (0, model.config.pruner_layer)[: len(kept)]
     return Comparison(
         question=question,
         answer=results["pruned", "answer"],
         stock_answer=results["stock", "answer"],
-        tokens=(int(vision.sum()), *(int(mask.sum()) for mask in kept)),
+        tokens=tokens,
+        mean_tokens=mean_tokens(tokens[1:], layers, tokens[0], model.config.text_config.num_hidden_layers),
         seconds=statistics.median(seconds["pruned"][1:]),
         stock_seconds=statistics.median(seconds["stock"][1:]),
         cache_bytes=cache_bytes(cache),
@@ -174,6 +183,18 @@ def patch_grids(comparison: Comparison, patch_size: int) -> tuple[torch.Tensor, 
     return tuple(kept[start : start + patches].view(rows, columns) for kept in comparison.kept)
 
 
+def dim_dropped(comparison: Comparison, patch_size: int) -> tuple[torch.Tensor, ...]:
+    """For each cut, `comparison.pixels` with the patches darkened that did not survive it: `(height, width, 3)`."""
+    height, width, _ = comparison.pixels.shape
+    pictures = []
+    for grid in patch_grids(comparison, patch_size):
+        light = torch.where(grid, 1.0, 1.0 - SHADE).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
+        # Pixels beyond the last whole patch, which no token stands for.
+        light = torch.nn.functional.pad(light, (0, width - light.shape[1], 0, height - light.shape[0]), value=1.0)
+        pictures.append(comparison.pixels * light[..., None])
+    return tuple(pictures)
+
+
 def save_picture(comparison: Comparison, patch_size: int, path: Path) -> None:
     """Draws the image and, for each cut, the image with the dropped patches dimmed.
 
@@ -181,20 +202,14 @@ def save_picture(comparison: Comparison, patch_size: int, path: Path) -> None:
     """
     from matplotlib import pyplot
 
-    height, width, _ = comparison.pixels.shape
-    extent = (0, width, height, 0)
-    figure, axes = pyplot.subplots(1, 1 + len(comparison.kept), figsize=(4.2 * (1 + len(comparison.kept)), 5.2))
-    panels = [None, *patch_grids(comparison, patch_size)]
-    for axis, grid, number in zip([axes] if len(panels) == 1 else axes, panels, range(len(panels))):
-        axis.imshow(comparison.pixels.numpy(), extent=extent)
+    panels = [comparison.pixels, *dim_dropped(comparison, patch_size)]
+    titles = [f"{comparison.tokens[0]} vision tokens"]
+    titles += [f"after cut {number}: {count}" for number, count in enumerate(comparison.tokens[1:], 1)]
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 5.2), squeeze=False)
+    for axis, panel, title in zip(axes[0], panels, titles):
+        axis.imshow(panel.numpy(), interpolation="nearest")
         axis.set_axis_off()
-        if grid is None:
-            axis.set_title(f"{comparison.tokens[0]} vision tokens")
-            continue
-        shade = torch.zeros(*grid.shape, 4)
-        shade[..., 3] = (~grid) * 0.82
-        axis.imshow(shade.numpy(), extent=extent, interpolation="nearest")
-        axis.set_title(f"after cut {number}: {comparison.tokens[number]}")
+        axis.set_title(title)
     lines = (comparison.question, f"pruned: {comparison.answer!r}   unpruned: {comparison.stock_answer!r}")
     caption = "\n".join(textwrap.fill(line, width=50 * len(panels)) for line in lines)
     # A question may hold dollars, which are no formula.
@@ -236,6 +251,20 @@ def load_processor(model: str, trust_remote_code: bool = False) -> ProcessorMixi
         ) from error
 
 
+def load(model: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """A pruned model, ready to answer on the GPU where there is one, and its processor.
+
+    Args:
+        trust_remote_code (`bool`): Of the processor, as in [`load_processor`].
+
+    Raises:
+        `ValueError`: before any weight is read, where there is no processor.
+    """
+    processor = load_processor(model, trust_remote_code)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LearnPrunerForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(device), processor
+
+
 def compare_file(
     model: str,
     image: Path,
@@ -249,9 +278,7 @@ def compare_file(
     loaded = load_image(image)
     if picture is not None:
         check_picture(picture)
-    processor = load_processor(model, trust_remote_code)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pruned = LearnPrunerForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(device)
+    pruned, processor = load(model, trust_remote_code)
     comparison = compare(pruned, processor, loaded, question, ratio, max_new_tokens)
     if picture is not None:
         save_picture(comparison, token_side(processor), picture)

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.budget_learnpruner import mean_tokens
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import compare, load_processor, save_picture, token_side
 
@@ -51,19 +50,17 @@ def main(argv: list[str] | None = None) -> int:
         tqdm.write(f"\n{result}\ntrue answer      {row['answer']!r}\npicture          {picture}")
         results.append(result)
 
-    tokens, config = results[0].tokens, model.config
-    layers = (0, config.pruner_layer)[: len(tokens) - 1]
-    mean = mean_tokens(tokens[1:], layers, tokens[0], config.text_config.num_hidden_layers)
+    tokens, mean = " -> ".join(map(str, results[0].tokens)), results[0].mean_tokens
     right = sum(result.answer == answer for result, answer in zip(results, questions["answer"]))
     stock_right = sum(result.stock_answer == answer for result, answer in zip(results, questions["answer"]))
     faster = statistics.median(result.stock_seconds / result.seconds for result in results)
     smaller = statistics.median(result.stock_cache_bytes / result.cache_bytes for result in results)
     print(
-        f"\n{' -> '.join(map(str, tokens))} vision tokens, {mean:.1f} on average over the decoder's layers: {right} of "
+        f"\n{tokens} vision tokens, {mean:.1f} on average over the decoder's layers: {right} of "
         f"{len(results)} answers right (unpruned: {stock_right}); unpruned time / pruned time {faster:.2f}, unpruned "
         f"cache / pruned cache {smaller:.2f} (this machine, this model, batch 1)."
     )
-    if not config.pruner_trained:
+    if not model.config.pruner_trained:
         print("The pruner is UNTRAINED: the patches of the first cut are arbitrary.")
     return 0
 

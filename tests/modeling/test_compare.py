@@ -6,11 +6,12 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.budget_learnpruner import mean_tokens
 from learnpruner.cli import main
-from learnpruner.compare import compare, patch_grids, save_picture, token_side
+from learnpruner.compare import compare, dim_dropped, load_image, patch_grids, save_picture, token_side
 
 import tiny_qwen2_vl
-from tiny_models import LLAVA, PATCH, PATCHES, SIDE, tiny_config, tiny_pair, tiny_processor
+from tiny_models import LAYERS, LLAVA, PATCH, PATCHES, SIDE, tiny_config, tiny_pair, tiny_processor
 
 
 @pytest.fixture
@@ -59,6 +60,11 @@ def test_the_picture_darkens_exactly_the_dropped_patches(family, tmp_path):
     for grid, kept in zip(grids, comparison.kept):
         assert grid.shape == (SIDE // PATCH, SIDE // PATCH)
         assert grid.flatten().tolist() == kept[:PATCHES].tolist()
+    for grid, picture in zip(grids, dim_dropped(comparison, PATCH)):
+        # One number for each patch: all of its pixels are alike.
+        patches = picture.unflatten(1, (-1, PATCH)).unflatten(0, (-1, PATCH)).transpose(1, 2).flatten(2)
+        expected = torch.where(grid, 1.0, 0.18)[..., None].expand_as(patches)
+        torch.testing.assert_close(patches, expected, atol=1e-5, rtol=0)
     save_picture(comparison, PATCH, tmp_path / "out.png")
     grey = torch.frombuffer(bytearray(Image.open(tmp_path / "out.png").convert("L").tobytes()), dtype=torch.uint8)
     # White under a shade of 0.82. A patch is about 103 pixels wide in a panel of 4.2 inches at 110 dpi.
@@ -82,6 +88,33 @@ def test_qwen_is_shown_at_its_own_size(tmp_path):
     for grid, kept in zip(patch_grids(comparison, token_side(processor)), comparison.kept):
         assert grid.shape == (5, 8)
         assert grid.flatten().tolist() == kept.tolist()
+
+
+def test_pixels_of_no_patch_stay_bright():
+    """At a patch of 14, a tower of 30 pixels leaves a rim that no token stands for."""
+    comparison = compare(tiny_pair("llava")[1], tiny_processor("llava"), Image.new("RGB", (SIDE, SIDE)), "w8", 0.3, 1)
+    comparison.pixels = torch.ones(SIDE + 3, SIDE + 5, 3)
+    for picture in dim_dropped(comparison, PATCH):
+        assert (picture[SIDE:] == 1).all()
+        assert (picture[:, SIDE:] == 1).all()
+
+
+def test_the_mean_is_over_the_layers():
+    pruned, processor = tiny_pair("llava")[1], tiny_processor("llava")
+    image = Image.new("RGB", (SIDE, SIDE))
+    for ratio in (0.3, 1.0):
+        comparison = compare(pruned, processor, image, "w8", ratio, max_new_tokens=1)
+        layers = (0, pruned.config.pruner_layer)[: len(comparison.kept)]
+        assert comparison.mean_tokens == mean_tokens(comparison.tokens[1:], layers, PATCHES, LAYERS)
+        assert comparison.mean_tokens == pytest.approx(ratio * PATCHES, abs=1)
+
+
+def test_an_image_stands_as_its_camera_was_held(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert load_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
 def test_a_class_token_before_the_patches_is_not_drawn():
@@ -118,6 +151,8 @@ def test_compare_on_a_pruner_takes_the_processor_of_its_base(checkpoint, capsys)
     [
         ({"--image": "cut.png"}, "cut.png"),
         ({"--image": "bits.png"}, "bits.png"),
+        ({"--image": "header.ppm"}, "header.ppm"),
+        ({"--image": "huge.png"}, "huge.png"),
         ({"--picture": "out.xyz"}, ".png"),
         ({"--max-new-tokens": "0"}, "--max-new-tokens"),
         ({"--ratio": "1/0"}, "--ratio"),
@@ -131,6 +166,8 @@ def test_bad_input_is_refused_before_the_model_is_loaded(change, message, checkp
     (checkpoint / "cut.png").write_bytes(data[:200])
     data[len(data) // 2] ^= 255
     (checkpoint / "bits.png").write_bytes(data)
+    (checkpoint / "header.ppm").write_bytes(b"P6 8 x8 255 ")
+    Image.new("1", (20_000, 20_000)).save("huge.png")
     LlavaForConditionalGeneration(tiny_config()).save_pretrained("bare")
     monkeypatch.setattr(LearnPrunerForConditionalGeneration, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     options = {"--image": "image.png", "--question": "w8", **change}
