@@ -9,6 +9,9 @@ TOKENS ?= 32
 # The oldest supported transformers; guards_learnpruner.py and pyproject.toml say the same.
 FLOOR = transformers==5.20.0
 
+# Two processes of one thread each: the tests are many and small.
+WORKERS ?= -n 2 --dist worksteal
+
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -59,10 +62,10 @@ ablations: .venv/installed
 	  --plot benchmarks/results/budgets.png
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest $(WORKERS)
 
 test-floor: .venv-floor/installed
-	.venv-floor/bin/python -m pytest -m core
+	.venv-floor/bin/python -m pytest $(WORKERS) -m core
 
 test-matrix: test test-floor
 

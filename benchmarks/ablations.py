@@ -204,7 +204,8 @@ def cost_table() -> str:
             memory = max(record["metrics"]["peak_memory_bytes"] for record in records) / 1e6
             cells = [training.name, len(records), records[0]["samples"], records[0]["steps"]]
             cells.append(f"{records[0]['metrics']['trained_parameters']:,}")
-            cells += [f"{min(minutes):.0f} to {max(minutes):.0f}", f"{memory:.0f}"]
+            shortest, longest = f"{min(minutes):.0f}", f"{max(minutes):.0f}"
+            cells += [shortest if shortest == longest else f"{shortest} to {longest}", f"{memory:.0f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

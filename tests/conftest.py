@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 transformers.utils.logging.disable_progress_bar()
 
 
