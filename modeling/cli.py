@@ -83,7 +83,8 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 def run_train(arguments: argparse.Namespace) -> None:
     from learnpruner.training.command import parse_arguments, train
 
-    train(*parse_arguments(arguments.config, arguments.flags))
+    trainer = train(*parse_arguments(arguments.config, arguments.flags))
+    trainer.accelerator.end_training()
 
 
 def add_push(parser: argparse.ArgumentParser) -> None:

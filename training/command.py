@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, ProcessorMixin
 
 from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.compare import load_processor
@@ -112,9 +112,24 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
     last = last_checkpoint(output)
     trainer.train(resume_from_checkpoint=last)
     sharded = trainer.trained_state() if trainer.is_fsdp_enabled else None
-    if not trainer.is_world_process_zero():
-        return trainer
-    finished_before = last is not None and last.endswith(f"checkpoint-{trainer.state.global_step}")
+    if trainer.is_world_process_zero():
+        _save(trainer, processor, data, sharded, finished=last)
+    # Processes that left would take their part of the group with them.
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def _save(
+    trainer: PrunerTrainer,
+    processor: ProcessorMixin,
+    data: PrunerDataArguments,
+    sharded: dict[str, torch.Tensor] | None,
+    finished: str | None,
+) -> None:
+    """Writes pruner, processor and record, unless the run had been `finished` before; and pushes them."""
+    model, training = trainer.model, trainer.args
+    output, base = Path(training.output_dir), model.config.base_model_name_or_path
+    finished_before = finished is not None and finished.endswith(f"checkpoint-{trainer.state.global_step}")
     if not (finished_before and (output / RECORD).exists()):
         if data.relative_base:
             model.config.base_model_name_or_path = f"./{Path(os.path.relpath(base, output)).as_posix()}"
@@ -127,4 +142,3 @@ def train(data: PrunerDataArguments, training: PrunerTrainingArguments) -> Prune
         model.config.base_model_name_or_path = base
     if training.push_to_hub:
         trainer.push_to_hub(processor=processor, training=json.loads((output / RECORD).read_text()))
-    return trainer

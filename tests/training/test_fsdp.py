@@ -58,9 +58,9 @@ def launch(folder, *arguments, check=True):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
     command += ["train", str(folder / "config.yaml"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **FSDP}
-    return subprocess.run(
-        [*command, *arguments], check=check, capture_output=True, text=True, env=environment, timeout=300
-    )
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
 
 
 def test_shared_layers(folder):
