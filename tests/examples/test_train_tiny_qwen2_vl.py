@@ -111,8 +111,10 @@ def test_stages_train_what_they_say(tmp_path):
     seen = {}
     for run.stage in recipe.STEPS:
         run.model.zero_grad(set_to_none=True)
+        run.heads.zero_grad(set_to_none=True)
         run.loss()[0].backward()
-        graded = {name for name, parameter in run.model.named_parameters() if parameter.grad is not None}
+        named = [*run.model.named_parameters(), *run.heads.named_parameters()]
+        graded = {name for name, parameter in named if parameter.grad is not None}
         assert len(graded) == len(run._parameters())
         seen[run.stage] = {"visual.blocks" in name for name in graded}, {"language_model" in name for name in graded}
     assert seen == {"vision": ({True, False}, {False}), "answer": ({False}, {True, False})}
