@@ -4,7 +4,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -16,6 +16,11 @@ import learnpruner
 OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill"}
 OTHER_WEIGHTS = {".safetensors", ".gguf", ".ggml", ".h5", ".keras", ".msgpack", ".onnx", ".pb", ".tflite"}
+
+
+# Keys of configurations that name code, and the file that names another model to open in place of this one.
+CODE = {"auto_map", "custom_pipelines", "custom_generate"}
+ADAPTER = "adapter_config.json"
 
 
 def refuse_weights(names: Iterable[str], where: str) -> None:
@@ -31,6 +36,10 @@ def refuse_weights(names: Iterable[str], where: str) -> None:
         raise ValueError(
             f"{where} has pickled files, which run code when they are opened: {', '.join(pickles)}. Remove them, or "
             "save the model alone: model.save_pretrained(folder)."
+        )
+    if ADAPTER in map(str, paths):
+        raise ValueError(
+            f"{where} has an {ADAPTER}: whoever opens it would be sent to the model that it names. Remove it."
         )
     others = [str(p) for p in paths if p.suffix.lower() in OTHER_WEIGHTS and not OWN_WEIGHTS.fullmatch(str(p))]
     if others:
@@ -53,21 +62,30 @@ def check_code(folder: Path) -> dict[str, str]:
                 f"{own or 'none of that name'}): it was changed, or is of another release. Do not run it; "
                 "the weights open without it by LearnPrunerForConditionalGeneration.from_pretrained."
             )
-    for path in sorted(folder.glob("*.json")):
-        for reference in _named_code(path):
-            # Code of another repository is named `user/repo--module.Class`.
-            if f"{reference.partition('.')[0]}.py" not in release:
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            references = list(_named_code(json.loads(path.read_text())))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON ({error})") from error
+        for reference in references:
+            # Code of another repository would be named `user/repo--module.Class`.
+            module = re.fullmatch(r"(\w+)\.\w+", reference)
+            if module is None or f"{module[1]}.py" not in release:
                 raise ValueError(f"{path} names code that is not this release's: {reference}. Do not run it.")
     return found
 
 
-def _named_code(path: Path) -> list[str]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    references = content.get("auto_map", {}).values() if isinstance(content, dict) else ()
-    return [name for value in references for name in (value if isinstance(value, list) else [value]) if name]
+def _named_code(content, named: bool = False) -> Iterator[str]:
+    """All strings of a JSON value below the keys under which transformers looks for code, however deep they are:
+    processors have configurations within their own."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _named_code(value, named or name in CODE)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _named_code(value, named)
+    elif named and isinstance(content, str):
+        yield content
 
 
 def _sha256(path: Path) -> str:

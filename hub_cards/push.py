@@ -227,7 +227,8 @@ def _processor_of(model: PreTrainedModel, token) -> ProcessorMixin:
     base, revision = config.base_model_name_or_path, config.base_model_revision
     where = base or model.name_or_path
     try:
-        return AutoProcessor.from_pretrained(where, token=token, **({"revision": revision} if revision else {}))
+        place = {"revision": revision} if revision else {}
+        return AutoProcessor.from_pretrained(where, token=token, trust_remote_code=False, **place)
     except (OSError, ValueError) as error:
         raise ValueError(f"No processor at {where}: pass one, processor=... ({error})") from error
 

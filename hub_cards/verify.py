@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 import learnpruner
 from learnpruner.auto import LearnPrunerForConditionalGeneration
@@ -95,9 +96,10 @@ def verify(
     ).eval()
     results = read_results(sorted((folder / RESULTS).glob("*.json")))
     check_recorded_of(model, results)
-    try:
-        processor = AutoProcessor.from_pretrained(checkpoint, **place)
-    except (OSError, ValueError):
+    if any((folder / name).exists() for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
+        # Not left open: transformers would ask whether to run what code the processor brings.
+        processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, **place)
+    else:
         processor = load_processor(str(folder))  # the base's: a folder may hold a pruner alone
     tokens, answer = _ask(model, processor, loaded, question, ratio)
     base, base_revision = model.config.base_model_name_or_path, model.config.base_model_revision

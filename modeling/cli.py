@@ -6,6 +6,8 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 class Parser(argparse.ArgumentParser):
     """Bad arguments are one line on stderr, as all bad input is."""
@@ -141,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except (OSError, ValueError, ImportError, RuntimeError, FloatingPointError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, FloatingPointError, SafetensorError) as error:
         # Messages of transformers run over several lines.
         print(f"learnpruner: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

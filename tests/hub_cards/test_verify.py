@@ -66,8 +66,22 @@ def tampered_config(files):
     return json.dumps(config).encode()
 
 
-def other_result(files):
-    return files["results/half.json"].replace(b'_sha256": "', b'_sha256": "0')
+def with_code(file, place, value):
+    """A published JSON file that names code of another repository, at a path of keys."""
+
+    def changed(files):
+        content = json.loads(files[file])
+        inner = content
+        for key in place:
+            inner = inner.setdefault(key, {})
+        inner |= value
+        return json.dumps(content).encode()
+
+    return changed
+
+
+FOREIGN = "evil/repo--mod.Cls"
+PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
 
 
 @pytest.mark.parametrize(
@@ -80,6 +94,22 @@ def other_result(files):
         ("scorer_learnpruner.py", b"print('hello')\n", "scorer_learnpruner.py"),
         ("helper.py", b"", "helper.py"),
         ("config.json", tampered_config, "other/repo--modeling_other"),
+        (
+            "config.json",
+            with_code("config.json", ["auto_map"], {"AutoModel": "scorer_learnpruner.x/evil--mod.Cls"}),
+            "evil",
+        ),
+        ("config.json", with_code("config.json", ["custom_pipelines"], PIPELINE), FOREIGN),
+        (
+            "processor_config.json",
+            with_code("processor_config.json", ["image_processor", "auto_map"], {"AutoImageProcessor": FOREIGN}),
+            FOREIGN,
+        ),
+        (
+            "adapter_config.json",
+            b'{"base_model_name_or_path": "evil/repo", "peft_type": "LORA"}',
+            "adapter_config.json",
+        ),
         (
             "results/half.json",
             lambda files: files["results/half.json"].replace(b'_sha256": "', b'_sha256": "0'),
