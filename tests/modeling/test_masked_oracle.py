@@ -81,12 +81,16 @@ def test_prompt_bfloat16(family, batch, ratio, layer, attention):
     assert_within_stock_error(stock, pruned, inputs)
 
 
+@pytest.mark.parametrize("kind", ["stock", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_of_a_bfloat16_base_with_its_float32_pruner(family, tmp_path):
-    """As from_pretrained loads them."""
+def test_prompt_of_a_bfloat16_base_with_its_float32_pruner(family, kind, tmp_path):
+    """As from_pretrained loads them: a stock checkpoint with a new pruner, and a saved one with its own."""
     stock, _ = tiny_pair(family, dtype=torch.bfloat16)
     stock.save_pretrained(tmp_path)
     pruned = PRUNED[family].from_pretrained(tmp_path, dtype=torch.bfloat16, pruner_ratio=0.3).eval()
+    if kind == "full":
+        pruned.save_pretrained(tmp_path / "full")
+        pruned = PRUNED[family].from_pretrained(tmp_path / "full", dtype=torch.bfloat16).eval()
     assert {parameter.dtype for parameter in pruned.model.pruner.parameters()} == {torch.float32}
     assert {parameter.dtype for name, parameter in pruned.named_parameters() if ".pruner." not in name} == {
         torch.bfloat16

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from tiny_models import IMAGE, PAD, PATCH, QWEN, VIDEO, VOCAB, tiny_pair
@@ -35,7 +35,7 @@ def stock_processor(family):
     words = {**SPECIAL, "<unk>": 3}
     words |= {f"w{number}": number for number in range(VOCAB) if number not in words.values()}
     backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    backend.pre_tokenizer = Sequence([WhitespaceSplit(), Split("<|", "merged_with_next")])
+    backend.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<|endoftext|>",
