@@ -226,6 +226,8 @@ class PrunedGenerationMixin:
 
     # The pruner keeps its precision in a low-precision model: scores that tie would choose by place.
     _keep_in_fp32_modules_strict = ["pruner"]
+    # Qwen2.5-VL's stock class says no, and the Trainer would weigh accumulated batches alike, whatever they hold.
+    accepts_loss_kwargs = True
 
     def __init__(self, config):
         super().__init__(config)

@@ -47,8 +47,9 @@ def refuse_decoder_inputs(
     text_config = model.config.text_config
     if any(DynamicCache(config=text_config).is_sliding):
         raise ValueError(
-            "Pruning does not support sliding-window attention layers: set `config.text_config.sliding_window = None` "
-            f"if your prompts fit the window. {OR_NO_PRUNING}"
+            "Pruning does not support sliding-window attention layers: if your prompts fit the window, load the model "
+            "with `config.text_config.sliding_window = None` and with 'full_attention' for all of its `layer_types`, "
+            f"where it has them. {OR_NO_PRUNING}"
         )
     if text_config._attn_implementation.startswith("paged"):
         raise ValueError(

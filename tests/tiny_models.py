@@ -98,7 +98,7 @@ def tiny_config(family="llava", text="llama", **text_fields):
 def tiny_qwen_config(family, text_config):
     """A token is PATCH pixels wide, as in the others, hence 2 x 2 patches of half of that."""
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
-    text_config = {**text_config, "rope_parameters": rope, "use_sliding_window": False}
+    text_config = {"use_sliding_window": False, **text_config, "rope_parameters": rope}
     vision_config = {
         "depth": 3,
         "num_heads": 3,
@@ -192,6 +192,9 @@ def build_inputs(family, samples, seed=0, side="left", dtype=torch.float32):
             if parts:
                 inputs[values] = torch.cat([value for _, value in parts]).to(dtype)
                 inputs[grid] = torch.tensor([_grid(part) for part, _ in parts])
+        if family == "qwen2_5_vl" and videos:
+            # None of them 1, the default.
+            inputs["second_per_grid_ts"] = torch.arange(len(videos)) + 0.5
     elif pixels and family == "llava":
         inputs["pixel_values"] = torch.cat([value for _, value in pixels]).to(dtype)
     elif pixels:
@@ -272,23 +275,23 @@ def tiny_processor(family):
 
 
 LAYOUT = {"llava_next": "image_sizes", "qwen2_vl": "image_grid_thw", "qwen2_5_vl": "image_grid_thw"}
+VIDEO_LAYOUT = ("video_grid_thw", "second_per_grid_ts")
 TEXT_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 def pixels_of(family, inputs, images=slice(None), videos=slice(None)):
     """Of the inputs, the pixels of some images and videos, and what lays them out."""
     chosen = {}
-    for some, name, layout in (
-        (images, "pixel_values", LAYOUT.get(family)),
-        (videos, "pixel_values_videos", "video_grid_thw"),
+    for some, name, layouts in (
+        (images, "pixel_values", (LAYOUT.get(family),)),
+        (videos, "pixel_values_videos", VIDEO_LAYOUT),
     ):
         pixels = inputs.get(name, torch.empty(0))
         if family in QWEN and len(pixels):
-            pixels = pixels.split(inputs[layout].prod(1).tolist())
+            pixels = pixels.split(inputs[layouts[0]].prod(1).tolist())
         if len(pixels[some]):
             chosen[name] = torch.cat(pixels[some]) if family in QWEN else pixels[some]
-            if layout:
-                chosen[layout] = inputs[layout][some]
+            chosen |= {layout: inputs[layout][some] for layout in layouts if layout in inputs}
     return chosen
 
 
@@ -325,7 +328,7 @@ def positions(family, model, inputs, new=0):
     """Of the unpruned prompt, and of `new` tokens behind it, as the stock class has them in generate."""
     where = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     if family in QWEN:
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
+        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", *VIDEO_LAYOUT, "attention_mask")
         where, _ = model.model.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
     return torch.cat([where, where[..., -1:] + torch.arange(1, new + 1)], dim=-1)
 

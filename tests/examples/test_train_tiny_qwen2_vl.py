@@ -45,6 +45,23 @@ def test_anatomy(model_and_processor):
     assert processor.tokenizer.unk_token_id not in {number for row in ids for number in row}
 
 
+@pytest.mark.parametrize(("images", "places"), [(1, 2), (2, 1), (1, 0), (0, 1)])
+@pytest.mark.parametrize("texts", [1, 2])
+def test_places_without_images_and_images_without_places(images, places, texts, model_and_processor, scenes):
+    _, processor = model_and_processor
+    text = [f"{processor.image_token * places} is there a circle?", "is there a square?"][:texts]
+    given = [scene.image for scene in scenes[:images]] or None
+    with pytest.raises(ValueError, match=f"places for {places} images, and {images} were given"):
+        processor(images=given, text=text, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("unknown", ["videos", "max_length", "size"])
+def test_what_the_processor_does_not_take(unknown, model_and_processor):
+    _, processor = model_and_processor
+    with pytest.raises(ValueError, match=unknown):
+        processor(text="is there a circle?", **{unknown: 3})
+
+
 def test_inputs_are_those_of_the_stock_image_processor(model_and_processor, scenes):
     _, processor = model_and_processor
     stock = Qwen2VLImageProcessorPil(

@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from tiny_models import build_inputs, positions, row_alone, samples_of, tiny_pair, with_videos
+from tiny_models import (
+    TEXT_INPUTS,
+    build_inputs,
+    cat_pixels,
+    pixels_of,
+    positions,
+    row_alone,
+    samples_of,
+    tiny_pair,
+    with_videos,
+)
 
 pytestmark = pytest.mark.core
 
@@ -43,13 +53,13 @@ def test_generate(family, batch, attention):
             assert (step[row] - expected[0]).abs().max() < 1e-4
 
 
-def test_batch_order_does_not_matter():
-    _, pruned = tiny_pair("llava")
-    samples = samples_of("mixed", "llava")
-    inputs = build_inputs("llava", samples)
-    reversed_inputs = {name: inputs[name].flip(0) for name in ("input_ids", "attention_mask")}
-    pixels = inputs["pixel_values"]
-    reversed_inputs["pixel_values"] = torch.cat([pixels[1:3], pixels[:1]])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_batch_order_does_not_matter(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    reversed_inputs = {name: inputs[name].flip(0) for name in TEXT_INPUTS if name in inputs}
+    images = [pixels_of(family, inputs, some) for some in (slice(1, 3), slice(0, 1))]
+    reversed_inputs |= cat_pixels(family, images)
     outputs, other = pruned(**inputs), pruned(**reversed_inputs)
     assert torch.equal(outputs.kept_mask[1], other.kept_mask[1].flip(0))
     assert (outputs.logits - other.logits.flip(0)).abs().max() < 1e-4

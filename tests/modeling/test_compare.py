@@ -6,12 +6,12 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.budget_learnpruner import mean_tokens
+from learnpruner.budget_learnpruner import keep_counts, mean_tokens
 from learnpruner.cli import main
 from learnpruner.compare import compare, dim_dropped, load_image, patch_grids, save_picture, token_side
 
 import tiny_qwen2_vl
-from tiny_models import LAYERS, LLAVA, PATCH, PATCHES, SIDE, tiny_config, tiny_pair, tiny_processor
+from tiny_models import LAYERS, LLAVA, PATCH, PATCHES, QWEN, SIDE, tiny_config, tiny_pair, tiny_processor
 
 
 @pytest.fixture
@@ -115,6 +115,32 @@ def test_an_image_stands_as_its_camera_was_held(tmp_path):
     exif[0x0112] = 6  # orientation: turned by 90 degrees
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert load_image(tmp_path / "turned.jpg").size == (10, 20)
+
+
+@pytest.fixture
+def qwen(tmp_path, monkeypatch):
+    """The small Qwen2-VL of the examples, untrained, whose processor is code in its folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    processor = tiny_qwen2_vl.build_processor()
+    tiny_qwen2_vl.build_model(processor).save_pretrained("base")
+    processor.save_pretrained("base")
+    Image.new("RGB", (64, 40), "teal").save("image.png")
+
+
+def test_compare_runs_a_processors_own_code_where_it_may(qwen, capsys):
+    command = ["compare", "base", "--image", "image.png", "--question", "is there a circle?", "--max-new-tokens", "1"]
+    line = bad_input(command, capsys)
+    assert "trust_remote_code" in line
+    assert main([*command, "--ratio", "0.3", "--trust-remote-code"]) == 0
+    first, second = keep_counts(40, 0.3, num_layers=8, pruner_layer=3, stage_ratio=3.0)
+    assert f"40 -> {first} -> {second}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_budget_of_any_size_needs_tokens(family, tmp_path, capsys):
+    tiny_config(family).save_pretrained(tmp_path)
+    assert "--tokens" in bad_input(["budget", str(tmp_path)], capsys)
 
 
 def test_a_class_token_before_the_patches_is_not_drawn():

@@ -4,7 +4,17 @@ import pytest
 import torch
 from transformers import set_seed
 
-from tiny_models import FAMILIES, LLAVA, TEXT_MODELS, VOCAB, build_inputs, samples_of, tiny_pair
+from tiny_models import (
+    FAMILIES,
+    LLAVA,
+    NO_PLACEHOLDERS,
+    TEXT_MODELS,
+    VOCAB,
+    build_inputs,
+    samples_of,
+    tiny_pair,
+    with_videos,
+)
 
 pytestmark = pytest.mark.core
 BATCHES = ("one", "padded", "two_images", "mixed")
@@ -42,15 +52,16 @@ def test_forward(family, text, batch, attention):
 
 
 @pytest.mark.parametrize("mode", GENERATE)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generate(family, mode):
+@pytest.mark.parametrize(("family", "batch"), [case for case in with_videos(("mixed",)) if case[1] != "video"])
+def test_generate(family, batch, mode):
     stock, pruned = tiny_pair(family, pruner_ratio=1.0)
-    batch = "one" if mode in ("prompt_lookup", "chunked") else "mixed"
-    inputs = build_inputs(family, samples_of(batch, family))
+    samples = samples_of(batch, family)
+    inputs = build_inputs(family, samples[:1] if mode in ("prompt_lookup", "chunked") else samples)
     results = []
     for model in (stock, pruned):
         set_seed(0)
-        results.append(model.generate(**inputs, max_new_tokens=8, **{"do_sample": False, **GENERATE[mode]}))
+        arguments = {"max_new_tokens": 8, "do_sample": False, **NO_PLACEHOLDERS, **GENERATE[mode]}
+        results.append(model.generate(**inputs, **arguments))
     assert torch.equal(*results)
 
 

@@ -1,6 +1,7 @@
 """Invariants 4 and 5: every mode of generate agrees with teacher forcing, on the unpruned prompt's positions."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from tiny_models import (
 
 pytestmark = pytest.mark.core
 GREEDY = {"do_sample": False, "max_new_tokens": 8, **NO_PLACEHOLDERS}
+# What both Qwen families share with each other is tried on one of them.
+ONE_OF_EACH = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 
 
 def forced_logits(family, pruned, inputs, sequences):
@@ -132,20 +135,27 @@ def test_sampling_and_several_sequences(family):
     assert len({tuple(row) for row in generated.sequences.tolist()}) > 1
 
 
-def assistants():
+def assistants(family):
     text = LlamaForCausalLM(tiny_config().text_config).eval()
     text.generation_config.pad_token_id = PAD
-    return {"stock": tiny_pair(seed=3)[0], "pruned": tiny_pair(seed=4)[1], "text": text, "itself": None}
+    stock, pruned = tiny_pair(family, seed=3)[0], tiny_pair(family, seed=4)[1]
+    return {"stock": stock, "pruned": pruned, "text": text, "itself": None}
 
 
-@pytest.mark.parametrize("assistant", ["stock", "pruned", "text", "itself"])
-@pytest.mark.parametrize("batch", ["one", "two_images", "image_last"])
-def test_assisted_decoding_equals_greedy(batch, assistant):
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of(batch, "llava"))
+# Qwen takes no assistant that reads text alone: the stock class hands it mm_token_type_ids.
+@pytest.mark.parametrize(
+    ("family", "batch", "assistant"),
+    [
+        *product(("llava",), ("one", "two_images", "image_last"), ("stock", "pruned", "text", "itself")),
+        *product(("qwen2_vl",), ("two_images",), ("stock", "pruned", "itself")),
+    ],
+)
+def test_assisted_decoding_equals_greedy(family, batch, assistant):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
     arguments = {**inputs, **GREEDY, "pruner_ratio": 0.3}
     greedy = pruned.generate(**arguments)
-    helper = assistants()[assistant] or copy.deepcopy(pruned)
+    helper = assistants(family)[assistant] or copy.deepcopy(pruned)
     assert torch.equal(pruned.generate(**arguments, assistant_model=helper), greedy)
 
 
@@ -190,10 +200,11 @@ def test_accepted_and_rejected_candidates(family, batch, monkeypatch):
         assert result.past_key_values.vision_scores[cut].shape == expected.vision_scores[cut].shape
 
 
+@ONE_OF_EACH
 @pytest.mark.parametrize("batch", ["one", "two_images"])
-def test_prompt_lookup_equals_greedy(batch):
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of(batch, "llava"))
+def test_prompt_lookup_equals_greedy(batch, family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
     # The prompt ends in a token that its text holds before, so that a candidate is found in the first step.
     inputs["input_ids"][:, -1] = inputs["input_ids"][:, -5]
     greedy = pruned.generate(**inputs, **GREEDY)
@@ -292,56 +303,51 @@ def test_a_second_turn_of_a_padded_batch(family, how):
     assert (torch.stack(result.logits, 1) - logits[:, ids.shape[1] - 1 : -1]).abs().max() < 1e-4
 
 
-def test_text_first_image_in_the_second_turn_with_padding():
+@ONE_OF_EACH
+def test_text_first_image_in_the_second_turn_with_padding(family):
     """A plain cache that the stock path filled takes a cut later, and keeps its padding masked."""
-    _, pruned = tiny_pair()
-    text = build_inputs("llava", [[4], [9]])
-    text_positions = (text["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    cache = pruned(**text, position_ids=text_positions).past_key_values
+    _, pruned = tiny_pair(family)
+    text = build_inputs(family, [[4], [9]])
+    cache = pruned(**text, position_ids=positions(family, pruned, text)).past_key_values
     assert type(cache) is DynamicCache
-    image = build_inputs("llava", [[2, (32, 32), 6], [2, (32, 32), 6]], seed=5)
-    mask = torch.cat([text["attention_mask"], image["attention_mask"]], 1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    length = image["input_ids"].shape[1]
-    outputs = pruned(
-        input_ids=image["input_ids"],
-        pixel_values=image["pixel_values"],
-        attention_mask=mask,
-        position_ids=positions[:, -length:],
-        past_key_values=cache,
-    )
+    samples = [[2, (32, 32), 6], [2, (32, 32), 6]]
+    image = build_inputs(family, samples, seed=5)
+    both = {**image, **{name: torch.cat([text[name], image[name]], 1) for name in TEXT_INPUTS if name in image}}
+    where = positions(family, pruned, both)[..., -image["input_ids"].shape[1] :]
+    outputs = pruned(**{**image, "attention_mask": both["attention_mask"]}, position_ids=where, past_key_values=cache)
     for row in range(2):
         valid = text["attention_mask"][row].bool()
         alone_cache = pruned(input_ids=text["input_ids"][row : row + 1, valid]).past_key_values
-        alone = pruned(
-            input_ids=image["input_ids"][row : row + 1],
-            pixel_values=image["pixel_values"][row : row + 1],
-            past_key_values=alone_cache,
-        )
+        single, _ = row_alone(family, image, samples, row)
+        del single["attention_mask"]
+        # LLaVA's follow from the cache.
+        own = {"position_ids": where[:, row : row + 1]} if family in QWEN else {}
+        alone = pruned(**single, **own, past_key_values=alone_cache)
         assert torch.equal(alone.kept_mask[1][0], outputs.kept_mask[1][row])
         assert (alone.logits[0] - outputs.logits[row]).abs().max() < 1e-4
 
 
+@ONE_OF_EACH
 @pytest.mark.parametrize("batch", ["one", "mixed"])
-def test_several_tokens_at_once_and_crop(batch):
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of(batch, "llava"))
+def test_several_tokens_at_once_and_crop(batch, family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
     tokens = torch.randint(5, 100, (len(inputs["input_ids"]), 5), generator=torch.Generator().manual_seed(0))
     mask = inputs["attention_mask"]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    prompt = {"position_ids": positions(family, pruned, inputs)}
 
     def continue_from(cache, ids, seen):
         total = torch.cat([mask, torch.ones(len(mask), seen + ids.shape[1], dtype=torch.long)], 1)
-        where = (total.cumsum(-1) - 1)[:, -ids.shape[1] :]
+        where = positions(family, pruned, inputs, seen + ids.shape[1])[..., -ids.shape[1] :]
         return pruned(input_ids=ids, attention_mask=total, position_ids=where, past_key_values=cache).logits
 
-    cache = pruned(**inputs, position_ids=positions).past_key_values
+    cache = pruned(**inputs, **prompt).past_key_values
     at_once = continue_from(cache, tokens, 0)
     cache.crop(-3)
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 2
     again = continue_from(cache, tokens[:, 2:], 2)
     assert (again - at_once[:, 2:]).abs().max() < 1e-5
-    cache = pruned(**inputs, position_ids=positions).past_key_values
+    cache = pruned(**inputs, **prompt).past_key_values
     one_by_one = torch.cat([continue_from(cache, tokens[:, i : i + 1], i) for i in range(5)], 1)
     assert (one_by_one - at_once).abs().max() < 1e-5
 
@@ -371,9 +377,10 @@ def test_generate_from_embeddings(family):
     assert torch.equal(pruned.generate(inputs_embeds=embeds, **inputs, **where, **GREEDY), expected)
 
 
-def test_cache_tools_keep_the_bookkeeping():
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+@ONE_OF_EACH
+def test_cache_tools_keep_the_bookkeeping(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
     cache = pruned(**inputs).past_key_values
     copied = copy.deepcopy(cache)
     copied.batch_repeat_interleave(2)

@@ -18,10 +18,13 @@ from learnpruner.hub_learnpruner import find_base
 
 from tiny_models import (
     FAMILIES,
+    IMAGE,
+    LAYERS,
     LLAVA,
     PRUNED,
     QWEN,
     STOCK,
+    VIDEO,
     build_inputs,
     samples_of,
     tiny_config,
@@ -84,6 +87,76 @@ def test_stock_checkpoint_loads_with_only_the_pruner_missing(family, layout, sto
         assert torch.equal(model.state_dict()[name], value)
     inputs = build_inputs(family, samples_of("padded", family))
     assert torch.equal(model(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+
+
+def write_as_on_the_hub(folder, family, tied):
+    """A checkpoint as Qwen published them: flat, with the names of its time, in bfloat16."""
+    stock, _ = tiny_pair(family)
+    config = json.loads(stock.config.to_json_string())
+    text, vision = config.pop("text_config"), config["vision_config"]
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "hidden_act", "max_position_embeddings", "rms_norm_eps", "initializer_range")
+    kept = ("depth", "hidden_size", "num_heads", "patch_size", "spatial_merge_size", "temporal_patch_size")
+    kept += ("embed_dim", "mlp_ratio", "out_hidden_size", "intermediate_size", "window_size", "fullatt_block_indexes")
+    tokens = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    flat = {
+        "architectures": [STOCK[family].__name__],
+        "model_type": family,
+        **{name: text[name] for name in names},
+        **{name: config[name] for name in tokens},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attention_dropout": 0.0,
+        "max_window_layers": LAYERS,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+        "sliding_window": 32768,
+        "use_sliding_window": False,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.41.2",
+        "use_cache": True,
+        "vision_config": {"in_chans": 3, **{name: vision[name] for name in kept if name in vision}},
+    }
+    weights = {hub_name(family, name): value.bfloat16().clone() for name, value in stock.state_dict().items()}
+    if tied:
+        del weights["lm_head.weight"]
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(flat))
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", QWEN)
+def test_checkpoints_as_the_hub_has_them(family, tied, tmp_path):
+    write_as_on_the_hub(tmp_path / "hub", family, tied)
+    stock, loading = STOCK[family].from_pretrained(tmp_path / "hub", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    model = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "hub", pruner_ratio=0.4)
+    assert model.dtype == stock.dtype == torch.bfloat16
+    text, expected = model.config.text_config, stock.config.text_config
+    assert text.rope_parameters == expected.rope_parameters
+    assert text.rope_parameters["mrope_section"] == [2, 1, 1]
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    inputs = build_inputs(family, samples_of("image_and_video", family))
+    assert torch.equal(model(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+    arguments = {**inputs, "max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+    assert torch.equal(model.generate(**arguments, pruner_ratio=1.0), stock.generate(**arguments))
+    pruned = model(**inputs)
+    assert pruned.kept_mask is not None
+    model.train_pruner_only().eval().save_pretrained(tmp_path / "light")
+    model.save_pretrained(tmp_path / "merged", pruner_only=False)
+    assert ("lm_head.weight" in load_file(tmp_path / "merged" / WEIGHTS)) != tied
+    for folder in ("light", "merged"):
+        again = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / folder)
+        assert again.dtype == torch.bfloat16
+        assert again.config.text_config.rope_parameters == text.rope_parameters
+        assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+        assert torch.equal(again(**inputs).logits, pruned.logits)
+        assert torch.equal(again(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+        if folder == "light":
+            shutil.rmtree(tmp_path / "hub")
 
 
 @pytest.mark.parametrize(

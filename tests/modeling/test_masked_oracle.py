@@ -7,9 +7,11 @@ import torch
 
 from oracles import masked
 from tiny_models import (
+    FAMILIES,
     LAYERS,
     LLAVA,
     NO_PLACEHOLDERS,
+    PRUNED,
     TEXT_MODELS,
     build_inputs,
     positions,
@@ -76,6 +78,29 @@ def test_prompt_bfloat16(family, batch, ratio, layer, attention):
     """Against a float32 oracle at the same kept sets: at most twice the stock model's own bfloat16 error there."""
     stock, pruned = tiny_pair(family, attention=attention, dtype=torch.bfloat16, pruner_ratio=ratio, pruner_layer=layer)
     inputs = build_inputs(family, samples_of(batch, family), dtype=torch.bfloat16)
+    assert_within_stock_error(stock, pruned, inputs)
+
+
+@pytest.mark.parametrize("kind", ["stock", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompt_of_a_bfloat16_base_with_its_float32_pruner(family, kind, tmp_path):
+    """As from_pretrained loads them: a stock checkpoint with a new pruner, and a saved one with its own."""
+    stock, _ = tiny_pair(family, dtype=torch.bfloat16)
+    stock.save_pretrained(tmp_path)
+    pruned = PRUNED[family].from_pretrained(tmp_path, dtype=torch.bfloat16, pruner_ratio=0.3).eval()
+    if kind == "full":
+        pruned.save_pretrained(tmp_path / "full")
+        pruned = PRUNED[family].from_pretrained(tmp_path / "full", dtype=torch.bfloat16).eval()
+    assert {parameter.dtype for parameter in pruned.model.pruner.parameters()} == {torch.float32}
+    assert {parameter.dtype for name, parameter in pruned.named_parameters() if ".pruner." not in name} == {
+        torch.bfloat16
+    }
+    # Pixels in float32, as a processor returns them.
+    assert_within_stock_error(stock, pruned, build_inputs(family, samples_of("mixed", family)))
+
+
+def assert_within_stock_error(stock, pruned, inputs):
+    layer = pruned.config.pruner_layer
     outputs = pruned(**inputs)
     rows = surviving(inputs, outputs)
     own = oracle_logits(stock, inputs, outputs.kept_mask, layer).float()

@@ -3,6 +3,7 @@ suite that all families share."""
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from learnpruner.budget_learnpruner import keep_counts
 
@@ -20,6 +21,7 @@ from tiny_models import (
     samples_of,
     tiny_pair,
     vision_tower,
+    with_answer,
 )
 
 pytestmark = [pytest.mark.core, pytest.mark.parametrize("family", QWEN)]
@@ -107,6 +109,26 @@ def test_videos_at_a_ratio_of_one_are_the_stock_class(family, batch):
     assert torch.equal(outputs.loss, expected.loss)
     for mode in ({}, {"num_beams": 3}, {"use_cache": False}):
         assert torch.equal(pruned.generate(**inputs, **NEW, **mode), stock.generate(**inputs, **NEW, **mode))
+
+
+def test_seconds_per_grid(family):
+    """Qwen2.5-VL's frames lie apart in time: other seconds are other positions, cut or not, and the answers follow."""
+    if family == "qwen2_vl":
+        pytest.skip("its frames have no seconds")
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("image_and_video", family))
+    slow = {**inputs, "second_per_grid_ts": 8 * inputs["second_per_grid_ts"]}
+    where, later = (positions(family, stock, given) for given in (inputs, slow))
+    assert not torch.equal(where, later)
+    for given, place in ((inputs, where), (slow, later)):
+        # As a processor without return_tensors has them, too.
+        for seconds in (given["second_per_grid_ts"], given["second_per_grid_ts"].tolist()):
+            given = {**given, "second_per_grid_ts": seconds}
+            assert torch.equal(pruned(**given).logits, pruned(**given, position_ids=place).logits)
+            assert torch.equal(pruned(**given, pruner_ratio=1.0).logits, stock(**given).logits)
+            assert torch.equal(pruned.generate(**given, **NEW), pruned.generate(**given, **NEW, position_ids=place))
+            assert torch.equal(pruned.generate(**given, **NEW, pruner_ratio=1.0), stock.generate(**given, **NEW))
+    assert not torch.equal(pruned(**inputs).logits, pruned(**slow).logits)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -282,6 +304,140 @@ def test_missing_token_types(family, batch, call):
 
 
 @pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("batch", "wrong"),
+    [
+        ("padded", torch.zeros_like),
+        ("padded", torch.ones_like),
+        ("padded", lambda types: types[:, 1:]),
+        ("padded", lambda types: types[:1]),
+        ("padded", lambda types: 2 * types),
+        ("video", lambda types: types.clamp(max=1)),
+        ("image_and_video", lambda types: types.roll(1, 1)),
+    ],
+    ids=["zeros", "ones", "short", "one row", "images as videos", "videos as images", "shifted"],
+)
+def test_wrong_token_types(family, batch, wrong, call):
+    """The stock class would take other positions for them, or fail where nobody would look for them."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    types = inputs["mm_token_type_ids"]
+    refused(pruned, call, {**inputs, "mm_token_type_ids": wrong(types)}, "mm_token_type_ids")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_token_types_of_padding_do_not_matter(family, call):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    other = inputs["mm_token_type_ids"].masked_fill(inputs["attention_mask"] == 0, 2)
+    assert not torch.equal(other, inputs["mm_token_type_ids"])
+    one, two = (
+        CALLS[call](pruned, **{**inputs, "mm_token_type_ids": types}) for types in (inputs["mm_token_type_ids"], other)
+    )
+    assert torch.equal(*((result if call == "generate" else result.logits) for result in (one, two)))
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("batch", ["padded", "video"])
+def test_embeddings_need_positions(family, batch, call):
+    """From embeddings alone the stock class takes those of text, or of the call before."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of(batch, family))
+    where = positions(family, pruned, inputs)
+    expected = CALLS[call](pruned, **inputs)
+    embeds = {**inputs, "inputs_embeds": pruned.get_input_embeddings()(inputs["input_ids"])}
+    del embeds["input_ids"]
+    refused(pruned, call, embeds, "position_ids")
+    outputs = CALLS[call](pruned, **embeds, position_ids=where)
+    if call == "generate":
+        assert torch.equal(outputs, expected[:, -NEW["max_new_tokens"] :])
+    else:
+        assert torch.equal(outputs.logits, expected.logits)
+
+
+def two_turns(family):
+    """Both turns of a conversation with an image in each, and how many tokens the second has."""
+    return build_inputs(family, [[2, (32, 32), 6, (24, 48), 5]]), image_tokens(family, 24, 48) + 5
+
+
+def test_a_later_image_needs_positions(family):
+    """In a second forward on one cache: with them it is the masked oracle over both turns."""
+    stock, pruned = tiny_pair(family)
+    whole, new = two_turns(family)
+    where = positions(family, stock, whole)[..., -new:]
+    ids, types = whole["input_ids"], whole["mm_token_type_ids"]
+    turn = {"input_ids": ids[:, -new:], "mm_token_type_ids": types[:, -new:], **pixels_of(family, whole, slice(1, 2))}
+    embeds = {**turn, "input_ids": None, "inputs_embeds": pruned.get_input_embeddings()(turn["input_ids"])}
+    results = []
+    for given in (turn, embeds):
+        first = pruned(
+            input_ids=ids[:, :-new], mm_token_type_ids=types[:, :-new], **pixels_of(family, whole, slice(0, 1))
+        )
+        cache = first.past_key_values
+        refused(pruned, "forward", {**given, "past_key_values": cache}, "position_ids")
+        results.append(pruned(**given, past_key_values=cache, position_ids=where))
+    assert torch.equal(results[0].logits, results[1].logits)
+    kept = [torch.cat(masks, 1) for masks in zip(first.kept_mask, results[0].kept_mask)]
+    with oracles.masked(stock, kept, (0, pruned.config.pruner_layer), whole["attention_mask"], LAYERS):
+        expected = stock(**whole).logits[:, -new:]
+    rows = results[0].kept_mask[-1]
+    assert (results[0].logits - expected)[rows].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("pixels", ["all", "of the turn"])
+def test_pixels_of_a_whole_conversation(family, pixels):
+    """A processor call over both turns gives too many pixels for the second, and the error says what to do."""
+    _, pruned = tiny_pair(family)
+    whole, new = two_turns(family)
+    both = {"image_grid_thw": whole["image_grid_thw"], "pixel_values": whole["pixel_values"]}
+    if pixels == "of the turn":
+        both["pixel_values"] = pixels_of(family, whole, slice(1, 2))["pixel_values"]
+    first = {name: whole[name][:, :-new] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    cache = pruned(**first, **pixels_of(family, whole, slice(0, 1))).past_key_values
+    where = positions(family, pruned, whole)
+    turn = {"input_ids": whole["input_ids"][:, -new:], "position_ids": where[..., -new:], **both}
+    refused(pruned, "forward", {**turn, "past_key_values": cache}, "turn")
+    for given in ({}, {"position_ids": where}):
+        refused(pruned, "generate", {**whole, **both, **given, "past_key_values": cache}, "turn")
+
+
+def test_generate_finds_the_positions_of_a_second_turn(family):
+    """As the error says: the new image encoded, grids and token types of the whole conversation."""
+    _, pruned = tiny_pair(family)
+    first = build_inputs(family, [[2, (32, 32), 6]])
+    more = build_inputs(family, [[3, (24, 48), 5]], seed=7)
+    results = []
+    for given in (False, True):
+        cache = DynamicCache()
+        answer = pruned.generate(**first, **NEW, past_key_values=cache)
+        both = with_answer(first, answer)
+        both = {
+            name: torch.cat([both[name], more[name]], 1)
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids")
+        } | {"image_grid_thw": torch.cat([first["image_grid_thw"], more["image_grid_thw"]])}
+        where = {"position_ids": positions(family, pruned, both)} if given else {}
+        images = pruned.model.get_image_features(more["pixel_values"], more["image_grid_thw"], return_dict=True)
+        results.append(
+            pruned.generate(
+                **both,
+                **where,
+                **NEW,
+                mm_encoder_outputs={"image": images},
+                past_key_values=cache,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+        )
+    found, given = results
+    assert torch.equal(found.sequences, given.sequences)
+    assert torch.equal(torch.stack(found.logits), torch.stack(given.logits))
+    assert found.past_key_values.kept_mask[0].shape[1] == more["input_ids"].shape[1] + 1
+    # A wrong account of the whole is found, too.
+    wrong = {**both, "mm_token_type_ids": both["mm_token_type_ids"].roll(1, 1), "mm_encoder_outputs": {"image": images}}
+    refused(pruned, "generate", {**wrong, "past_key_values": cache}, "mm_token_type_ids")
+
+
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize(("batch", "grid"), [("one", "image_grid_thw"), ("video", "video_grid_thw")])
 def test_missing_grids(family, batch, grid, call):
     _, pruned = tiny_pair(family)
@@ -302,6 +458,26 @@ def test_grids_that_do_not_describe_the_pixels(family, batch, call):
     refused(pruned, call, {**inputs, grid: inputs[grid][:1]}, f"{grid} describes")
     # As many patches, of other images and videos than the prompt has.
     refused(pruned, call, {**inputs, grid: inputs[grid].flip(0)}, "do not match")
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda grid: grid[0],
+        lambda grid: grid[:, :2],
+        lambda grid: grid.float(),
+        lambda grid: torch.tensor([[1, 1, int(grid[0].prod())]]),
+        lambda grid: torch.tensor([[int(grid[0].prod()), 1, 1]]),
+        lambda grid: grid * torch.tensor([-1, -1, 1]),
+    ],
+    ids=["one dimension", "two columns", "floats", "odd height", "odd sides", "negative"],
+)
+@pytest.mark.parametrize(("part", "grid"), [((32, 32), "image_grid_thw"), ((2, 24, 32), "video_grid_thw")])
+def test_grids_that_are_none(family, part, grid, wrong, call):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, [[3, part, 6]])
+    refused(pruned, call, {**inputs, grid: wrong(inputs[grid])}, grid)
 
 
 def test_encoder_outputs_without_features(family):

@@ -141,10 +141,11 @@ def test_newline_rows_are_kept_last_and_have_no_score():
     assert not kept[newline].any() or kept[~newline].all()
 
 
-def test_an_image_after_the_question_does_not_starve():
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_an_image_after_the_question_does_not_starve(family):
     """No text row sees the second image; it competes by its stage 1 scores for its fair share."""
-    _, pruned = tiny_pair(pruner_ratio=0.3)
-    inputs = build_inputs("llava", [[2, (32, 32), 6, (32, 32)]])
+    _, pruned = tiny_pair(family, pruner_ratio=0.3)
+    inputs = build_inputs(family, [[2, (32, 32), 6, (32, 32)]])
     outputs = pruned(**inputs)
     second = outputs.kept_mask[1][0]
     columns = vision_columns(inputs)[0]
@@ -168,9 +169,10 @@ def test_the_last_row_of_a_sample_is_never_dropped(family):
                     assert row[mask.nonzero().max()]
 
 
-def test_query_mask_decides_who_ranks():
-    stock, pruned = tiny_pair()
-    inputs = build_inputs("llava", [[2, (32, 32), 12]])
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_query_mask_decides_who_ranks(family):
+    stock, pruned = tiny_pair(family)
+    inputs = build_inputs(family, [[2, (32, 32), 12]])
     query_mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
     query_mask[0, -5:-2] = True
     outputs = pruned(**inputs, query_mask=query_mask)
@@ -183,10 +185,11 @@ def test_query_mask_decides_who_ranks():
     assert [column for column in columns if second[0, column]] == expected
 
 
-def test_an_answer_does_not_choose_its_evidence():
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_an_answer_does_not_choose_its_evidence(family):
     """With labels, only rows before the first supervised token rank: other answers, same evidence."""
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", [[2, (32, 32), 12]])
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, [[2, (32, 32), 12]])
     labels = inputs["input_ids"].clone()
     labels[:, :-6] = -100
     other = inputs["input_ids"].clone()

@@ -11,6 +11,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore, learnpruner_schedule
 
+import oracles
 from tiny_models import (
     FAMILIES,
     IMAGE,
@@ -20,11 +21,14 @@ from tiny_models import (
     build_inputs,
     image_tokens,
     labelled,
+    row_alone,
     samples_of,
     tiny_pair,
 )
 
 pytestmark = pytest.mark.core
+# What both Qwen families share with each other is tried on one of them.
+ONE_OF_EACH = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_plain_trainer(family, base, tmp_path):
     assert (checkpoint / "model.safetensors").stat().st_size < 4 * pruner + 1000
 
 
-@pytest.mark.parametrize("family", ["llava"])
+@ONE_OF_EACH
 def test_resume_gives_the_same_weights(family, base, tmp_path):
     def fresh():
         torch.manual_seed(0)
@@ -107,7 +111,7 @@ def test_resume_gives_the_same_weights(family, base, tmp_path):
         assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("family", ["llava"])
+@ONE_OF_EACH
 def test_best_model_at_end(family, base, tmp_path):
     model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2).train_pruner_only()
     trainer = trainer_for(
@@ -159,6 +163,30 @@ def test_training_forward(family, checkpointing, base):
     assert outputs.loss.item() == pytest.approx(entropy.item() + budget, rel=1e-4)
 
 
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_the_budget_term_of_videos(family, per_frame, base):
+    """One error for each group of frames, or for each clip, beside those of images."""
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.3, pruner_per_frame=per_frame)
+    model.train_pruner_only()
+    batch = labelled(family, [[2, (3, 24, 32), 8], [1, (16, 24), 3, (2, 32, 32), 6]])
+    parts = [6] + ([12] * 3 + [16] * 2 if per_frame else [36, 32])
+    read = []
+    model.model.pruner.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+    with torch.no_grad():
+        outputs = model(**batch)
+        assert len(read[0]) == len(parts)
+        errors = []
+        for features, tokens in zip(read[0], parts):
+            first, _ = oracles.keep_counts(tokens, 0.3, LAYERS, model.config.pruner_layer, 3.0)
+            kept = torch.sigmoid(model.model.pruner(features[:tokens])).mean().item()
+            errors.append((kept - first / tokens) ** 2)
+        entropy = torch.nn.functional.cross_entropy(
+            outputs.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100
+        )
+    assert outputs.loss.item() == pytest.approx(entropy.item() + 100 * sum(errors) / len(errors), rel=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_open_gates_are_the_stock_model(family, base):
     stock, _ = tiny_pair(family)
@@ -202,7 +230,7 @@ class HardGate(LearnedScore):
         return [(score >= score.topk(count).values[-1]).float() for score, count in zip(scores, kept)]
 
 
-@pytest.mark.parametrize("family", ["llava"])
+@ONE_OF_EACH
 def test_training_needs_a_backend_that_weighs_keys(family, base):
     model = LearnPrunerForConditionalGeneration.from_pretrained(base).train_pruner_only()
     model.model.language_model.config._attn_implementation = "flash_attention_2"
@@ -210,26 +238,37 @@ def test_training_needs_a_backend_that_weighs_keys(family, base):
         model(**labelled(family, [[2, (32, 32), 8]]))
 
 
-@pytest.mark.parametrize("family", ["llava"])
+@ONE_OF_EACH
 def test_text_only_batches_have_a_gradient(family, base):
+    """Of zero, and through every layer: processes that share the layers wait for each other on the way back."""
     model = LearnPrunerForConditionalGeneration.from_pretrained(base).train_pruner_only()
     batch = labelled(family, [[9], [7]])
+    seen = []
+    for number, layer in enumerate(model.model.language_model.layers):
+        layer.register_full_backward_hook(lambda *args, number=number: seen.append(number))
     loss = model(**batch).loss
     loss.backward()
     assert math.isfinite(loss.item())
+    assert torch.equal(loss, tiny_pair(family)[0].train()(**batch).loss)
+    assert sorted(seen) == list(range(LAYERS))
     assert all(not parameter.grad.any() for parameter in model.model.pruner.parameters())
     assert not model.config.pruner_trained
 
 
-@pytest.mark.parametrize("family", ["llava"])
+@ONE_OF_EACH
 def test_accumulation_does_not_weigh_the_budget_twice(family, base):
     """Two micro-batches of half the items weigh like one batch of all."""
     model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.3).train_pruner_only()
-    batch = labelled(family, [[2, (32, 32), 8], [2, (32, 32), 8]])
+    samples = [[2, (32, 32), 8], [2, (32, 32), 8]]
+    batch = labelled(family, samples)
     items = (batch["labels"][:, 1:] != -100).sum()
     together = model(**batch, num_items_in_batch=items).loss
     halves = sum(
-        model(**{name: value[row : row + 1] for name, value in batch.items()}, num_items_in_batch=items).loss
+        model(
+            **row_alone(family, batch, samples, row)[0],
+            labels=batch["labels"][row : row + 1],
+            num_items_in_batch=items,
+        ).loss
         for row in range(2)
     )
     assert halves.item() == pytest.approx(together.item(), rel=1e-4)

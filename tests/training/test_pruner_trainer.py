@@ -1,6 +1,7 @@
 """PrunerTrainer: the pruner learns and nothing else does, at every budget, and a killed run goes on."""
 
 import json
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,22 +9,30 @@ from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
+from learnpruner.cuts_learnpruner import LearnedScore
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
 
-from tiny_models import FAMILIES, LAYERS, QWEN, labelled, tiny_pair
+from tiny_models import FAMILIES, LAYERS, QWEN, labelled, row_alone, tiny_pair
 
 pytestmark = pytest.mark.core
+# What both Qwen families share with each other is tried on one of them.
+ONE_OF_EACH = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 
 
 @pytest.fixture
-def base(tmp_path):
-    tiny_pair("llava")[0].save_pretrained(tmp_path / "base")
+def family():
+    return "llava"
+
+
+@pytest.fixture
+def base(tmp_path, family):
+    tiny_pair(family)[0].save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
-def trainer_for(base, folder, samples=((2, (32, 32), 8),), family="llava", **settings):
+def trainer_for(base, folder, samples=((2, (32, 32), 8),), family="llava", fields=None, **settings):
     torch.manual_seed(0)
-    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2)
+    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2, **(fields or {}))
     data = [labelled(family, [list(sample) for sample in samples], seed) for seed in range(8)]
     settings = {
         "per_device_train_batch_size": 2,
@@ -69,17 +78,44 @@ def test_only_the_pruner_learns(objective, base, tmp_path):
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llava"])
-def test_other_families(family, tmp_path):
+def test_other_families(family, base, tmp_path):
     """LLaVA-NeXT: rows that are structure are no patches, and images of several crops. Qwen: sizes as they come."""
-    tiny_pair(family)[0].save_pretrained(tmp_path / "base")
     size = (32, 64) if family in QWEN else (30, 60)
-    trainer = trainer_for(tmp_path / "base", tmp_path / "run", samples=((2, size, 8),), family=family)
+    trainer = trainer_for(base, tmp_path / "run", samples=((2, size, 8),), family=family)
     before = trainer.model.model.pruner.hidden.weight.clone()
     trainer.train()
     assert not torch.equal(trainer.model.model.pruner.hidden.weight, before)
     shares = [entry["keep_rate"] for entry in trainer.state.log_history if "keep_rate" in entry]
     assert len(shares) == 6
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+@pytest.mark.parametrize("family", ["qwen2_5_vl"])
+def test_videos(family, per_frame, base, tmp_path):
+    """What has a budget of its own is gated for itself: a group of frames, or a clip."""
+    samples, fields = ((2, (3, 24, 32), 1, (32, 32), 8),), {"pruner_per_frame": per_frame}
+    trainer = trainer_for(base, tmp_path / "run", samples, family, fields, max_steps=2)
+    gated = []
+    trainer.make_gate = lambda make=trainer.make_gate: Counted(0.0, make(), gated)
+    before = trainer.model.model.pruner.hidden.weight.clone()
+    trainer.train()
+    assert not torch.equal(trainer.model.model.pruner.hidden.weight, before)
+    # In a batch of two the images come first.
+    assert gated == [[16] * 2 + ([12] * 6 if per_frame else [36] * 2)] * 2
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+@dataclass(frozen=True)
+class Counted(LearnedScore):
+    """Another gate, and how many tokens each of its images has."""
+
+    inner: LearnedScore
+    sizes: list
+
+    def gate(self, scores, shares):
+        self.sizes.append([len(score) for score in scores])
+        return self.inner.gate(scores, shares)
 
 
 def trainer_ratio(trainer, step):
@@ -182,10 +218,11 @@ def test_another_run_is_not_continued(base, tmp_path):
         trainer_for(other, tmp_path / "run").train(resume_from_checkpoint=True)
 
 
-def test_resume_gives_the_same_weights(base, tmp_path):
-    whole = trainer_for(base, tmp_path / "run")
+@ONE_OF_EACH
+def test_resume_gives_the_same_weights(family, base, tmp_path):
+    whole = trainer_for(base, tmp_path / "run", family=family)
     whole.train()
-    resumed = trainer_for(base, tmp_path / "run")
+    resumed = trainer_for(base, tmp_path / "run", family=family)
     # Had it begun anew, it would end elsewhere.
     torch.nn.init.normal_(resumed.model.model.pruner.hidden.weight)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
@@ -212,8 +249,9 @@ def test_a_checkpoint_that_was_being_written_is_passed_over(base, tmp_path):
         trainer_for(base, tmp_path / "empty").train(resume_from_checkpoint=True)
 
 
-def test_text_only_batches(base, tmp_path):
-    trainer = trainer_for(base, tmp_path / "run", samples=((9,), (7,)))
+@ONE_OF_EACH
+def test_text_only_batches(family, base, tmp_path):
+    trainer = trainer_for(base, tmp_path / "run", samples=((9,), (7,)), family=family)
     before = [parameter.clone() for parameter in trainer.model.model.pruner.parameters()]
     trainer.args.weight_decay = 0.0
     trainer.train()
@@ -241,9 +279,10 @@ def test_evaluation_cuts(base, tmp_path):
         assert right == ([True, False] if ratio == 0.2 else [False, False])
 
 
-def test_the_best_is_kept_by_accuracy(base, tmp_path, monkeypatch):
+@ONE_OF_EACH
+def test_the_best_is_kept_by_accuracy(family, base, tmp_path, monkeypatch):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-    trainer = trainer_for(base, tmp_path / "run", max_steps=4, **settings)
+    trainer = trainer_for(base, tmp_path / "run", family=family, max_steps=4, **settings)
     said = iter([0.25, 0.75, 0.75, 0.5])
     monkeypatch.setattr(trainer, "compute_metrics", lambda prediction: {"accuracy": next(said)})
     trainer.train()
@@ -333,15 +372,15 @@ def test_stock_settings(setting, base, tmp_path):
     assert output.metrics["peak_memory_bytes"] > 1e8
 
 
-@pytest.mark.parametrize("objective", ["default", "paper"])
-def test_accumulated_batches_are_one_batch(objective, base, tmp_path):
+@pytest.mark.parametrize(("family", "objective"), [("llava", "default"), ("llava", "paper"), ("qwen2_vl", "paper")])
+def test_accumulated_batches_are_one_batch(family, objective, base, tmp_path):
     """Also where one of them has more answer tokens than the other. By plain gradient descent: Adam would make much of
     rounding."""
     settings = {"objective": objective, "optim": "sgd", "learning_rate": 0.1, "weight_decay": 0.0}
     parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     weights = []
     for name, batches in (("whole", {}), ("parts", parts)):
-        trainer = trainer_for(base, tmp_path / name, **settings, **batches)
+        trainer = trainer_for(base, tmp_path / name, family=family, **settings, **batches)
         for number, row in enumerate(trainer.train_dataset):
             row["labels"][:, : -1 - 3 * (number % 2)] = -100
         start = trainer.model.model.pruner.hidden.weight.clone()
@@ -350,6 +389,36 @@ def test_accumulated_batches_are_one_batch(objective, base, tmp_path):
         assert (weights[-1]["hidden.weight"] - start).abs().max() > 1e-4
     for name, value in weights[0].items():
         assert (value - weights[1][name]).abs().max() < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("family", "samples", "fields"),
+    [
+        ("llava", [[2, (32, 32), 8], [1, (32, 32), 2, (32, 32), 1, (32, 32), 6]], {}),
+        ("qwen2_vl", [[2, (32, 32), 8], [1, (24, 48), 2, (56, 32), 1, (16, 16), 6]], {}),
+        ("qwen2_5_vl", [[2, (3, 24, 32), 8], [1, (32, 32), 6]], {}),
+        ("qwen2_5_vl", [[2, (3, 24, 32), 1, (24, 32), 8], [1, (2, 32, 32), 6]], {"pruner_per_frame": False}),
+    ],
+)
+def test_accumulated_budgets_weigh_by_images(family, samples, fields, base, tmp_path):
+    """Not by rows, of which one has more images, or groups of frames, than the other."""
+    trainer = trainer_for(base, tmp_path / "run", family=family, fields=fields, objective="paper")
+    whole = labelled(family, samples)
+    column, ends = torch.arange(whole["labels"].shape[1]), whole["attention_mask"].sum(1, keepdim=True)
+    whole["labels"] = whole["input_ids"].masked_fill((column < ends - 4) | (column >= ends), -100)
+    halves = []
+    for row in range(2):
+        half, valid = row_alone(family, whole, samples, row)
+        halves.append({**half, "labels": whole["labels"][row : row + 1, valid]})
+    losses = []
+    for batches in ([whole], halves):
+        batches, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
+        model = trainer.model.train()
+        losses.append(sum(trainer.compute_loss(model, batch, num_items_in_batch=items).item() for batch in batches))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    # The halves' budgets are not the same, so that their weights show.
+    terms = [trainer.model(**half).loss.item() for half in halves]
+    assert abs(terms[0] - terms[1]) > 1e-2 * losses[0]
 
 
 def test_tensorboard(base, tmp_path):
