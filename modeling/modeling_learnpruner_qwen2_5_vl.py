@@ -2,12 +2,9 @@
 """Qwen2.5-VL with LearnPruner (arXiv 2604.23950): as Qwen2-VL, behind an encoder with window attention."""
 
 import torch
-from transformers import Cache, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
-from transformers.utils import can_return_tuple
+from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from .configuration_learnpruner import LearnPrunerQwen2_5_VLConfig
-from .cuts_learnpruner import Cut
-from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast
 from .hub_learnpruner import HubMixin, register_key_conversion
 from .modeling_learnpruner_qwen2_vl import PrunedQwenVLGenerationMixin, PrunedQwenVLModelMixin
 
@@ -45,53 +42,7 @@ class LearnPrunerQwen2_5_VLForConditionalGeneration(
     config: LearnPrunerQwen2_5_VLConfig
     config_class = LearnPrunerQwen2_5_VLConfig
     model_class = LearnPrunerQwen2_5_VLModel
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        second_per_grid_ts: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict | None = None,
-        pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | None = None,
-        query_mask: torch.Tensor | None = None,
-        **kwargs,
-    ) -> LearnPrunerCausalLMOutputWithPast:
-        """As Qwen2-VL's, and `second_per_grid_ts`, the seconds that each video's groups of frames are apart."""
-        return super().forward(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            labels,
-            use_cache,
-            pixel_values,
-            pixel_values_videos,
-            image_grid_thw,
-            video_grid_thw,
-            mm_token_type_ids,
-            logits_to_keep,
-            mm_encoder_outputs,
-            pruner_ratio,
-            schedule,
-            query_mask,
-            # Where there is none, stock's own default.
-            **({} if second_per_grid_ts is None else {"second_per_grid_ts": second_per_grid_ts}),
-            **kwargs,
-        )
+    takes_seconds = True
 
 
 register_key_conversion(LearnPrunerQwen2_5_VLForConditionalGeneration, "Qwen2_5_VLForConditionalGeneration")

@@ -24,6 +24,11 @@ NEXT_TURN = (
     "For a new image in a later turn on one cache, encode it first: pass mm_encoder_outputs of the new images alone "
     "(model.model.get_image_features(..., return_dict=True)), grids and mm_token_type_ids of the whole conversation."
 )
+# Arguments of the stock forward, beside token ids and their mask.
+ARGUMENTS = (
+    *("position_ids", "past_key_values", "inputs_embeds", "use_cache", "mm_token_type_ids", "mm_encoder_outputs"),
+    *("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
+)
 # The pixels of each modality, and the grids that lay them out.
 INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
@@ -148,16 +153,6 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        mm_encoder_outputs: dict | None = None,
         pruner_ratio: float | None = None,
         schedule: tuple[Cut, ...] | None = None,
         query_mask: torch.Tensor | None = None,
@@ -165,25 +160,19 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         **kwargs,
     ) -> LearnPrunerModelOutputWithPast:
         """As the class with the head, without it."""
-        stock = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            "pixel_values": pixel_values,
-            "pixel_values_videos": pixel_values_videos,
-            "image_grid_thw": image_grid_thw,
-            "video_grid_thw": video_grid_thw,
-            "mm_token_type_ids": mm_token_type_ids,
-            "mm_encoder_outputs": mm_encoder_outputs,
-        }
+        stock = {"input_ids": input_ids, "attention_mask": attention_mask}
+        stock |= {name: kwargs.pop(name, None) for name in ARGUMENTS}
         return self._forward(stock, kwargs, pruner_ratio, schedule, query_mask, pruning)
 
 
 class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
-    """The signature that both share."""
+    """The signature that both share.
+
+    Attributes:
+        takes_seconds (`bool`): Whether the stock class does, as `second_per_grid_ts`.
+    """
+
+    takes_seconds = False
 
     @can_return_tuple
     def forward(
@@ -200,6 +189,7 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
         image_grid_thw: torch.LongTensor | None = None,
         video_grid_thw: torch.LongTensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         pruner_ratio: float | None = None,
@@ -210,8 +200,13 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
         """As [`LearnPrunerLlavaForConditionalGeneration.forward`], with Qwen's own arguments.
 
         Raises:
-            `ValueError`: also where `mm_token_type_ids` are missing, or a grid does not describe its pixels.
+            `ValueError`: also where `mm_token_type_ids` are missing or wrong, a grid does not describe its pixels, or
+                `second_per_grid_ts` are given to Qwen2-VL, which has no use for them.
         """
+        if second_per_grid_ts is not None:
+            if not self.takes_seconds:
+                raise ValueError(f"{type(self).__name__} takes no second_per_grid_ts: leave them out.")
+            kwargs["second_per_grid_ts"] = second_per_grid_ts
         stock = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
