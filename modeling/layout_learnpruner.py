@@ -83,7 +83,7 @@ class PromptLayout:
             raise ValueError(
                 f"{modality.capitalize()} features and {modality} tokens do not match: the {modality}s have {sizes} "
                 f"tokens, and the samples hold {self.placeholders[modality]} placeholders (none under attention_mask "
-                "0). Build input_ids and pixels with one processor call; in a later turn on one cache, pass the pixels "
-                "of that turn alone."
+                "0). Build input_ids and pixels with one processor call; in a later turn on one cache, give that "
+                "turn's pixels alone."
             )
         return owners
