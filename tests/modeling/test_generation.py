@@ -349,7 +349,7 @@ def test_several_tokens_at_once_and_crop(batch, family):
     assert (again - at_once[:, 2:]).abs().max() < 1e-5
     cache = pruned(**inputs, **prompt).past_key_values
     one_by_one = torch.cat([continue_from(cache, tokens[:, i : i + 1], i) for i in range(5)], 1)
-    assert (one_by_one - at_once).abs().max() < 1e-5
+    assert (one_by_one - at_once).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
