@@ -286,27 +286,31 @@ class PrunedGenerationMixin:
         """Text alone, of which the pruner has no part: nothing that depends on it is added to the embeddings, so that
         a batch of text has a gradient too, and goes back through every layer, as processes that share the layers
         (FSDP) expect of each other."""
-        trained = [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
         embeds = stock["inputs_embeds"]
         if embeds is None:
             embeds = self.get_input_embeddings()(stock["input_ids"])
-        nothing = sum((parameter.sum() * 0 for parameter in trained), embeds.new_zeros(()))
-        return {**stock, "input_ids": None, "inputs_embeds": embeds + nothing.to(embeds.dtype)}
+        return {**stock, "input_ids": None, "inputs_embeds": embeds + self._nothing().to(embeds)}
+
+    def _nothing(self) -> torch.Tensor:
+        """Zero, which depends on all of the pruner that is trained."""
+        return sum((parameter.sum() * 0 for parameter in self._trained()), torch.zeros(()))
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
 
     def _pruner_loss(
         self, pruning: PruningCall, labels: torch.Tensor, num_items_in_batch, budget_share
     ) -> torch.Tensor:
-        trained = [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
         if pruning.gates is None:
-            # Without images the pruner has no part in the loss; a batch of text must still have a gradient.
-            return sum((parameter.sum() * 0 for parameter in trained), labels.new_zeros((), dtype=torch.float32))
+            # A schedule without a learned cut: the loss must have a gradient all the same.
+            return self._nothing().to(labels.device)
         loss = budget_loss(pruning.probabilities, pruning.shares)
         if num_items_in_batch is not None:
             # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
             # by its share of the step's images where the caller knows it, else of the labels.
             by_labels = (labels[:, 1:] != -100).sum() / num_items_in_batch
             loss = loss * (by_labels if budget_share is None else budget_share)
-        if trained and loss.requires_grad:
+        if self._trained() and loss.requires_grad:
             # A forward pass alone trains nothing: only a backward pass gets here.
             loss.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
         return loss

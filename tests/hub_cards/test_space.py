@@ -2,7 +2,6 @@
 
 import base64
 import html
-import importlib.util
 import io
 import json
 import re
@@ -17,18 +16,11 @@ from PIL import Image
 
 from learnpruner.compare import load
 
+from space_scripts import SPACE, script
 from tiny_models import PATCHES, SIDE, tiny_pair, tiny_processor
 
 ROOT = Path(__file__).parents[2]
-SPACE = ROOT / "hub_cards" / "space"
 SHIPPED = ROOT / "examples" / "easy_vqa" / "learnpruner-tiny-llava"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"space_{name}", SPACE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

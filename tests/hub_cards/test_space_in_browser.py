@@ -1,21 +1,12 @@
 """The Space as it is uploaded, driven in headless Chromium: a picture in, the slider moved, other patches shown."""
 
-import importlib.util
 import os
 import re
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-SPACE = Path(__file__).parents[2] / "hub_cards" / "space"
-
-
-def script(name):
-    spec = importlib.util.spec_from_file_location(f"space_{name}", SPACE / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from space_scripts import SPACE, script
 
 
 @pytest.fixture(scope="module")

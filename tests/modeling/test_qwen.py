@@ -113,10 +113,14 @@ def test_videos_at_a_ratio_of_one_are_the_stock_class(family, batch):
 
 def test_seconds_per_grid(family):
     """Qwen2.5-VL's frames lie apart in time: other seconds are other positions, cut or not, and the answers follow."""
-    if family == "qwen2_vl":
-        pytest.skip("its frames have no seconds")
     stock, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("image_and_video", family))
+    if family == "qwen2_vl":
+        # Its frames have none: refused, and not silently without effect.
+        for call in (pruned, lambda **kwargs: pruned.generate(**NEW, **kwargs)):
+            with pytest.raises(ValueError, match="takes no second_per_grid_ts"):
+                call(**inputs, second_per_grid_ts=torch.ones(len(inputs["video_grid_thw"])))
+        return
     slow = {**inputs, "second_per_grid_ts": 8 * inputs["second_per_grid_ts"]}
     where, later = (positions(family, stock, given) for given in (inputs, slow))
     assert not torch.equal(where, later)
