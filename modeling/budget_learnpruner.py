@@ -1,7 +1,5 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""From one ratio to the exact number of tokens that each cut keeps, and the accounting that papers report."""
-
-from itertools import pairwise
+"""From one ratio to the exact number of tokens that each cut keeps."""
 
 
 def keep_counts(
@@ -34,17 +32,3 @@ def keep_counts(
         r1 = stage_ratio * r2
     first = min(num_tokens, max(1, round(r1)))
     return first, min(first, max(1, round(r2)))
-
-
-def mean_tokens(counts: tuple[int, ...], layers: tuple[int, ...], num_tokens: int, num_layers: int) -> float:
-    """Mean number of vision tokens over the decoder's layers: the "retained tokens" of papers.
-
-    Args:
-        counts (`tuple[int, ...]`): Tokens kept by each cut.
-        layers (`tuple[int, ...]`): The 0-based decoder layer before which each cut falls, ascending.
-        num_tokens (`int`): Vision tokens before the first cut.
-        num_layers (`int`): Decoder layers.
-    """
-    bounds = (0, *layers, num_layers)
-    spans = [end - start for start, end in pairwise(bounds)]
-    return sum(span * count for span, count in zip(spans, (num_tokens, *counts))) / num_layers

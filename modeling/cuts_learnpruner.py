@@ -1,24 +1,23 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""A schedule of cuts as data, and the object that carries one call through it.
+"""A schedule of cuts as data.
 
 A cut says where (before which decoder layer), how many (per image, from its token count alone), by what score, and by
 which selection. LearnPruner is two cuts; other methods are other lists.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from .attention_learnpruner import attention_received
 from .budget_learnpruner import keep_counts
 from .configuration_learnpruner import check_pruner_field
-from .layout_learnpruner import MODALITIES, PromptLayout
+from .layout_learnpruner import PromptLayout
 from .scorer_learnpruner import rank, top_k, top_k_with_diversity
 
 
@@ -31,11 +30,21 @@ class EncodedImages:
         features (`torch.Tensor` of shape `(images, tokens, d)`): Vision encoder features before the projector; rows
             of NaN are structure (LLaVA-NeXT's newlines).
         present (`torch.Tensor` of shape `(images, tokens)`, bool): False where a smaller image is filled up.
+        sizes (`list[int]`): Tokens of each image.
+        owners (`list[int]`): The sample that each image belongs to.
+        arguments (`dict`): The stock forward's, with encoded images (`mm_encoder_outputs`) beside their pixels.
+        layout ([`PromptLayout`]): Of the prompt.
+        query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, or `None`): Text rows that may rank tokens.
     """
 
     model: nn.Module
     features: torch.Tensor
     present: torch.Tensor
+    sizes: list[int]
+    owners: list[int]
+    arguments: dict
+    layout: PromptLayout
+    query_mask: torch.Tensor | None
 
 
 @dataclass
@@ -43,22 +52,28 @@ class DecoderState:
     """What a cut before decoder layer k can look at: layer k-1, as it was run, in physical coordinates.
 
     Attributes:
-        layer (`nn.Module`): Decoder layer k-1.
-        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): Its input.
+        decoder (`nn.Module`): The text model.
+        number (`int`): k-1, 0-based.
+        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): The layer's input.
+        output (`torch.Tensor` of shape `(batch, length, hidden)`): Its output; its input while it is watched.
         position_embeddings: cos and sin, each `(batch or 1, length, head_dim)`.
         keys (`torch.Tensor` of shape `(batch, kv_heads, past + length, head_dim)`, or `None`): Its rotated keys.
         key_valid (`torch.Tensor` of shape `(batch, past + length)`, bool, or `None`): Keys that are not padding.
+        index (`torch.Tensor` of shape `(batch, length)`, int64): The row of the prompt that each is.
         vision (`torch.Tensor` of shape `(batch, length)`, bool): Vision tokens still there.
         queries (`torch.Tensor` of shape `(batch, length)`, bool): Text rows that may rank them.
         num_text (`int`): Text rows of the sample that has most.
         vision_scores (`torch.Tensor` of shape `(batch, length)`, float32): Scores of the cut before the decoder.
     """
 
-    layer: nn.Module
+    decoder: nn.Module
+    number: int
     hidden_states: torch.Tensor
+    output: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
     keys: torch.Tensor | None
     key_valid: torch.Tensor | None
+    index: torch.Tensor
     vision: torch.Tensor
     queries: torch.Tensor
     num_text: int
@@ -84,6 +99,9 @@ class DecoderScore(Protocol):
     def select(self, scores: torch.Tensor, state: DecoderState, counts: torch.Tensor) -> torch.Tensor:
         """Returns `(batch, length)` bool, `counts[i]` vision tokens of sample i; an infinite score must be chosen."""
 
+    def watch(self, state: DecoderState) -> AbstractContextManager:
+        """In which a layer of the cut's `watched` runs; the state is that before it. For the encoder, the model is."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -94,11 +112,32 @@ class Cut:
         keep (`Callable[[int], int]`): Tokens of one image before any cut -> tokens that survive this cut. A cut
             before the decoder grants them per image, a later one per sample.
         score ([`EncoderScore`] for layer 0, else [`DecoderScore`]): What ranks the tokens, and how they are chosen.
+        merge (`Callable`, *optional*): For layer 0: of [`EncodedImages`] and what was chosen, `(images, tokens)` bool,
+            makes the embeddings `(images, tokens, hidden)` that stand in the prompt in place of the projector's.
+        watched (`tuple[int, ...]`): What the score watches run: decoder layers before `layer`, or the encoder, -1.
     """
 
     layer: int
     keep: Callable[[int], int]
     score: EncoderScore | DecoderScore
+    merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None
+    watched: tuple[int, ...] = ()
+
+
+def watching(schedule: tuple[Cut, ...], number: int, seen: Callable[[], DecoderState | nn.Module]) -> ExitStack:
+    """The block in which what is called `number` runs, watched by the cuts that want to. `seen` makes what they see."""
+    stack = ExitStack()
+    for cut in schedule:
+        if number in cut.watched:
+            stack.enter_context(cut.score.watch(seen()))
+    return stack
+
+
+class Schedule(Protocol):
+    """What makes the cuts of each call: a method with its settings."""
+
+    def cuts(self, model: nn.Module) -> tuple[Cut, ...]:
+        """By ascending layer, for `model`, the one without its head. What a score gathers on its way is the call's."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +174,7 @@ class TextAttention:
     query: str
 
     def __call__(self, state: DecoderState) -> torch.Tensor:
+        layer = state.decoder.layers[state.number]
         if self.query == "last":
             # The last marked row; argmax finds the first of equals, so count from the right.
             last = state.queries.shape[1] - 1 - state.queries.flip(1).int().argmax(1)
@@ -142,8 +182,8 @@ class TextAttention:
         else:
             rows = state.queries.long().argsort(dim=1, stable=True)[:, state.queries.shape[1] - state.num_text :]
         received, seen = attention_received(
-            state.layer.self_attn,
-            state.layer.input_layernorm(state.hidden_states),
+            layer.self_attn,
+            layer.input_layernorm(state.hidden_states),
             state.position_embeddings,
             rows,
             state.queries.gather(1, rows),
@@ -189,162 +229,6 @@ def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -
     first = Cut(0, lambda tokens: counts(tokens)[0], LearnedScore(config.pruner_diversity))
     second = Cut(layer, lambda tokens: counts(tokens)[1], TextAttention(config.pruner_query))
     return (first, second) if layer < depth else (first,)
-
-
-@dataclass
-class PruningCall:
-    """One call's way through a schedule: what was asked, what was planned, what was decided.
-
-    Tensors of shape `(batch, sequence)` are in the caller's coordinates.
-
-    Attributes:
-        schedule (`tuple[Cut, ...]`): The cuts, by ascending layer.
-        query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that may rank tokens.
-        soft (`bool`): Gate at full length instead of cutting.
-        vision (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens of this call.
-        counts (`list[list[int]]`): For each sample, its vision tokens before the first cut and after each.
-        count_table (`torch.Tensor` of shape `(batch, 1 + cuts)`, int64): The same on the device.
-        vision_kept (`torch.Tensor` of shape `(batch, sequence)`, bool): Survivors of a cut before the decoder.
-        vision_scores (`torch.Tensor` of shape `(batch, sequence)`, float32): Its scores, NaN elsewhere.
-        last (`torch.Tensor` of shape `(batch,)`, int64): Each sample's last row. It predicts the next token, so no
-            cut drops it, even where it is a vision token.
-        answer_length (`int`): Tokens of this call behind the prompt: candidates, or an answer run without a cache.
-        gates (`torch.Tensor` of shape `(batch, sequence)`, float32): Keep probabilities, 1 for text; `soft` only.
-        probabilities (`list[torch.Tensor]`), shares (`list[float]`): Each image's, for the budget term; `soft` only.
-        decisions (`list[tuple[torch.Tensor, torch.Tensor]]`): Kept mask and scores of each cut made.
-    """
-
-    schedule: tuple[Cut, ...]
-    query_mask: torch.Tensor | None = None
-    soft: bool = False
-    vision: torch.Tensor | None = None
-    counts: list[list[int]] | None = None
-    count_table: torch.Tensor | None = None
-    vision_kept: torch.Tensor | None = None
-    vision_scores: torch.Tensor | None = None
-    last: torch.Tensor | None = None
-    answer_length: int = 0
-    gates: torch.Tensor | None = None
-    probabilities: list[torch.Tensor] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
-    decisions: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def will_cut(self) -> bool:
-        """Whether any token will leave; known only after [`plan`]."""
-        return self.counts is not None and any(min(row) < row[0] for row in self.counts)
-
-    @property
-    def kept_mask(self) -> tuple[torch.Tensor, ...] | None:
-        return tuple(kept for kept, _ in self.decisions) or None
-
-    @property
-    def decided_scores(self) -> tuple[torch.Tensor, ...] | None:
-        if self.gates is not None:
-            return (self.vision_scores.detach(),)
-        return tuple(scores for _, scores in self.decisions) or None
-
-    def plan(self, model: nn.Module, parts: dict[str, list[torch.Tensor]], layout: PromptLayout) -> None:
-        """Fixes every count on the host, and makes the cut before the decoder, if there is one.
-
-        Args:
-            model (`nn.Module`): The vision-language model without its head.
-            parts (`dict[str, list[torch.Tensor]]`, each `(tokens, d)`):
-                For each modality, the features of its images, in the order of the prompt.
-            layout ([`PromptLayout`]): Of the prompt.
-
-        Raises:
-            `ValueError`: where the placeholders of a sample are not those of a whole number of images, or the query
-                mask has another shape than the prompt.
-        """
-        vision, valid = layout.kinds > 0, layout.valid
-        if self.query_mask is not None and self.query_mask.shape != vision.shape:
-            raise ValueError(
-                f"query_mask has the shape {tuple(self.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it "
-                "marks rows of the prompt, (batch, sequence)."
-            )
-        owners, kinds, features = [], [], []
-        for kind, modality in enumerate(MODALITIES, 1):
-            own = parts.get(modality, [])
-            owners += layout.owners(modality, [len(part) for part in own])
-            kinds += [kind] * len(own)
-            features += own
-        sizes = [len(feature) for feature in features]
-        kept = [sizes]
-        for cut in self.schedule:
-            kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], sizes)])
-        self.vision = vision
-        self.counts = [
-            [sum(count for count, owner in zip(counts, owners) if owner == row) for counts in kept]
-            for row in range(len(vision))
-        ]
-        columns = torch.arange(vision.shape[1], device=vision.device).expand_as(vision)
-        self.last = columns.amax(1) if valid is None else (columns * valid).amax(1)
-        self.vision_kept = vision
-        self.vision_scores = vision.new_full(vision.shape, torch.nan, dtype=torch.float32)
-        self.count_table = torch.tensor(self.counts, device=vision.device)
-        if not self.will_cut or self.schedule[0].layer > 0:
-            return
-        if self.soft and not isinstance(self.schedule[0].score, LearnedScore):
-            return
-
-        # On the images' device: with a device map, or inputs left on the host, the prompt may be elsewhere.
-        device = features[0].device
-        length = torch.tensor(sizes, device=device)
-        padded = pad_sequence(features, batch_first=True)
-        present = torch.arange(padded.shape[1], device=device) < length.unsqueeze(1)
-        images = EncodedImages(model, padded, present)
-        cut = self.schedule[0]
-        scores = cut.score(images).to(device)
-
-        def to_prompt(values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-            for kind in set(kinds):
-                flat = torch.cat([row[:size] for row, size, own in zip(values, sizes, kinds) if own == kind])
-                rest = rest.masked_scatter(layout.kinds == kind, flat.to(rest.device))
-            return rest
-
-        self.vision_scores = to_prompt(scores, self.vision_scores)
-        if self.soft:
-            patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, sizes)]
-            if not all(len(patch) for patch in patches):
-                raise FloatingPointError("An image has no score that is a number: its pixels, or the pruner, hold NaN.")
-            # Structure is kept last, so the budget is one of patches.
-            self.shares = [min(1.0, count / len(patch)) for count, patch in zip(kept[1], patches)]
-            self.probabilities = cut.score.gate(patches, self.shares)
-            scored = present & ~scores.isnan()
-            gates = torch.ones_like(scores).masked_scatter(scored, torch.cat(self.probabilities))
-            self.gates = to_prompt(gates, torch.ones_like(self.vision_scores))
-            return
-        # A sample that ends in a vision token: in the last of its images, or of its videos.
-        places = list(zip(owners, kinds))
-        last_part = [place != after for place, after in zip(places, [*places[1:], None])]
-        ends = layout.kinds.gather(1, self.last.unsqueeze(1)).squeeze(1).to(device)
-        ends = ends[torch.tensor(owners, device=device)] == torch.tensor(kinds, device=device)
-        must = torch.tensor(last_part, device=device) & ends
-        must = torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, must.unsqueeze(1))
-        chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[1])
-        self.vision_kept = to_prompt(chosen, torch.zeros_like(vision))
-
-    def to_tensors(self, start: int) -> dict[str, torch.Tensor]:
-        """The plan as tensors that beams can expand; `start` columns stand before those that were planned."""
-        return {
-            "vision_kept": F.pad(self.vision_kept, (start, 0)),
-            "vision_scores": F.pad(self.vision_scores, (start, 0), value=torch.nan),
-            "vision_counts": torch.cat([self.last.unsqueeze(1), self.count_table], dim=1),
-        }
-
-    def resume(
-        self, vision: torch.Tensor, vision_kept: torch.Tensor, vision_scores: torch.Tensor, vision_counts: torch.Tensor
-    ) -> None:
-        """Takes over a plan from [`to_tensors`]. Behind its columns stands an answer: text that ranks nothing."""
-        self.answer_length = vision.shape[1] - vision_kept.shape[1]
-        behind = (0, self.answer_length)
-        self.vision = F.pad(vision[:, : vision_kept.shape[1]], behind)
-        self.vision_kept = F.pad(vision_kept, behind)
-        self.vision_scores = F.pad(vision_scores, behind, value=torch.nan)
-        self.query_mask = F.pad(self.query_mask, behind)
-        self.last, self.count_table = vision_counts[:, 0], vision_counts[:, 1:]
-        self.counts = self.count_table.tolist()
 
 
 def check_schedule(schedule: tuple[Cut, ...], num_layers: int) -> tuple[Cut, ...]:

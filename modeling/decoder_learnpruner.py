@@ -5,6 +5,8 @@ Rows are converted between logical (the caller's sequence) and physical (what is
 same account of its keys.
 """
 
+from functools import partial
+
 import torch
 from transformers import DynamicCache, LlamaModel, MistralModel, Qwen2_5_VLTextModel, Qwen2Model, Qwen2VLTextModel
 from transformers.masking_utils import create_causal_mask
@@ -14,7 +16,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_learnpruner import gated_causal_mask
 from .cache_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
-from .cuts_learnpruner import Cut, DecoderState, PruningCall
+from .call_learnpruner import PruningCall
+from .cuts_learnpruner import Cut, DecoderState, watching
 from .guards_learnpruner import refuse_gating, refuse_prepared_mask
 
 
@@ -172,18 +175,20 @@ class PrunedDecoderMixin:
             if stale:
                 mask = self._mask(number, rows.hidden_states, past_key_values, key_valid)
 
-            previous = (layer, rows.hidden_states, held, key_valid, rows.position_embeddings)
-            # Packed sequences were refused, so the layers need positions for nothing but the rotary embeddings; the
-            # gaps left by a cut would even look like packing to flash attention.
-            rows.hidden_states = layer(
-                rows.hidden_states,
-                attention_mask=mask,
-                position_embeddings=rows.position_embeddings,
-                position_ids=None,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                **kwargs,
-            )
+            previous = (number, rows.hidden_states, held, key_valid, rows.position_embeddings)
+            state = partial(self._state, rows, pruning, text_lengths, previous)
+            with watching(cuts.values(), number, state):
+                # Packed sequences were refused, so the layers need positions for nothing but the rotary embeddings;
+                # the gaps left by a cut would even look like packing to flash attention.
+                rows.hidden_states = layer(
+                    rows.hidden_states,
+                    attention_mask=mask,
+                    position_embeddings=rows.position_embeddings,
+                    position_ids=None,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    **kwargs,
+                )
         hidden_states = self.norm(rows.hidden_states)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
@@ -202,38 +207,48 @@ class PrunedDecoderMixin:
             allow_is_causal_skip=key_valid is None,
         )
 
+    def _state(self, rows: PhysicalRows, pruning: PruningCall, text_lengths: list[int], previous) -> DecoderState:
+        number, hidden_states, held, key_valid, position_embeddings = previous
+        device = rows.hidden_states.device
+        vision, text = _kinds(rows, pruning)
+        queries = text if pruning.query_mask is None else text & rows.to_physical(pruning.query_mask)
+        return DecoderState(
+            decoder=self,
+            number=number,
+            hidden_states=hidden_states.to(device),
+            output=rows.hidden_states,
+            position_embeddings=tuple(part.to(device) for part in position_embeddings),
+            keys=None if held is None else held.keys,
+            key_valid=None if key_valid is None else key_valid.to(device),
+            index=rows.index.to(device),
+            vision=vision.to(device),
+            queries=queries.to(device),
+            num_text=max(text_lengths),
+            vision_scores=rows.to_physical(pruning.vision_scores).to(device),
+        )
+
     def _cut(self, cut: Cut, rows: PhysicalRows, sequence: int, pruning: PruningCall, text_lengths, previous) -> None:
         step = pruning.schedule.index(cut) + 1
-        vision = rows.to_physical(pruning.vision)
-        text = ~vision
-        if rows.valid is not None:
-            text, vision = text & rows.valid, vision & rows.valid
+        _, text = _kinds(rows, pruning)
         if cut.layer == 0:
             scores = pruning.vision_scores
             chosen = rows.to_physical(pruning.vision_kept)
         else:
-            layer, hidden_states, held, key_valid, position_embeddings = previous
-            device = rows.hidden_states.device
-            queries = text if pruning.query_mask is None else text & rows.to_physical(pruning.query_mask)
-            state = DecoderState(
-                layer=layer,
-                hidden_states=hidden_states.to(device),
-                position_embeddings=tuple(part.to(device) for part in position_embeddings),
-                keys=None if held is None else held.keys,
-                key_valid=None if key_valid is None else key_valid.to(device),
-                vision=vision.to(device),
-                queries=queries.to(device),
-                num_text=max(text_lengths),
-                vision_scores=rows.to_physical(pruning.vision_scores).to(device),
-            )
+            state = self._state(rows, pruning, text_lengths, previous)
             scores = cut.score(state)
-            last = (rows.index == pruning.last.unsqueeze(1).to(rows.index.device)).to(device) & state.vision
-            counts = pruning.count_table[:, step].to(device)
+            last = (rows.index == pruning.last.unsqueeze(1).to(rows.index.device)).to(scores.device) & state.vision
+            counts = pruning.count_table[:, step].to(scores.device)
             chosen = cut.score.select(scores.masked_fill(last, torch.inf), state, counts).to(text.device)
             scores = rows.to_logical(scores.to(text.device), sequence, torch.nan)
         rows.keep(chosen | text, [length + row[step] for length, row in zip(text_lengths, pruning.counts)])
         kept = rows.to_logical(torch.ones_like(rows.index, dtype=torch.bool), sequence, False)
         pruning.decisions.append((kept, scores))
+
+
+def _kinds(rows: PhysicalRows, pruning: PruningCall) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of vision and of text, each `(batch, length)` bool."""
+    vision = rows.to_physical(pruning.vision)
+    return (vision, ~vision) if rows.valid is None else (vision & rows.valid, ~vision & rows.valid)
 
 
 def _text_lengths(pruning: PruningCall, rows: PhysicalRows) -> list[int]:
@@ -257,30 +272,8 @@ def _join(held: PrunedCacheLayer, attention_mask, rows: PhysicalRows, sequence: 
     return torch.cat([past.to(own.device), own], dim=1)
 
 
-class PrunedLlamaModel(PrunedDecoderMixin, LlamaModel):
-    pass
-
-
-class PrunedMistralModel(PrunedDecoderMixin, MistralModel):
-    pass
-
-
-class PrunedQwen2Model(PrunedDecoderMixin, Qwen2Model):
-    pass
-
-
-class PrunedQwen2VLTextModel(PrunedDecoderMixin, Qwen2VLTextModel):
-    pass
-
-
-class PrunedQwen2_5_VLTextModel(PrunedDecoderMixin, Qwen2_5_VLTextModel):
-    pass
-
-
+# By `model_type` of the text model's configuration.
 PRUNED_TEXT_MODELS = {
-    "llama": PrunedLlamaModel,
-    "mistral": PrunedMistralModel,
-    "qwen2": PrunedQwen2Model,
-    "qwen2_vl_text": PrunedQwen2VLTextModel,
-    "qwen2_5_vl_text": PrunedQwen2_5_VLTextModel,
+    stock.config_class.model_type: type(f"Pruned{stock.__name__}", (PrunedDecoderMixin, stock), {})
+    for stock in (LlamaModel, MistralModel, Qwen2Model, Qwen2VLTextModel, Qwen2_5_VLTextModel)
 }

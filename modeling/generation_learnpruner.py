@@ -9,7 +9,8 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
 from transformers.utils import logging
 
-from .cuts_learnpruner import Cut, LearnedScore, PruningCall, check_schedule, learnpruner_schedule
+from .call_learnpruner import PruningCall
+from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
 from .decoder_learnpruner import PRUNED_TEXT_MODELS
 from .guards_learnpruner import (
     OR_NO_PRUNING,
@@ -139,13 +140,16 @@ class PrunedModelMixin:
             f"Load the class for conditional generation and take its `.model`, not {cls.__name__} itself."
         )
 
-    def pruner_schedule(self, ratio: float | None = None, schedule: tuple[Cut, ...] | None = None) -> tuple[Cut, ...]:
-        """The cuts of a call: `schedule`, or LearnPruner's at `ratio` or at the configuration's."""
+    def pruner_schedule(
+        self, ratio: float | None = None, schedule: tuple[Cut, ...] | Schedule | None = None
+    ) -> tuple[Cut, ...]:
+        """The cuts of a call: those of `schedule`, or LearnPruner's at `ratio` or at the configuration's."""
         if schedule is None:
             return learnpruner_schedule(self.config, ratio)
         if ratio is not None:
             raise ValueError("Pass pruner_ratio or schedule, not both: a schedule says itself how much it keeps.")
-        return check_schedule(schedule, self.config.text_config.num_hidden_layers)
+        cuts = schedule if isinstance(schedule, tuple | list) else schedule.cuts(self)
+        return check_schedule(cuts, self.config.text_config.num_hidden_layers)
 
     def marks(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where a special token stands, `(batch, sequence)` bool."""
@@ -197,8 +201,10 @@ class PrunedModelMixin:
                 valid = None if mask is None else mask[:, -kinds.shape[1] :].bool()
                 layout = self.read_layout(stock, kinds, valid)
                 self.check_images(stock, layout)
-                stock = self.encode_images(stock, layout)
-                pruning.plan(self, self.pruner_features(stock, layout), layout)
+                pixels = {name: stock[name] for name in self.pixel_arguments}
+                with watching(pruning.schedule, -1, lambda: self):
+                    stock = self.encode_images(stock, layout)
+                stock = {**stock, "mm_encoder_outputs": pruning.plan(self, {**stock, **pixels}, layout)}
             # In training, a schedule without a learned cut has nothing to gate.
             if pruning.will_cut and not (pruning.soft and pruning.gates is None):
                 self._warn_if_untrained(pruning)
@@ -338,15 +344,18 @@ class PrunedGenerationMixin:
         valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
         layout = self.model.read_layout(model_kwargs, kinds[:, start:], valid)
         self.model.check_images(model_kwargs, layout)
-        features = {name: model_kwargs.get(name) for name in self.model.feature_arguments}
-        model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
-        features["mm_encoder_outputs"] = model_kwargs["mm_encoder_outputs"]
+        images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
+        images["input_ids"] = inputs_tensor[:, start:] if embeds is None else None
+        images["inputs_embeds"] = None if embeds is None else embeds[:, start:]
+        with watching(schedule, -1, lambda: self.model):
+            model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
+        images["mm_encoder_outputs"] = model_kwargs["mm_encoder_outputs"]
 
         # Fixed from the prompt: what is generated never ranks the evidence.
         query_mask = model_kwargs.get("query_mask")
         query_mask = torch.ones_like(kinds, dtype=torch.bool) if query_mask is None else query_mask.bool()
         pruning = PruningCall(schedule, query_mask[:, start:])
-        pruning.plan(self.model, self.model.pruner_features(features, layout), layout)
+        model_kwargs["mm_encoder_outputs"] = pruning.plan(self.model, images, layout)
         if not pruning.will_cut:
             model_kwargs.pop("schedule", None)
             return {**model_kwargs, "pruner_ratio": 1.0}

@@ -5,8 +5,9 @@ import torch
 from transformers import Cache, LlavaForConditionalGeneration, LlavaModel, PreTrainedConfig
 from transformers.utils import can_return_tuple
 
+from .call_learnpruner import PruningCall
 from .configuration_learnpruner import LearnPrunerLlavaConfig
-from .cuts_learnpruner import Cut, PruningCall
+from .cuts_learnpruner import Cut
 from .generation_learnpruner import (
     LearnPrunerCausalLMOutputWithPast,
     LearnPrunerModelOutputWithPast,

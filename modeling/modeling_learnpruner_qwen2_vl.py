@@ -7,8 +7,9 @@ import torch
 from transformers import Cache, PreTrainedConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.utils import can_return_tuple
 
+from .call_learnpruner import PruningCall
 from .configuration_learnpruner import LearnPrunerQwen2VLConfig
-from .cuts_learnpruner import Cut, PruningCall
+from .cuts_learnpruner import Cut
 from .generation_learnpruner import (
     LearnPrunerCausalLMOutputWithPast,
     LearnPrunerModelOutputWithPast,

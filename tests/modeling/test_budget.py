@@ -3,7 +3,8 @@
 import pytest
 
 from learnpruner import LearnPrunerLlavaConfig, learnpruner_schedule
-from learnpruner.budget_learnpruner import keep_counts, mean_tokens
+from learnpruner.accounting import mean_tokens
+from learnpruner.budget_learnpruner import keep_counts
 
 import oracles
 from tiny_models import tiny_config

@@ -1,0 +1,31 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""Published pruning methods on the rails of the core: one file each, and one registry."""
+
+from .base import Method, Place
+from .baselines import OracleBoxes, Pool, Random, Uniform
+from .cls_attention import ClsAttention
+from .composed import Composed
+from .fastv import FastV
+from .learnpruner import LearnedStage, LearnPruner, TextStage
+
+
+class Registry(dict):
+    """Name -> class of a method."""
+
+    def __missing__(self, name):
+        raise KeyError(f"{name!r} is no method. Known are: {', '.join(sorted(self))}.")
+
+
+METHODS = Registry(
+    random=Random,
+    uniform=Uniform,
+    pool=Pool,
+    oracle_boxes=OracleBoxes,
+    cls_attention=ClsAttention,
+    fastv=FastV,
+    learnpruner=LearnPruner,
+    learned_stage=LearnedStage,
+    text_stage=TextStage,
+)
+
+__all__ = ["METHODS", "Composed", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]

@@ -1,0 +1,137 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""What every method is: settings, and the places where it cuts. Budgets are counted in one way for all."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from learnpruner.accounting import spread_budget
+from learnpruner.configuration_learnpruner import check_pruner_field
+from learnpruner.cuts_learnpruner import Cut, DecoderScore, DecoderState, EncodedImages, EncoderScore
+from learnpruner.scorer_learnpruner import top_k
+
+
+@dataclass(frozen=True)
+class Place:
+    """A cut whose budget is not counted yet.
+
+    Attributes:
+        layer (`int`): The cut falls before this 0-based decoder layer; 0 is before the decoder.
+        weight (`float`): The tokens that it keeps, in proportion to the method's other cuts.
+        score ([`EncoderScore`] for layer 0, else [`DecoderScore`]): What ranks the tokens, and how they are chosen.
+        merge, watched: As in [`Cut`].
+    """
+
+    layer: int
+    weight: float
+    score: EncoderScore | DecoderScore
+    merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None
+    watched: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A pruning method with its settings: `model.generate(..., schedule=method)`.
+
+    A subclass says in [`places`] where it cuts and by what score, and in [`check`] what a model must have for it.
+
+    Args:
+        ratio (`float`): Share of vision tokens kept, in (0, 1]; at 1 the stock model runs.
+        accounting (`"mean"` or `"cap"`): Whether `ratio` is the mean over the decoder's layers, as papers count, or
+            what the last cut leaves, whatever the layers before it see.
+    """
+
+    ratio: float = 1 / 9
+    accounting: str = field(default="mean", kw_only=True)
+
+    def __post_init__(self):
+        check_pruner_field("pruner_ratio", self.ratio)
+        if self.accounting not in ("mean", "cap"):
+            raise ValueError(f"accounting is 'mean' or 'cap', got {self.accounting!r}.")
+
+    @abstractmethod
+    def places(self, model: nn.Module) -> tuple[Place, ...]:
+        """Where the method cuts, by ascending layer.
+
+        Args:
+            model (`nn.Module`): The vision-language model without its head.
+        """
+
+    def check(self, model: nn.Module) -> None:
+        """Raises `ValueError` where `model` lacks what the method reads; before any work."""
+        return
+
+    def cuts(self, model: nn.Module) -> tuple[Cut, ...]:
+        """The cuts of one call. Scores that gather something on their way do so for this call alone."""
+        if self.ratio == 1:
+            return ()
+        self.check(model)
+        places, depth = self.places(model), model.config.text_config.num_hidden_layers
+        return tuple(
+            Cut(place.layer, partial(self._keep, places, depth, step), place.score, place.merge, place.watched)
+            for step, place in enumerate(places)
+        )
+
+    def _keep(self, places: tuple[Place, ...], depth: int, step: int, num_tokens: int) -> int:
+        layers, weights = [place.layer for place in places], [place.weight for place in places]
+        budget = self.ratio * num_tokens
+        if self.accounting == "cap":
+            return min(num_tokens, max(1, round(budget * weights[step] / weights[-1])))
+        try:
+            return spread_budget(num_tokens, budget, layers, weights, depth)[step]
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__}: {error} Raise its ratio, cut in an earlier layer, or count what the last cut "
+                "leaves: accounting='cap'."
+            ) from error
+
+    @contextmanager
+    def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+        """Every call of `model` in this block is pruned by the method, unless the call says otherwise. Not for models
+        that other threads use meanwhile: pass `schedule=` to each call instead.
+
+        Args:
+            model ([`PreTrainedModel`]): A model of this project, with its head.
+        """
+        inner = model.model
+        self.cuts(inner)
+        before = vars(inner).get("pruner_schedule")
+        inherited = inner.pruner_schedule
+
+        def pruner_schedule(ratio=None, schedule=None):
+            return inherited(ratio, self if ratio is None and schedule is None else schedule)
+
+        inner.pruner_schedule = pruner_schedule
+        try:
+            yield model
+        finally:
+            if before is None:
+                del inner.pruner_schedule
+            else:
+                inner.pruner_schedule = before
+
+
+class TopKImages:
+    """The selection of an [`EncoderScore`] that keeps the highest of each image; structure comes last, in order."""
+
+    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
+        return top_k(scores, images.present, torch.tensor(counts, device=scores.device))
+
+
+class TopKSamples:
+    """The selection of a [`DecoderScore`] that keeps the highest of each sample."""
+
+    def select(self, scores: torch.Tensor, state: DecoderState, counts: torch.Tensor) -> torch.Tensor:
+        return top_k(scores, state.vision, counts)
+
+
+def scaled_layer(layer: int, model: nn.Module, of: int = 32) -> int:
+    """A layer that a paper names for a decoder of 32, at the same depth of this one: at least 1."""
+    depth = model.config.text_config.num_hidden_layers
+    return min(depth - 1, max(1, int(layer * depth / of + 0.5)))

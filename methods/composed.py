@@ -1,0 +1,40 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""The cut of one method before the decoder, with the cuts of another inside."""
+
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from .base import Method, Place
+from .learnpruner import LearnedStage, TextStage
+
+
+@dataclass(frozen=True)
+class Composed(Method):
+    """One method's cut before the decoder, then another's inside it, such as LearnPruner's stage 1 with FastV's cut, or
+    VisionZip's with LearnPruner's stage 2. `Composed()` is LearnPruner.
+
+    Args:
+        first ([`Method`]): One that cuts before the decoder alone.
+        second ([`Method`]): One that cuts inside it alone. Ratio and accounting of the two are not looked at.
+        stage_ratio (`float`): Tokens that the first cut leaves, in proportion to those that the next does: the paper's
+            3.
+    """
+
+    first: Method = field(default_factory=LearnedStage)
+    second: Method = field(default_factory=TextStage)
+    stage_ratio: float = 3.0
+
+    def check(self, model: nn.Module) -> None:
+        self.first.check(model)
+        self.second.check(model)
+
+    def places(self, model: nn.Module) -> tuple[Place, ...]:
+        first, second = self.first.places(model), self.second.places(model)
+        if [place.layer for place in first] != [0] or not second or second[0].layer == 0:
+            raise ValueError(
+                f"Composed takes a method that cuts before the decoder and one that cuts inside: "
+                f"{type(self.first).__name__} cuts before the layers {[place.layer for place in first]}, "
+                f"{type(self.second).__name__} before {[place.layer for place in second]}."
+            )
+        return (replace(first[0], weight=self.stage_ratio * second[0].weight), *second)

@@ -1,0 +1,190 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""What methods before the decoder read of encoded images, of every family. `images` is the number of images of a call,
+`tokens` the most that one of them has; rows of NaN are structure or fill up a smaller image."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from threading import get_ident
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers.image_processing_utils import select_best_resolution
+from transformers.models.clip.modeling_clip import CLIPEncoder
+
+from learnpruner.cuts_learnpruner import EncodedImages
+from learnpruner.layout_learnpruner import MODALITIES
+
+
+def padded(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts `(tokens, d)` of different sizes as `(images, tokens, d)`, filled up with NaN."""
+    return pad_sequence(parts, batch_first=True, padding_value=torch.nan)
+
+
+def embeddings(images: EncodedImages) -> torch.Tensor:
+    """What the decoder is given for each token, after the projector: `(images, tokens, hidden)`."""
+    outputs = images.arguments["mm_encoder_outputs"]
+    every = [row for modality in MODALITIES if modality in outputs for row in outputs[modality].pooler_output]
+    return padded(list(torch.cat(every).split(images.sizes)))
+
+
+def text(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image's prompt: embeddings `(images, sequence, hidden)`, and which rows are its text, `(images, sequence)`
+    bool. Padding, and rows that must not rank, are left out."""
+    embeds, layout = images.arguments["inputs_embeds"], images.layout
+    if embeds is None:
+        embeds = images.model.get_input_embeddings()(images.arguments["input_ids"])
+    rows = layout.kinds == 0
+    for mask in (layout.valid, images.query_mask):
+        rows = rows if mask is None else rows & mask
+    owners = torch.tensor(images.owners, device=embeds.device)
+    return embeds[owners], rows[owners]
+
+
+def clip_encoder(model: nn.Module, method: str) -> CLIPEncoder:
+    """The encoder of a LLaVA's CLIP tower.
+
+    Raises:
+        `ValueError`: where the tower is another, without the [CLS] token that `method` reads, or the model does not
+            read one layer of it, counted from the end.
+    """
+    towers = [module for module in model.modules() if isinstance(module, CLIPEncoder)]
+    if not towers:
+        raise ValueError(
+            f"{method} reads CLIP's [CLS] token, and the tower of {type(model).__name__} has none: take a method that "
+            "reads the decoder or the projected tokens."
+        )
+    layer = model.config.vision_feature_layer
+    if not (isinstance(layer, int) and layer < 0):
+        raise ValueError(f"{method} reads one layer of the tower counted from the end; the model reads {layer}.")
+    return towers[0]
+
+
+class ReadsEncoder:
+    """Of the score of a cut that watches the encoder: all of the tower's hidden states are kept, not only those that
+    the projector reads (which transformers drops from 5.23 on)."""
+
+    @contextmanager
+    def watch(self, model: nn.Module) -> Iterator[None]:
+        thread = get_ident()
+
+        def keep_all(module, arguments, keywords):
+            # Other threads may run the same model.
+            if get_ident() == thread:
+                return arguments, {**keywords, "output_hidden_states": True}
+            return None
+
+        with model.vision_tower.register_forward_pre_hook(keep_all, with_kwargs=True):
+            yield
+
+
+def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """What [CLS] pays each patch in the layer whose output the projector reads, summed over the heads to 1, and the
+    layer's keys.
+
+    Returns:
+        `tuple`: `(images, tokens)` float32, mean over the heads, and `(images, tokens, head_dim)`, mean over the heads.
+        NaN at structure.
+    """
+    encoder, number = clip_encoder(images.model, "This method"), images.arguments["vision_feature_layer"]
+    number = images.model.config.vision_feature_layer if number is None else number
+    states = images.arguments["mm_encoder_outputs"]["image"].hidden_states
+    if states[number - 1] is None:
+        raise ValueError(
+            "[CLS] attention is computed from the hidden states before the layer that the projector reads, which "
+            "mm_encoder_outputs lacks: pass pixel_values, or encode with output_hidden_states=True."
+        )
+    # The states of a negative number are that layer's output, those before them its input.
+    block = encoder.layers[number]
+    inputs, attention = block.layer_norm1(states[number - 1]), block.self_attn
+    heads = (len(inputs), -1, attention.num_heads, attention.head_dim)
+    query = attention.q_proj(inputs[:, :1]).view(heads).transpose(1, 2)
+    keys = attention.k_proj(inputs).view(heads).transpose(1, 2)
+    paid = (query @ keys.mT * attention.scale).float().softmax(-1).mean(1).mT
+    values = lay_out(images, torch.cat([paid, keys.mean(1).float()], dim=-1))
+    return values[..., 0], values[..., 1:]
+
+
+def lay_out(images: EncodedImages, values: torch.Tensor) -> torch.Tensor:
+    """Values of the tower's rows, `(crops, rows, d)` with [CLS] where the tower has one, where the prompt has their
+    tokens: `(images, tokens, d)`. For LLaVA and LLaVA-NeXT."""
+    outputs = copy(images.arguments["mm_encoder_outputs"]["image"])
+    outputs.hidden_states = _EveryLevel(values)
+    arguments = {**images.arguments, "mm_encoder_outputs": {"image": outputs}}
+    return padded(images.model.pruner_features(arguments, images.layout)["image"])
+
+
+class _EveryLevel:
+    """Stands for a tuple of hidden states, each of which is the same."""
+
+    def __init__(self, values: torch.Tensor):
+        self.values = values
+
+    def __getitem__(self, level: int) -> torch.Tensor:
+        return self.values
+
+
+def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
+    """Rows and columns of each image's grids of patches, in the order of its tokens: LLaVA has one, LLaVA-NeXT a second
+    of its crops, Qwen one for each group of frames of a part."""
+    config, layout = images.model.config, images.layout
+    if layout.grids.keys() & {"image_grid_thw", "video_grid_thw"}:
+        return _qwen_grids(images)
+    if "image_sizes" in layout.grids:
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return [
+            [(side, side), *_unpadded_grid(config, side, size, tokens - side * side)]
+            for size, tokens in zip(layout.grids["image_sizes"], images.sizes)
+        ]
+    return [[(math.isqrt(tokens), math.isqrt(tokens))] for tokens in images.sizes]
+
+
+def _qwen_grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
+    merge, found = images.model.config.vision_config.spatial_merge_size, []
+    for name in ("image_grid_thw", "video_grid_thw"):
+        for frames, height, width in images.layout.grids.get(name, []):
+            found.append((frames, height // merge, width // merge))
+    # A conversation may give the grids of earlier turns, too; parts are whole images, or groups of frames.
+    parts, rest = [], list(images.sizes)
+    for frames, rows, columns in reversed(found):
+        while frames and rest:
+            count = rest[-1] // (rows * columns)
+            parts.append([(rows, columns)] * count)
+            rest.pop()
+            frames -= count
+    return parts[::-1]
+
+
+def _unpadded_grid(config, side: int, size: list[int], tokens: int) -> list[tuple[int, int]]:
+    """Rows and columns of the crops of an image `size` (height, width) high, whose padding is gone and each of whose
+    rows ends in a newline: so many tokens."""
+    if not tokens:
+        return []
+    height, width = (
+        pixels // config.vision_config.image_size * side
+        for pixels in select_best_resolution(size, config.image_grid_pinpoints)
+    )
+    # Padding is above and below, or at the sides.
+    if size[1] / size[0] > width / height:
+        return [(tokens // (width + 1), width)]
+    return [(height, tokens // height - 1)]
+
+
+def coordinates(images: EncodedImages) -> torch.Tensor:
+    """The middle of each patch, x and y in its picture as shares of its width and height: `(images, tokens, 2)`."""
+    parts = []
+    for every, size in zip(grids(images), images.sizes):
+        structured = len(every) == 2 and sum(rows * columns for rows, columns in every) != size
+        places = []
+        for number, (rows, columns) in enumerate(every):
+            y, x = torch.meshgrid(
+                (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
+            )
+            grid = torch.stack([x, y], dim=-1)
+            if structured and number:
+                grid = torch.cat([grid, grid.new_full((rows, 1, 2), torch.nan)], dim=1)  # its newlines
+            places.append(grid.flatten(0, 1))
+        parts.append(torch.cat(places))
+    return padded(parts).to(images.features.device)

@@ -1,0 +1,252 @@
+"""What holds for every method of the registry: exact budgets, masking where nothing merges, batches, `generate`."""
+
+import threading
+
+import pytest
+import torch
+
+import learnpruner
+from learnpruner.methods import METHODS, Composed
+
+from oracles import masked
+from tiny_models import (
+    FAMILIES,
+    LAYERS,
+    LLAVA,
+    NO_PLACEHOLDERS,
+    PATCHES,
+    build_inputs,
+    image_tokens,
+    row_alone,
+    samples_of,
+    tiny_pair,
+    with_answer,
+)
+
+RATIO = 0.7  # within reach of methods that see the whole image for two of the four layers
+NEEDS_CLS = {"cls_attention"}
+MERGES = {"pool"}
+BOXES = ((4, 4, 20, 12), (18, 16, 30, 30))
+EVERY = [(name, family) for name in METHODS for family in FAMILIES if name not in NEEDS_CLS or family in LLAVA]
+
+
+def build(name, samples, **settings):
+    """A method with what it must know of the images of a call."""
+    count = sum(isinstance(part, tuple) for sample in samples for part in sample)
+    if name == "oracle_boxes":
+        settings = {"boxes": (BOXES,) * count, "picture": (32, 32), **settings}
+    return METHODS[name](**{"ratio": RATIO, **settings})
+
+
+def sizes(samples, family):
+    return [[image_tokens(family, *part) for part in sample if isinstance(part, tuple)] for sample in samples]
+
+
+def rounded_mean(counts, layers, tokens):
+    """Layer by layer, as one would count by hand."""
+    seen, total = tokens, 0
+    for layer in range(LAYERS):
+        if layer in layers:
+            seen = counts[layers.index(layer)]
+        total += seen
+    return total / LAYERS
+
+
+@pytest.mark.parametrize("batch", ["padded", "mixed", "image_first", "image_last"])
+@pytest.mark.parametrize(("name", "family"), EVERY)
+def test_budgets_are_exact_and_cutting_equals_masking(name, family, batch):
+    stock, pruned = tiny_pair(family)
+    samples = samples_of(batch, family)
+    inputs, method = build_inputs(family, samples), build(name, samples)
+    outputs = pruned(**inputs, schedule=method)
+    cuts = method.cuts(pruned.model)
+    layers = [cut.layer for cut in cuts]
+    vision = inputs["input_ids"] == pruned.config.image_token_id
+    assert len(outputs.kept_mask) == len(cuts)
+    for step, (cut, mask) in enumerate(zip(cuts, outputs.kept_mask)):
+        expected = [sum(cut.keep(size) for size in of_sample) for of_sample in sizes(samples, family)]
+        assert (mask & vision).sum(1).tolist() == expected
+        assert (mask | vision)[inputs["attention_mask"].bool()].all()
+        if step:
+            assert not (mask & ~outputs.kept_mask[step - 1]).any()
+    for size in {size for of_sample in sizes(samples, family) for size in of_sample}:
+        mean = rounded_mean([cut.keep(size) for cut in cuts], layers, size)
+        # Each count is rounded by at most a half, or raised to one.
+        assert mean == pytest.approx(RATIO * size, abs=0.51)
+    if name in MERGES:
+        return
+    with masked(stock, outputs.kept_mask, layers, inputs["attention_mask"], LAYERS):
+        expected = stock(**inputs).logits
+    rows = outputs.kept_mask[-1] & inputs["attention_mask"].bool()
+    assert (outputs.logits - expected)[rows].abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("name", "family"), EVERY)
+def test_a_batch_equals_its_rows(name, family):
+    _, pruned = tiny_pair(family)
+    samples = samples_of("mixed", family)
+    inputs, method = build_inputs(family, samples), build(name, samples)
+    together = pruned(**inputs, schedule=method)
+    for row, sample in enumerate(samples):
+        single, valid = row_alone(family, inputs, samples, row)
+        alone = pruned(**single, schedule=build(name, [sample]))
+        for cut, mask in enumerate(alone.kept_mask or ()):
+            assert torch.equal(together.kept_mask[cut][row, valid], mask[0])
+        kept = together.kept_mask[-1][row]
+        assert (together.logits[row][kept] - alone.logits[0][kept[valid]]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("name", "family"), EVERY)
+def test_generate_equals_teacher_forcing(name, family):
+    stock, pruned = tiny_pair(family)
+    samples = samples_of("padded", family)
+    inputs, method = build_inputs(family, samples), build(name, samples)
+    arguments = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    output = pruned.generate(**inputs, **arguments, **NO_PLACEHOLDERS, schedule=method)
+    forward = pruned(**inputs, schedule=method)
+    for generated, mask in zip(output.past_key_values.kept_mask, forward.kept_mask, strict=True):
+        assert torch.equal(generated, mask)
+    if name in MERGES:
+        assert (torch.stack(output.logits)[0] - forward.logits[:, -1]).abs().max() < 1e-4
+        return
+    length = inputs["input_ids"].shape[1]
+    whole = with_answer(inputs, output.sequences)
+    masks = [torch.nn.functional.pad(mask, (0, 6), value=True) for mask in forward.kept_mask]
+    layers = [cut.layer for cut in method.cuts(pruned.model)]
+    with masked(stock, masks, layers, whole["attention_mask"], LAYERS):
+        expected = stock(**whole).logits
+    for step, logits in enumerate(output.logits):
+        assert (logits - expected[:, length - 1 + step]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("name", "family"), EVERY)
+def test_beams(name, family):
+    _, pruned = tiny_pair(family)
+    samples = samples_of("padded", family)
+    inputs, method = build_inputs(family, samples), build(name, samples)
+    arguments = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, **NO_PLACEHOLDERS}
+    together = pruned.generate(**inputs, **arguments, schedule=method)
+    for row, sample in enumerate(samples):
+        single, _ = row_alone(family, inputs, samples, row)
+        alone = pruned.generate(**single, **arguments, schedule=build(name, [sample]))
+        assert torch.equal(together[row, -4:], alone[0, -4:])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ratio_one_is_the_stock_model(name):
+    stock, pruned = tiny_pair("llava")
+    samples = samples_of("padded", "llava")
+    inputs = build_inputs("llava", samples)
+    outputs = pruned(**inputs, schedule=build(name, samples, ratio=1.0))
+    assert torch.equal(outputs.logits, stock(**inputs).logits)
+    assert outputs.kept_mask is None
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_cap_counts_what_the_last_cut_leaves(name):
+    _, pruned = tiny_pair("llava")
+    method = build(name, [], ratio=0.25, accounting="cap")
+    assert method.cuts(pruned.model)[-1].keep(16) == 4
+
+
+def test_the_block_prunes_every_call_and_is_undone():
+    _, pruned = tiny_pair("llava")
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    method, before = METHODS["fastv"](ratio=0.7), dict(vars(pruned.model))
+    expected = pruned(**inputs, schedule=method).logits
+    with pytest.raises(RuntimeError, match="stop"), method(pruned) as same:  # noqa: PT012
+        assert same is pruned
+        assert torch.equal(pruned(**inputs).logits, expected)
+        # What a call says itself goes before.
+        assert pruned(**inputs, pruner_ratio=1.0).kept_mask is None
+        with METHODS["random"](ratio=0.5)(pruned):
+            assert len(pruned(**inputs).kept_mask) == 1
+            assert not torch.equal(pruned(**inputs).logits, expected)
+        assert torch.equal(pruned(**inputs).logits, expected)
+        raise RuntimeError("stop")
+    assert vars(pruned.model) == before
+    assert not torch.equal(pruned(**inputs).logits, expected)
+
+
+def test_threads_do_not_meet():
+    _, pruned = tiny_pair("llava")
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    methods = [build(name, [[(32, 32)], [(32, 32)]]) for name in METHODS]
+    expected = [pruned(**inputs, schedule=method).logits for method in methods]
+    found = [None] * len(methods)
+
+    def run(number):
+        with torch.no_grad():
+            for _ in range(3):
+                found[number] = pruned(**inputs, schedule=methods[number]).logits
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(methods))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for own, other in zip(expected, found):
+        assert torch.equal(own, other)
+
+
+def test_composition_of_the_two_stages_is_learnpruner():
+    _, pruned = tiny_pair("llava")
+    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+    own = pruned(**inputs, pruner_ratio=0.3)
+    for method in (Composed(ratio=0.3), METHODS["learnpruner"](ratio=0.3)):
+        other = pruned(**inputs, schedule=method)
+        assert torch.equal(own.logits, other.logits)
+
+
+@pytest.mark.parametrize("first", [name for name in METHODS if name not in ("fastv", "learnpruner", "text_stage")])
+@pytest.mark.parametrize("second", ["fastv", "text_stage"])
+def test_any_first_cut_with_any_second(first, second):
+    stock, pruned = tiny_pair("llava")
+    samples = samples_of("mixed", "llava")
+    inputs = build_inputs("llava", samples)
+    method = Composed(first=build(first, samples), second=build(second, samples), ratio=0.3)
+    outputs = pruned(**inputs, schedule=method)
+    cuts = method.cuts(pruned.model)
+    assert [cut.layer for cut in cuts] == [0, 2]
+    assert cuts[0].keep(PATCHES) == pytest.approx(3 * cuts[1].keep(PATCHES), abs=2)
+    if first not in MERGES:
+        with masked(stock, outputs.kept_mask, (0, 2), inputs["attention_mask"], LAYERS):
+            expected = stock(**inputs).logits
+        rows = outputs.kept_mask[-1] & inputs["attention_mask"].bool()
+        assert (outputs.logits - expected)[rows].abs().max() < 1e-4
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(KeyError, match=r"fastvv.*fastv.*random"):
+        METHODS["fastvv"]
+
+
+@pytest.mark.parametrize("name", sorted(NEEDS_CLS))
+def test_a_tower_without_cls_is_refused_before_running(name):
+    _, pruned = tiny_pair("qwen2_vl")
+    inputs = build_inputs("qwen2_vl", samples_of("one", "qwen2_vl"))
+    pruned.model.visual.forward = None  # would raise TypeError
+    with pytest.raises(ValueError, match=rf"{name} reads CLIP's \[CLS\] token.*has none: take"):
+        pruned(**inputs, schedule=METHODS[name](ratio=0.5))
+    with pytest.raises(ValueError, match="CLS"), METHODS[name](ratio=0.5)(pruned):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"ratio": 0.0}, "pruner_ratio"), ({"ratio": 1.5}, "pruner_ratio"), ({"accounting": "total"}, "'mean' or 'cap'")],
+)
+def test_settings_are_checked_when_made(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        METHODS["random"](**arguments)
+
+
+def test_a_mean_out_of_reach_says_what_to_do():
+    _, pruned = tiny_pair("llava")
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    with pytest.raises(ValueError, match=r"FastV: A mean of 1.6 of 16 .* 2 of 4 .* accounting='cap'"):
+        pruned(**inputs, schedule=METHODS["fastv"](ratio=0.1))
+
+
+def test_methods_are_part_of_the_package():
+    assert learnpruner.methods.METHODS is METHODS
