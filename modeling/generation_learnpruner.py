@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, ModelOutput
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .call_learnpruner import PruningCall
 from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
@@ -74,11 +74,13 @@ class PrunedModelMixin:
     A family says what its images come in and has the methods below that have no body.
 
     Attributes:
-        pixel_arguments (`tuple[str, ...]`): Names of the stock forward's arguments that hold images.
+        stock_arguments (`tuple[str, ...]`): Names of the stock forward's arguments, beside token ids and their mask.
+        pixel_arguments (`tuple[str, ...]`): Names of those that hold images.
         grid_arguments (`tuple[str, ...]`): Names of those that lay images out, each a row of integers.
         feature_arguments (`tuple[str, ...]`): Names of others that decide which features an image has.
     """
 
+    stock_arguments: tuple[str, ...]
     pixel_arguments: tuple[str, ...]
     grid_arguments: tuple[str, ...]
     feature_arguments: tuple[str, ...]
@@ -171,22 +173,26 @@ class PrunedModelMixin:
         outputs = arguments.get("mm_encoder_outputs") or {}
         return any(outputs.get(modality) is not None for modality in MODALITIES)
 
-    def _forward(
+    @can_return_tuple
+    def forward(
         self,
-        stock: dict,
-        kwargs: dict,
-        pruner_ratio: float | None,
-        schedule: tuple[Cut, ...] | None,
-        query_mask: torch.Tensor | None,
-        pruning: PruningCall | None,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        pruner_ratio: float | None = None,
+        schedule: tuple[Cut, ...] | Schedule | None = None,
+        query_mask: torch.Tensor | None = None,
+        pruning: PruningCall | None = None,
+        **kwargs,
     ) -> LearnPrunerModelOutputWithPast:
         """The stock forward; with images and a ratio below 1, the same on fewer tokens.
 
         Args:
-            stock: The stock forward's arguments.
             pruner_ratio, schedule, query_mask: As in the class with the head.
             pruning ([`PruningCall`], *optional*): A call that the head has begun, in place of those three.
+            The other arguments are the stock model's.
         """
+        stock = {"input_ids": input_ids, "attention_mask": attention_mask}
+        stock |= {name: kwargs.pop(name, None) for name in self.stock_arguments}
         if pruning is None:
             pruning = PruningCall(self.pruner_schedule(pruner_ratio, schedule), query_mask)
         decoder = {name: stock[name] for name in ("attention_mask", "position_ids", "past_key_values")}
@@ -240,15 +246,11 @@ class PrunedGenerationMixin:
         self.model = self.model_class(config)
         self.post_init()
 
-    def _forward(
-        self,
-        stock: dict,
-        kwargs: dict,
-        labels: torch.LongTensor | None,
-        pruner_ratio: float | None,
-        schedule: tuple[Cut, ...] | None,
-        query_mask: torch.Tensor | None,
-    ) -> LearnPrunerCausalLMOutputWithPast:
+    def _forward(self, given: dict) -> LearnPrunerCausalLMOutputWithPast:
+        """The forward of every family, whose local names are `given`: its arguments."""
+        kwargs, labels, query_mask = given["kwargs"], given["labels"], given["query_mask"]
+        own = ("input_ids", "attention_mask", "logits_to_keep")
+        stock = {name: given[name] for name in (*own, *self.model.stock_arguments) if name in given}
         plan = {name: kwargs.pop(name) for name in PLAN if name in kwargs}
         budget_share = kwargs.pop("budget_share", None)
         soft = self.training and labels is not None
@@ -261,7 +263,7 @@ class PrunedGenerationMixin:
             supervised[:, kept_logits] = labels != -100
             query_mask = supervised.cumsum(1) == 0
         pruning = PruningCall(
-            self.model.pruner_schedule(pruner_ratio, schedule),
+            self.model.pruner_schedule(given["pruner_ratio"], given["schedule"]),
             None if query_mask is None else query_mask.bool(),
             soft,
         )

@@ -5,12 +5,10 @@ import torch
 from transformers import Cache, LlavaForConditionalGeneration, LlavaModel, PreTrainedConfig
 from transformers.utils import can_return_tuple
 
-from .call_learnpruner import PruningCall
 from .configuration_learnpruner import LearnPrunerLlavaConfig
-from .cuts_learnpruner import Cut
+from .cuts_learnpruner import Cut, Schedule
 from .generation_learnpruner import (
     LearnPrunerCausalLMOutputWithPast,
-    LearnPrunerModelOutputWithPast,
     PrunedGenerationMixin,
     PrunedModelMixin,
 )
@@ -21,6 +19,10 @@ from .layout_learnpruner import PromptLayout
 class PrunedLlavaModelMixin(PrunedModelMixin):
     """What LLaVA and LLaVA-NeXT share: pixels through a tower, one layer of which the projector reads."""
 
+    stock_arguments = (
+        *("pixel_values", "position_ids", "past_key_values", "inputs_embeds", "vision_feature_layer"),
+        *("vision_feature_select_strategy", "image_sizes", "use_cache", "mm_encoder_outputs"),
+    )
     pixel_arguments = ("pixel_values",)
     grid_arguments = ("image_sizes",)
     feature_arguments = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -54,42 +56,6 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
         levels = [outputs.hidden_states[level] for level in ([layer] if isinstance(layer, int) else layer)]
         # "default" leaves out the [CLS] token.
         return torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        image_sizes: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        mm_encoder_outputs: dict | None = None,
-        pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | None = None,
-        query_mask: torch.Tensor | None = None,
-        pruning: PruningCall | None = None,
-        **kwargs,
-    ) -> LearnPrunerModelOutputWithPast:
-        """As the class with the head, without it."""
-        stock = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "image_sizes": image_sizes,
-            "use_cache": use_cache,
-            "mm_encoder_outputs": mm_encoder_outputs,
-        }
-        return self._forward(stock, kwargs, pruner_ratio, schedule, query_mask, pruning)
 
 
 class LearnPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
@@ -125,7 +91,7 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
         image_sizes: torch.Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
         pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | None = None,
+        schedule: tuple[Cut, ...] | Schedule | None = None,
         query_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> LearnPrunerCausalLMOutputWithPast:
@@ -136,7 +102,7 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
                 As in the stock class; the label that a dropped row would predict is ignored. In training mode the
                 prompt stays whole, gates weigh its vision tokens in the attention, and the loss adds a budget term.
             pruner_ratio (`float`, *optional*): In place of the configuration's, for this call.
-            schedule (`tuple[Cut, ...]`, *optional*): Cuts in place of LearnPruner's two, for this call.
+            schedule (`tuple[Cut, ...]` or [`Schedule`], *optional*): Cuts in place of LearnPruner's two, for this call.
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
                 Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
                 first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
@@ -147,20 +113,7 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
             `ValueError`: where images and placeholders do not match, or where a cut cannot be made
                 (`guards_learnpruner.py` lists the cases).
         """
-        stock = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "logits_to_keep": logits_to_keep,
-            "image_sizes": image_sizes,
-            "mm_encoder_outputs": mm_encoder_outputs,
-        }
-        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask)
+        return self._forward(locals())
 
 
 register_key_conversion(LearnPrunerLlavaForConditionalGeneration, "llava")

@@ -7,7 +7,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.utils import can_return_tuple
 
 from .configuration_learnpruner import LearnPrunerLlavaNextConfig
-from .cuts_learnpruner import Cut
+from .cuts_learnpruner import Cut, Schedule
 from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin
 from .hub_learnpruner import HubMixin, register_key_conversion
 from .layout_learnpruner import PromptLayout
@@ -61,26 +61,12 @@ class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | None = None,
+        schedule: tuple[Cut, ...] | Schedule | None = None,
         query_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> LearnPrunerCausalLMOutputWithPast:
         """As [`LearnPrunerLlavaForConditionalGeneration.forward`]."""
-        stock = {
-            "input_ids": input_ids,
-            "pixel_values": pixel_values,
-            "image_sizes": image_sizes,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "vision_feature_layer": vision_feature_layer,
-            "vision_feature_select_strategy": vision_feature_select_strategy,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-            "mm_encoder_outputs": mm_encoder_outputs,
-        }
-        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask)
+        return self._forward(locals())
 
 
 register_key_conversion(LearnPrunerLlavaNextForConditionalGeneration, "llava_next")

@@ -7,12 +7,10 @@ import torch
 from transformers import Cache, PreTrainedConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 from transformers.utils import can_return_tuple
 
-from .call_learnpruner import PruningCall
 from .configuration_learnpruner import LearnPrunerQwen2VLConfig
-from .cuts_learnpruner import Cut
+from .cuts_learnpruner import Cut, Schedule
 from .generation_learnpruner import (
     LearnPrunerCausalLMOutputWithPast,
-    LearnPrunerModelOutputWithPast,
     PrunedGenerationMixin,
     PrunedModelMixin,
 )
@@ -25,11 +23,6 @@ NEXT_TURN = (
     "For a new image in a later turn on one cache, encode it first: pass mm_encoder_outputs of the new images alone "
     "(model.model.get_image_features(..., return_dict=True)), grids and mm_token_type_ids of the whole conversation."
 )
-# Arguments of the stock forward, beside token ids and their mask.
-ARGUMENTS = (
-    *("position_ids", "past_key_values", "inputs_embeds", "use_cache", "mm_token_type_ids", "mm_encoder_outputs"),
-    *("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
-)
 # The pixels of each modality, and the grids that lay them out.
 INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
@@ -41,6 +34,10 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
     side, before the merger. A budget is an image's, or one of a video's groups of frames.
     """
 
+    stock_arguments = (
+        *("position_ids", "past_key_values", "inputs_embeds", "use_cache", "mm_token_type_ids", "mm_encoder_outputs"),
+        *("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
+    )
     pixel_arguments = ("pixel_values", "pixel_values_videos")
     grid_arguments = ("image_grid_thw", "video_grid_thw")
     feature_arguments = ()
@@ -149,22 +146,6 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
             parts[modality] = list(self.merged_features(outputs.last_hidden_state, grids).split(sizes))
         return parts
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | None = None,
-        query_mask: torch.Tensor | None = None,
-        pruning: PruningCall | None = None,
-        **kwargs,
-    ) -> LearnPrunerModelOutputWithPast:
-        """As the class with the head, without it."""
-        stock = {"input_ids": input_ids, "attention_mask": attention_mask}
-        stock |= {name: kwargs.pop(name, None) for name in ARGUMENTS}
-        return self._forward(stock, kwargs, pruner_ratio, schedule, query_mask, pruning)
-
 
 class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
     """The signature that both share.
@@ -194,7 +175,7 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict | None = None,
         pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | None = None,
+        schedule: tuple[Cut, ...] | Schedule | None = None,
         query_mask: torch.Tensor | None = None,
         **kwargs,
     ) -> LearnPrunerCausalLMOutputWithPast:
@@ -208,22 +189,7 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
             if not self.takes_seconds:
                 raise ValueError(f"{type(self).__name__} takes no second_per_grid_ts: leave them out.")
             kwargs["second_per_grid_ts"] = second_per_grid_ts
-        stock = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            "pixel_values": pixel_values,
-            "pixel_values_videos": pixel_values_videos,
-            "image_grid_thw": image_grid_thw,
-            "video_grid_thw": video_grid_thw,
-            "mm_token_type_ids": mm_token_type_ids,
-            "logits_to_keep": logits_to_keep,
-            "mm_encoder_outputs": mm_encoder_outputs,
-        }
-        return self._forward(stock, kwargs, labels, pruner_ratio, schedule, query_mask)
+        return self._forward(locals())
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         cuts = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
