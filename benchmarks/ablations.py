@@ -65,6 +65,8 @@ class Asked:
     tokens: int = SMALLEST
     training: Training | None = None
     fields: dict = field(default_factory=dict, hash=False)
+    # Tokens behind the last cut, whatever the mean is, in place of a mean of `tokens`.
+    cap: int | None = None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -95,7 +97,8 @@ TABLES: dict[str, list[Asked]] = {
     ],
     "stages": [
         learned("stage 1 alone", method="stage_1"),
-        Asked("stage 2 alone", "stage_2"),
+        # Down to as many as both stages leave; its first layers see the whole image.
+        Asked("stage 2 alone", "stage_2", cap=18),
         BOTH,
         Asked("[CLS] attention in place of stage 1, alone", "cls_attention"),
     ],
@@ -155,7 +158,9 @@ def ask(asked: Asked, seed: int, model: Path, limit: int) -> None:
     path = asked.file(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = ["--model", str(model), "--method", asked.method, "--name", asked.label, "--seed", str(seed)]
-    command += ["--ratio", f"{asked.tokens}/{TOKENS}", "--limit", str(limit), "--output", f"{path}.part"]
+    accounting, tokens = ("mean", asked.tokens) if asked.cap is None else ("cap", asked.cap)
+    command += ["--ratio", f"{tokens}/{TOKENS}", "--accounting", accounting, "--limit", str(limit)]
+    command += ["--output", f"{path}.part"]
     command += [part for name, value in asked.fields.items() for part in ("--set", f"{name}={value}")]
     if accuracy.main([*command, "--threads", str(torch.get_num_threads())]) != 0:
         raise RuntimeError(f"{asked.label} was not measured; its message stands above.")

@@ -14,13 +14,12 @@ import json
 import math
 import os
 import platform
-import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +28,6 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
-from transformers.models.clip.modeling_clip import CLIPEncoder
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -39,9 +37,10 @@ from learnpruner.accounting import mean_tokens
 from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
-from learnpruner.cuts_learnpruner import Cut, EncodedImages, learnpruner_schedule
+from learnpruner.cuts_learnpruner import LearnedScore
 from learnpruner.hub_cards.records import check_comparable, read_result, relative_accuracy, weights_digest
-from learnpruner.scorer_learnpruner import top_k
+from learnpruner.methods import METHODS, Method, OracleBoxes, Random
+from learnpruner.methods.baselines import box_patches
 from learnpruner.training.metrics import ExactMatch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
@@ -49,28 +48,6 @@ from scenes import OBJECTS, scene_dataset
 
 PER_SCENE = 4
 PRUNER_FIELDS = ("pruner_layer", "pruner_stage_ratio", "pruner_diversity", "pruner_query")
-OUTSIDE = -1e6
-
-
-@dataclass(frozen=True)
-class GivenScores:
-    """Ranks by scores that the caller made, `(images, tokens)` in the order of the call's images."""
-
-    scores: torch.Tensor
-
-    def __call__(self, images: EncodedImages) -> torch.Tensor:
-        if self.scores.shape != images.present.shape:
-            raise ValueError(f"The scores are {tuple(self.scores.shape)}, and the images {tuple(images.present.shape)}")
-        return self.scores.to(images.features.device)
-
-    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
-        return top_k(scores, images.present, torch.tensor(counts, device=scores.device))
-
-
-def random_scores(tokens: int, seed: int, number: int) -> torch.Tensor:
-    """Uniform, from the seed and the number of the question alone, so that batches make no difference."""
-    rng = random.Random(f"{seed} {number}")
-    return torch.tensor([rng.random() for _ in range(tokens)])
 
 
 def patch_middles(tokens: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,75 +68,9 @@ def patch_middles(tokens: int, size: tuple[int, int]) -> tuple[torch.Tensor, tor
     return side * (torch.arange(tokens) % columns + 0.5), side * (torch.arange(tokens) // columns + 0.5)
 
 
-def box_patches(tokens: int, size: tuple[int, int], boxes: list[list[int]]) -> torch.Tensor:
-    """`(objects, tokens)` bool: patches whose middle is in an object's box. A small object may hold no patch's middle:
-    the patch nearest its own middle counts as inside.
-
-    Args:
-        boxes: Left, top, right, bottom of each object, in pixels.
-    """
-    x, y = patch_middles(tokens, size)
-    inside = [
-        (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.min())
-        for (left, top, right, bottom), distance in zip(boxes, _distances(x, y, boxes))
-    ]
-    return torch.stack(inside)
-
-
-def _distances(x: torch.Tensor, y: torch.Tensor, boxes: list[list[int]]) -> list[torch.Tensor]:
-    return [torch.hypot(x - (left + right) / 2, y - (top + bottom) / 2) for left, top, right, bottom in boxes]
-
-
-def box_scores(tokens: int, size: tuple[int, int], boxes: list[list[int]]) -> torch.Tensor:
-    """Patches of the boxes, each object's from the middle outwards, objects in turn; then, where a budget is larger
-    than the boxes, all others, the nearest first. What looking for objects alone can do, with boxes known.
-    """
-    scores = torch.full((tokens,), -torch.inf)
-    distances = _distances(*patch_middles(tokens, size), boxes)
-    for inside, distance in zip(box_patches(tokens, size, boxes), distances):
-        turn = distance.masked_fill(~inside, torch.inf).argsort(stable=True).argsort()
-        scores = torch.maximum(scores, torch.where(inside, -turn.float(), OUTSIDE - distance))
-    return scores
-
-
-def grid_scores(tokens: int, size: tuple[int, int], count: int) -> torch.Tensor:
-    """1 for `count` patches spread evenly over the image, 0 for the others."""
-    width, height = size
-    columns = math.isqrt(tokens * width // height)
-    rows = tokens // columns
-    lines = min(rows, max(1, round(math.sqrt(count * rows / columns))))
-    scores = torch.zeros(rows, columns)
-    for line in range(lines):
-        here = count * (line + 1) // lines - count * line // lines
-        row = int((line + 0.5) * rows / lines)
-        scores[row, ((torch.arange(here) + 0.5) * columns / here).long()] = 1.0
-    return scores.flatten()
-
-
 def vision_tower(model: PreTrainedModel) -> nn.Module:
     """What turns pixels into features: LLaVA's tower, Qwen's encoder."""
     return next(module for name, module in model.model.named_children() if name in ("vision_tower", "visual"))
-
-
-@torch.no_grad()
-def cls_attention_scores(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What [CLS] pays each patch, mean over the heads, in the layer whose output LLaVA reads (FasterVLM,
-    arXiv 2412.01818): `(images, patches)` float32."""
-    if not any(isinstance(module, CLIPEncoder) for module in vision_tower(model).modules()):
-        raise ValueError(f"cls_attention reads CLIP's [CLS] token, and {type(model).__name__}'s tower has none.")
-    layer = model.config.vision_feature_layer
-    if not (isinstance(layer, int) and layer < 0):
-        raise ValueError(f"[CLS] attention is read in one layer counted from the end, and the model reads {layer}.")
-    (encoder,) = (module for module in model.model.vision_tower.modules() if isinstance(module, CLIPEncoder))
-    states = model.model.vision_tower(pixel_values.to(model.dtype), output_hidden_states=True).hidden_states
-    # The states of a negative number are that layer's output, those before them its input.
-    block = encoder.layers[layer]
-    inputs, attention = block.layer_norm1(states[layer - 1]), block.self_attn
-    heads = (len(inputs), -1, attention.num_heads, attention.head_dim)
-    query = attention.q_proj(inputs[:, :1]).view(heads).transpose(1, 2)
-    keys = attention.k_proj(inputs).view(heads).transpose(1, 2)
-    paid = (query @ keys.mT / math.sqrt(attention.head_dim)).float().softmax(-1)
-    return paid[:, :, 0, 1:].mean(1)
 
 
 @contextmanager
@@ -194,74 +105,14 @@ def each_image_encoded_once(tower: nn.Module) -> Iterator[None]:
             tower.forward = before
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a method may look at to make the schedule of one batch: the model, the rows of the data, their numbers and
-    pixels, and how many tokens each of their images has."""
-
-    model: PreTrainedModel
-    ratio: float
-    seed: int
-    rows: list[dict]
-    numbers: list[int]
-    pixel_values: torch.Tensor
-    tokens: int
-
-    @property
-    def count(self) -> int:
-        return max(1, round(self.ratio * self.tokens))
-
-    def before_decoder(self, scores: list[torch.Tensor] | torch.Tensor) -> tuple[Cut, ...]:
-        return (Cut(0, lambda tokens: self.count, GivenScores(torch.stack(list(scores)))),)
-
-
-def no_cut(asked: Asked) -> tuple[Cut, ...]:
-    return ()
-
-
-def cut_learnpruner(asked: Asked) -> tuple[Cut, ...]:
-    return learnpruner_schedule(asked.model.config, asked.ratio)
-
-
-def cut_by_stage_1(asked: Asked) -> tuple[Cut, ...]:
-    """The whole budget given to the learned module."""
-    (first, *_) = cut_learnpruner(asked)
-    return (replace(first, keep=lambda tokens: asked.count),)
-
-
-def cut_by_stage_2(asked: Asked) -> tuple[Cut, ...]:
-    """Text attention alone, down to as many as LearnPruner leaves at that layer: the mean is far above the ratio."""
-    return cut_learnpruner(asked)[1:]
-
-
-def cut_random(asked: Asked) -> tuple[Cut, ...]:
-    return asked.before_decoder([random_scores(asked.tokens, asked.seed, number) for number in asked.numbers])
-
-
-def cut_uniform(asked: Asked) -> tuple[Cut, ...]:
-    return asked.before_decoder([grid_scores(asked.tokens, row["image"].size, asked.count) for row in asked.rows])
-
-
-def cut_by_cls_attention(asked: Asked) -> tuple[Cut, ...]:
-    return asked.before_decoder(cls_attention_scores(asked.model, asked.pixel_values))
-
-
-def cut_outside_boxes(asked: Asked) -> tuple[Cut, ...]:
-    return asked.before_decoder([box_scores(asked.tokens, row["image"].size, row["boxes"]) for row in asked.rows])
-
-
-METHODS: dict[str, Callable[[Asked], tuple[Cut, ...]]] = {
-    "none": no_cut,
-    "random": cut_random,
-    "uniform": cut_uniform,
-    "cls_attention": cut_by_cls_attention,
-    "oracle_boxes": cut_outside_boxes,
-    "learnpruner": cut_learnpruner,
-    "stage_1": cut_by_stage_1,
-    "stage_2": cut_by_stage_2,
-}
-# Those that look at the pruner's weights.
-LEARNED = ("learnpruner", "stage_1")
+def for_batch(method: Method, seed: int, rows: list[dict], numbers: list[int]) -> Method:
+    """The method, told what it must know of the images of a batch: chance of the seed and the number of the question
+    alone, so that batches make no difference; boxes."""
+    if isinstance(method, Random):
+        return replace(method, seed=[f"{seed} {number}" for number in numbers])
+    if isinstance(method, OracleBoxes):
+        return replace(method, boxes=[row["boxes"] for row in rows], picture=rows[0]["image"].size)
+    return method
 
 
 @torch.no_grad()
@@ -269,15 +120,15 @@ def answer_questions(
     model: PreTrainedModel,
     processor: ProcessorMixin,
     data: Dataset,
-    method: str,
-    value: float,
+    method: Method | None,
     seed: int,
     batch_size: int,
 ) -> tuple[list[str], dict]:
-    """Asks every question of the data greedily. Returns the answers, and what was kept: tokens (the same for each
-    image), and after each cut the mean share of the boxes' patches and the share of objects with one or more left."""
+    """Asks every question of the data greedily, unpruned without a method. Returns the answers, and what was kept:
+    tokens (the same for each image), and after each cut the mean share of the boxes' patches and the share of objects
+    with one or more left."""
     config, answers, kept, recalls = model.config, [], None, []
-    for start in tqdm(range(0, len(data), batch_size), desc=f"{method} {value:.4f}", unit="batch"):
+    for start in tqdm(range(0, len(data), batch_size), desc=f"{method or 'unpruned'}", unit="batch"):
         numbers = list(range(start, min(start + batch_size, len(data))))
         rows = [data[number] for number in numbers]
         inputs = processor(
@@ -287,8 +138,7 @@ def answer_questions(
             return_tensors="pt",
         ).to(model.device)
         with each_image_encoded_once(vision_tower(model)):
-            tokens = int((inputs["input_ids"][0] == config.image_token_id).sum())
-            schedule = METHODS[method](Asked(model, value, seed, rows, numbers, inputs["pixel_values"], tokens))
+            schedule = () if method is None else for_batch(method, seed, rows, numbers)
             output = model.generate(
                 **inputs, schedule=schedule, do_sample=False, max_new_tokens=8, return_dict_in_generate=True
             )
@@ -303,13 +153,13 @@ def answer_questions(
             raise RuntimeError(f"Images of one size kept different numbers of tokens: {counts}, {kept}")
         (kept,) = counts
         for number, row in enumerate(rows):
-            boxes = box_patches(kept[0], row["image"].size, row["boxes"])
+            boxes = box_patches(*patch_middles(kept[0], row["image"].size), row["boxes"])
             foreground = boxes.any(0)
             left = [mask[number][vision[number]].cpu() for mask in masks]
             recalls.append(
                 [((mask & foreground).sum() / foreground.sum(), (mask & boxes).any(1).float().mean()) for mask in left]
             )
-    layers = tuple(cut.layer for cut in schedule)[: len(kept) - 1]
+    layers = tuple(cut.layer for cut in method.cuts(model.model)) if method and masks else ()
     mean = mean_tokens(kept[1:], layers, kept[0], config.text_config.num_hidden_layers)
     recall, objects = (
         torch.tensor(recalls, dtype=torch.float64).mean(0).reshape(-1, 2).T.tolist() if layers else ([], [])
@@ -322,6 +172,11 @@ def answer_questions(
         "foreground_recall": recall,
         "objects_seen": objects,
     }
+
+
+def _is_learned(model: PreTrainedModel, method: Method | None) -> bool:
+    """Whether the method looks at the pruner's weights."""
+    return method is not None and any(isinstance(cut.score, LearnedScore) for cut in method.cuts(model.model))
 
 
 def commit_of(model: str) -> str | None:
@@ -343,30 +198,45 @@ def scored(data: Dataset, answers: list[str]) -> dict:
     return {**accuracy(everything), "by_kind": {kind: accuracy(by_kind[kind]) for kind in sorted(by_kind)}}
 
 
-def read_fields(pairs: list[str]) -> dict:
-    """`["pruner_layer=2"]` -> `{"pruner_layer": 2}`. Raises `ValueError` where a pair is none, or its field unknown."""
-    fields = {}
+def read_settings(pairs: list[str], method: str) -> tuple[dict, dict]:
+    """`["pruner_layer=2"]` -> `{"pruner_layer": 2}`, and the same of the method's own settings. Raises `ValueError`
+    where a pair is none, or its name unknown."""
+    own = [field.name for field in fields(METHODS[method])] if method in METHODS else []
+    own = [name for name in own if name not in ("ratio", "accounting")]
+    found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or name not in PRUNER_FIELDS:
-            raise ValueError(f"--set takes one of {', '.join(PRUNER_FIELDS)} and its value, such as pruner_layer=2.")
+        if not equals or name not in (*PRUNER_FIELDS, *own):
+            known = ", ".join([*PRUNER_FIELDS, *own])
+            raise ValueError(f"--set takes one of {known} and its value, such as pruner_layer=2.")
         try:
-            fields[name] = json.loads(value)
+            found[name] = json.loads(value)
         except json.JSONDecodeError:
-            fields[name] = value
-    return fields
+            found[name] = value
+    of_method = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    return (
+        {name: value for name, value in found.items() if name in PRUNER_FIELDS},
+        {name: value for name, value in of_method.items() if name not in PRUNER_FIELDS},
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="Hub id or folder of a stock or a pruned checkpoint")
-    parser.add_argument("--method", choices=METHODS, required=True)
-    parser.add_argument("--ratio", type=ratio, help="mean share of tokens kept, such as 1/18; none takes no ratio")
+    parser.add_argument("--method", choices=["none", *METHODS], required=True)
+    parser.add_argument("--ratio", type=ratio, help="share of tokens kept, such as 1/18; none takes no ratio")
+    parser.add_argument(
+        "--accounting", choices=["mean", "cap"], default="mean", help="of the decoder's layers, or behind the last cut"
+    )
     parser.add_argument("--limit", type=positive, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=0, help="of what the method leaves to chance")
     parser.add_argument("--level", choices=OBJECTS, default="standard")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="in place of the checkpoint's pruner_ field"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of the checkpoint's pruner_ fields, or the method's",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="of the checkpoint's processor")
     parser.add_argument("--name", help="what the method is called in tables, by default its name")
@@ -376,12 +246,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="JSON")
     arguments = parser.parse_args(argv)
     try:
-        fields = read_fields(arguments.set)
+        fields_of_model, settings = read_settings(arguments.set, arguments.method)
     except ValueError as error:
         parser.error(str(error))
     if (arguments.ratio is None) != (arguments.method == "none"):
         parser.error("--method none takes no --ratio, and every other method needs one")
-    value = arguments.ratio or 1.0
     torch.set_num_threads(arguments.threads)
     try:
         if arguments.output.is_dir():
@@ -389,24 +258,29 @@ def main(argv: list[str] | None = None) -> int:
         unpruned = read_result(arguments.unpruned) if arguments.unpruned else None
         if unpruned and unpruned["method"] != "none":
             raise ValueError(f"--unpruned {arguments.unpruned} holds a run of {unpruned['method']!r}, not of 'none'.")
+        method = None
+        if arguments.ratio is not None:
+            method = METHODS[arguments.method](arguments.ratio, accounting=arguments.accounting, **settings)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         scenes = math.ceil(arguments.limit / PER_SCENE)
         data = scene_dataset("test", scenes, level=arguments.level, per_scene=PER_SCENE).select(range(arguments.limit))
         processor = load_processor(arguments.model, arguments.trust_remote_code)
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
-        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **fields).eval()
+        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **fields_of_model).eval()
         about = {
             "method": arguments.method,
             "name": arguments.name or arguments.method,
             "fields": {name: value for name, value in model.config.to_dict().items() if name in PRUNER_FIELDS},
-            "ratio": value,
+            "ratio": arguments.ratio or 1.0,
+            "accounting": arguments.accounting,
+            "settings": settings,
             "seed": arguments.seed,
             "level": arguments.level,
             # A folder's path says something of this machine only; the digest says which weights it held.
             "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
             "model_revision": commit_of(arguments.model),
             "base_sha256": weights_digest(model),
-            "pruner_sha256": weights_digest(model, pruner=True) if arguments.method in LEARNED else None,
+            "pruner_sha256": weights_digest(model, pruner=True) if _is_learned(model, method) else None,
             "pruner_trained": model.config.pruner_trained,
             "data": hashlib.sha256("\n".join([*data["question"], *data["answer"]]).encode()).hexdigest(),
             "batch_size": arguments.batch_size,
@@ -422,9 +296,7 @@ def main(argv: list[str] | None = None) -> int:
         if unpruned:
             check_comparable(about, unpruned)
         start = time.perf_counter()
-        answers, tokens = answer_questions(
-            model, processor, data, arguments.method, value, arguments.seed, arguments.batch_size
-        )
+        answers, tokens = answer_questions(model, processor, data, method, arguments.seed, arguments.batch_size)
         result = {**about, **scored(data, answers), "tokens": tokens, "seconds": round(time.perf_counter() - start, 1)}
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
         if unpruned:

@@ -24,8 +24,8 @@ METHODS = Registry(
     cls_attention=ClsAttention,
     fastv=FastV,
     learnpruner=LearnPruner,
-    learned_stage=LearnedStage,
-    text_stage=TextStage,
+    stage_1=LearnedStage,
+    stage_2=TextStage,
 )
 
 __all__ = ["METHODS", "Composed", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]

@@ -2,6 +2,7 @@
 """Baselines that know nothing of the picture, or all: chance, a grid, a mean of neighbours, and known boxes."""
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,11 @@ class Random(Method):
     """Keeps tokens by chance.
 
     Args:
-        seed (`int` or `Sequence[int]`): Of every image, or of each image of the call. The draw depends on it and on
-            the number of tokens alone, so that batches make no difference.
+        seed (`int`, `str` or a sequence of them): Of every image, or of each image of the call. The draw depends on it
+            and on the number of tokens alone, so that batches make no difference.
     """
 
-    seed: int | Sequence[int] = 0
+    seed: int | str | Sequence[int | str] = 0
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         return (Place(0, 1, RandomScore(self.seed)),)
@@ -31,17 +32,21 @@ class Random(Method):
 
 @dataclass(frozen=True)
 class RandomScore(TopKImages):
-    seed: int | Sequence[int]
+    seed: int | str | Sequence[int | str]
 
     def __call__(self, images: EncodedImages) -> torch.Tensor:
-        seeds = [self.seed] * len(images.sizes) if isinstance(self.seed, int) else self.seed
+        seeds = [self.seed] * len(images.sizes) if isinstance(self.seed, int | str) else self.seed
         if len(seeds) != len(images.sizes):
             raise ValueError(f"random: the call has {len(images.sizes)} images, and {len(seeds)} seeds were given.")
-        drawn = [
-            torch.rand(size, 1, generator=torch.Generator().manual_seed(seed))
-            for seed, size in zip(seeds, images.sizes)
-        ]
-        return padded(drawn)[..., 0].to(images.features.device)
+        return padded([random_scores(size, seed) for seed, size in zip(seeds, images.sizes)])[..., 0].to(
+            images.features.device
+        )
+
+
+def random_scores(tokens: int, seed: int | str) -> torch.Tensor:
+    """Uniform, `(tokens, 1)`, the same on every device and release of torch."""
+    rng = random.Random(seed)
+    return torch.tensor([[rng.random()] for _ in range(tokens)])
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def mean_of_nearest(images: EncodedImages, chosen: torch.Tensor) -> torch.Tensor
     its own; ties go to the first."""
     states, places = embeddings(images), coordinates(images)
     patches = ~places.isnan().any(-1)
-    distance = torch.cdist(places.nan_to_num(), places.nan_to_num())
+    distance = (places.unsqueeze(2) - places.unsqueeze(1)).square().sum(-1)
+    # Patches of one distance tie, whatever their rounding.
+    distance = (1e6 * distance.nan_to_num()).round()
     distance = distance.masked_fill(~(chosen & patches).unsqueeze(1), torch.inf)
     nearest = distance.argmin(-1)
     member = torch.nn.functional.one_hot(nearest, chosen.shape[1]).float() * patches.unsqueeze(-1)

@@ -198,8 +198,8 @@ def test_composition_of_the_two_stages_is_learnpruner():
         assert torch.equal(own.logits, other.logits)
 
 
-@pytest.mark.parametrize("first", [name for name in METHODS if name not in ("fastv", "learnpruner", "text_stage")])
-@pytest.mark.parametrize("second", ["fastv", "text_stage"])
+@pytest.mark.parametrize("first", [name for name in METHODS if name not in ("fastv", "learnpruner", "stage_2")])
+@pytest.mark.parametrize("second", ["fastv", "stage_2"])
 def test_any_first_cut_with_any_second(first, second):
     stock, pruned = tiny_pair("llava")
     samples = samples_of("mixed", "llava")
