@@ -7,7 +7,7 @@ from torch import nn
 
 from learnpruner.cuts_learnpruner import TextAttention
 
-from .base import Method, Place
+from .base import Method, Place, scaled_layer
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,11 @@ class FastV(Method):
     that no attention map is made. Positions are kept, as in the paper's code; layers from K on hold the short cache.
 
     Args:
-        layer (`int`): K, the paper's 2.
+        layer (`int`, *optional*): K. Defaults to the paper's 2 of 32, at the same depth of the model.
     """
 
-    layer: int = 2
+    layer: int | None = None
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
-        return (Place(self.layer, 1, TextAttention("last")),)
+        layer = scaled_layer(2, model) if self.layer is None else self.layer
+        return (Place(layer, 1, TextAttention("last")),)
