@@ -85,10 +85,12 @@ def runs_of(model: PreTrainedModel) -> list[Run]:
         for tokens in BUDGETS
         for name in (*BEFORE, "oracle_boxes", "learnpruner")
     ]
-    runs += [Run(name, name, tokens) for name in INSIDE for tokens in BUDGETS if reachable(name, tokens, model)]
-    runs += [Run(f"{name}, cap", name, tokens, cap=tokens) for name in INSIDE for tokens in BUDGETS]
+    inside = [name for name in INSIDE if name in METHODS]
+    runs += [Run(name, name, tokens) for name in inside for tokens in BUDGETS if reachable(name, tokens, model)]
+    runs += [Run(f"{name}, cap", name, tokens, cap=tokens) for name in inside for tokens in BUDGETS]
     runs += [Run("hawk, its paper's budgets", "hawk", round(share * TOKENS)) for share in HAWK_SHARES]
-    runs += [Run("transprune, its paper's schedule", "transprune", paper_tokens("transprune", model))]
+    if "transprune" in METHODS:
+        runs += [Run("transprune, its paper's schedule", "transprune", paper_tokens("transprune", model))]
     return [run for run in runs if run.method in METHODS]
 
 
