@@ -40,7 +40,7 @@ from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.cuts_learnpruner import Cut, EncodedImages, learnpruner_schedule
-from learnpruner.hub_cards.records import check_comparable, read_result, relative_accuracy, weights_digest
+from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest
 from learnpruner.scorer_learnpruner import top_k
 from learnpruner.training.metrics import ExactMatch
 
@@ -260,8 +260,6 @@ METHODS: dict[str, Callable[[Asked], tuple[Cut, ...]]] = {
     "stage_1": cut_by_stage_1,
     "stage_2": cut_by_stage_2,
 }
-# Those that look at the pruner's weights.
-LEARNED = ("learnpruner", "stage_1")
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from learnpruner.hub_learnpruner import HubMixin
 
 from .card import EVALUATIONS, PICTURE, write_card
 from .checks import OWN_WEIGHTS, check_code, hub_reached, refuse_weights
-from .records import TRAINING, check_recorded_of, read_results
+from .records import TRAINING, check_recorded_of, check_training, read_results
 
 logger = logging.get_logger(__name__)
 
@@ -181,6 +181,7 @@ def _training_of(model: PreTrainedModel, given: dict | None) -> dict | None:
     try:
         if "pruner_sha256" not in record:
             raise ValueError(f"{TRAINING} does not say of which weights it is (pruner_sha256).")
+        check_training(record)
         check_recorded_of(model, {TRAINING: record})
     except ValueError as error:
         if given is not None:
@@ -263,9 +264,10 @@ def push_checkpoint(checkpoint: str, repo_id: str, base: str | None = None, **op
         base (`str`, *optional*): Hub id of the base, in place of what the checkpoint names.
         options: Those of [`push_pruner`].
     """
+    read_results(map(Path, options.get("results", ())))  # before any weight is read
     folder = Path(checkpoint)
     if folder.is_dir():
-        refuse_weights([path.name for path in folder.iterdir() if path.is_file()], checkpoint)
+        refuse_weights([path.name for path in folder.iterdir() if path.is_file()], checkpoint, folder)
         check_code(folder)
     options_of_base = {} if base is None else {"base_model_name_or_path": base}
     model = LearnPrunerForConditionalGeneration.from_pretrained(checkpoint, dtype="auto", **options_of_base)

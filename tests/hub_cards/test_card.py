@@ -162,7 +162,7 @@ def test_the_records_of_the_example_are_of_its_weights(tmp_path):
 
 
 def test_records_of_other_settings_are_refused(model):
-    record = {**records("b", "p")["half.json"], "base_sha256": None}
+    record = {**records("b", "p")["half.json"], "base_sha256": weights_digest(model)}
     record["fields"] = {**record["fields"], "pruner_layer": 1}
     with pytest.raises(ValueError, match=r"half\.json: recorded of other weights .*pruner_sha256"):
         check_recorded_of(model, {"half.json": record})
