@@ -21,9 +21,10 @@ MACHINE_CODE = {".so", ".dll", ".dylib", ".exe", ".pyc", ".pyd", ".pyo"}
 OTHER_WEIGHTS = {".safetensors", ".gguf", ".ggml", ".h5", ".keras", ".msgpack", ".onnx", ".pb", ".tflite"}
 # Of pickles from protocol 2 on, and of the zip archives in which torch saves.
 PICKLED = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
-# What else a repository of a pruner holds: texts and pictures, which nobody executes.
+# What else a repository of a pruner holds: code, which is compared with the release's, and what nobody executes.
 KNOWN = re.compile(
-    r"(LICENSE|NOTICE)[\w-]*|\.gitattributes|\.gitignore|.*\.(json|ya?ml|md|txt|jinja|png|jpe?g|gif|webp|model)|.*\.py",
+    r"(LICENSE|NOTICE)[\w-]*|\.gitattributes|\.gitignore"
+    r"|.*\.py|(?i:.*\.(json|ya?ml|md|txt|jinja|png|jpe?g|gif|webp|model))"
 )
 # Beside a download or a clone; nothing is loaded from there.
 NOT_READ = (".cache", ".git")
