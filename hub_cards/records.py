@@ -199,7 +199,9 @@ def check_recorded_of(model: PreTrainedModel, records: Mapping[str, Mapping]) ->
     """Raises `ValueError` where one of the named records was not made of the weights that `model` holds, does not say
     of which weights it was made, or was made of the pruner at other settings than the configuration's."""
     for field, pruner in (("base_sha256", False), ("pruner_sha256", True)):
-        if unknown := sorted(n for n, record in records.items() if field in _weights_of(record) and not record[field]):
+        if unknown := sorted(
+            n for n, record in records.items() if field in _weights_of(record) and not record.get(field)
+        ):
             raise ValueError(
                 f"{', '.join(unknown)} does not say of which weights it is ({field}). Measure this model, or leave it "
                 "out."
@@ -213,7 +215,7 @@ def check_recorded_of(model: PreTrainedModel, records: Mapping[str, Mapping]) ->
             )
     settings = model.config.to_dict()
     for name, record in records.items():
-        for field, value in record.get("fields", {}).items() if record["pruner_sha256"] else ():
+        for field, value in record.get("fields", {}).items() if record.get("pruner_sha256") else ():
             if settings.get(field) != value:
                 raise ValueError(
                     f"{name}: recorded with {field}={value}, and the model has {settings.get(field)}. Set "
