@@ -21,6 +21,7 @@ import learnpruner
 from learnpruner.guards_learnpruner import NEWEST_TESTED, OLDEST
 from learnpruner.hub_learnpruner import PRUNER
 
+from .checks import of_release
 from .records import COST, SETTINGS, SPEEDS, is_speed, relative_accuracy, weights_digest
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -28,7 +29,6 @@ README, PICTURE, EVALUATIONS = "README.md", "kept_tokens.png", ".eval_results"
 # What benchmarks/accuracy.py asks; made by it, so no data set of the Hub.
 DATA_SET = "easy-vqa-scenes"
 MISSING = "not measured"
-DISTRUST = "It was changed after it was written, or by another release."
 
 
 def write_card(
@@ -97,6 +97,13 @@ def check_card(folder: Path, records: Mapping[str, dict], training: Mapping | No
         `ValueError`: for a number that is in no record, or not as in its record.
     """
     own = _own(records)
+    distrust = f"It was changed after it was written, or is of another release.{of_release(folder)}"
+
+    def require(recorded: bool, where: str, value, described: str | None, near: list[str]) -> None:
+        if not recorded:
+            known = " and ".join(f"results/{n} has {own[n]['accuracy']}" for n in near) or "no record has it"
+            raise ValueError(f"{where} says {value} ({described}), and {known}. {distrust}")
+
     if (folder / README).exists():
         try:
             card = ModelCard.load(folder / README)
@@ -104,30 +111,24 @@ def check_card(folder: Path, records: Mapping[str, dict], training: Mapping | No
             raise ValueError(f"The metadata of {README} cannot be read ({error}).") from error
         metrics = {name: _eval_result(record) for name, record in own.items()}
         for found in card.data.eval_results or ():
-            described = f"{found.metric_name or found.metric_type} on {found.dataset_name}"
             near = [name for name, metric in metrics.items() if metric.is_equal_except_value(found)]
-            _require(found in metrics.values(), README, found.metric_value, described, own, near)
+            described = f"{found.metric_name} on {found.dataset_name}"
+            require(found in metrics.values(), README, found.metric_value, described, near)
         for title, rows in _tables(records, training).items():
+            recorded = [[str(cell) for cell in row] for row in rows]
             for row in _shown_rows(card.text, title):
-                if row not in [[str(cell) for cell in cells] for cells in rows]:
-                    raise ValueError(f"{README}, {title}: no record has the row {' | '.join(row)}. {DISTRUST}")
+                if row not in recorded:
+                    raise ValueError(f"{README}, {title}: no record has the row {' | '.join(row)}. {distrust}")
+    entries = {name: _entry(record) for name, record in own.items()}
     for path in sorted((folder / EVALUATIONS).glob("*.y*ml")):
-        name = f"{EVALUATIONS}/{path.name}"
+        where = f"{EVALUATIONS}/{path.name}"
         try:
-            entries = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+            read = parse_eval_result_entries(yaml.safe_load(path.read_text()))
         except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-            raise ValueError(f"{name} cannot be read ({type(error).__name__}: {error}).") from error
-        recorded = {name: _entry(record) for name, record in own.items()}
-        for found in entries:
-            if found.dataset_id == DATA_SET:
-                near = [n for n, e in recorded.items() if (e.task_id, e.notes) == (found.task_id, found.notes)]
-                _require(found in recorded.values(), name, found.value, f"{found.notes}", own, near)
-
-
-def _require(recorded: bool, where: str, value, described: str, own: Mapping[str, dict], near: list[str]) -> None:
-    if not recorded:
-        records = " and ".join(f"results/{name} has {own[name]['accuracy']}" for name in near) or "no record has it"
-        raise ValueError(f"{where} says {value} ({described}), and {records}. {DISTRUST}")
+            raise ValueError(f"{where} cannot be read ({type(error).__name__}: {error}).") from error
+        for found in (entry for entry in read if entry.dataset_id == DATA_SET):
+            near = [n for n, entry in entries.items() if (entry.task_id, entry.notes) == (found.task_id, found.notes)]
+            require(found in entries.values(), where, found.value, found.notes, near)
 
 
 def _shown_rows(text: str, title: str) -> list[list[str]]:
@@ -195,7 +196,8 @@ def _speed_row(record: Mapping) -> list:
 def _training_rows(training: Mapping) -> list[list]:
     rows = [(name, training[name]) for name in SETTINGS if training.get(name) is not None]
     rows += [(name, training["metrics"][name]) for name in COST if name in training.get("metrics", {})]
-    return [[name.replace("_", " "), value] for name, value in rows]
+    shown = [(name, ", ".join(f"{x:.4g}" for x in value) if isinstance(value, list) else value) for name, value in rows]
+    return [[name.replace("_", " "), value] for name, value in shown]
 
 
 def _what(record: Mapping) -> str:

@@ -127,7 +127,7 @@ def check_code(folder: Path) -> dict[str, str]:
         if own != digest:
             raise ValueError(
                 f"{name} in {folder} is not the file of learnpruner {learnpruner.__version__} (sha256 {digest}, here "
-                f"{own or 'none of that name'}): it was changed, or is of another release.{_of_release(folder)} Do not "
+                f"{own or 'none of that name'}): it was changed, or is of another release.{of_release(folder)} Do not "
                 "run it; the weights open without it by LearnPrunerForConditionalGeneration.from_pretrained."
             )
     for path in sorted(folder.rglob("*.json")):
@@ -172,7 +172,7 @@ def _json(path: Path):
         raise ValueError(f"{path} is not JSON ({error})") from error
 
 
-def _of_release(folder: Path) -> str:
+def of_release(folder: Path) -> str:
     """How to verify what another release wrote, by what its configuration says of itself."""
     config = folder / CONFIG_NAME
     content = _json(config) if config.is_file() else None

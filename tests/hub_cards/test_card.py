@@ -107,7 +107,7 @@ def test_training(full):
     record = training_record("p")
     shown = {name.replace(" ", "_"): value for name, value in table(card, "Training")}
     names = ("train_data", "samples", "objective", "steps", "learning_rate", "seed", "device")
-    expected = {name: str(record[name]) for name in names}
+    expected = {name: str(record[name]) for name in names} | {"budgets": "0.3333, 0.05"}
     assert shown == expected | {name: str(value) for name, value in record["metrics"].items()}
 
 
@@ -347,6 +347,12 @@ def test_a_changed_card_is_refused(full, tmp_path, change, message):
     path.write_bytes(change(text).encode())
     with pytest.raises(ValueError, match=rf"README\.md.*{message}"):
         check_card(tmp_path / "full", recorded, training_record("p"))
+
+
+def test_a_card_of_another_release_says_which(full, tmp_path):
+    (tmp_path / "full" / "config.json").write_text('{"learnpruner_version": "0.0.7"}')
+    with pytest.raises(ValueError, match=r"`pip install learnpruner==0\.0\.7` to verify it"):
+        check_card(tmp_path / "full", {}, None)
 
 
 def test_numbers_whose_record_is_gone_are_refused(full, tmp_path):
