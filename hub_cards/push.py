@@ -128,8 +128,7 @@ def push_pruner(
             release, a base that others cannot find, without `merged` a base that was changed (by a merged adapter) or
             is trainable, a processor with code of its own, and a repository that is public or holds other weights.
     """
-    if not isinstance(model, HubMixin):
-        raise ValueError(f"{type(model).__name__} is no model of LearnPrunerForConditionalGeneration.")
+    check_model(model)
     validate_repo_id(repo_id)
     if picture is not None and not _is_png(Path(picture)):
         raise ValueError(f"The picture is a PNG file, and {picture} is none.")
@@ -254,6 +253,11 @@ def _picture_stays(api: HfApi, there: There, model: PreTrainedModel, folder: Pat
     files = [(there.files.get(path.name), CommitOperationAdd(path.name, path)) for path in weights]
     same = all(file and file.lfs and file.lfs.sha256 == add.upload_info.sha256.hex() for file, add in files)
     return same and all(before.get(name) == written[name] for name in named)
+
+
+def check_model(model) -> None:
+    if not isinstance(model, HubMixin):
+        raise ValueError(f"{type(model).__name__} is no model of LearnPrunerForConditionalGeneration.")
 
 
 def _is_png(path: Path) -> bool:

@@ -141,8 +141,7 @@ class HubMixin:
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
             if not REGEX_COMMIT_OID.fullmatch(revision or ""):
-                here = {name: place[name] for name in PLACE if name in kwargs}
-                revision = cls._name_base(base, {**here, "revision": revision})[1]
+                revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})[1]
             if revision is not None:
                 config.base_model_revision = kwargs["revision"] = revision
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
@@ -225,11 +224,8 @@ class HubMixin:
         return self.train()
 
     def leave_base(self) -> tuple[str | None, str | None]:
-        """For whoever changes more than the pruner: from now on checkpoints hold all weights.
-
-        Returns:
-            The base that the model had, and its revision.
-        """
+        """For whoever changes more than the pruner: from now on checkpoints hold all weights. Returns the base that the
+        model had, and its revision."""
         base = self.config.base_model_name_or_path, self.config.base_model_revision
         base = self._base if base[0] is None else base
         self._base = (None, None)
@@ -257,17 +253,19 @@ class HubMixin:
     def _trains_base(self) -> bool:
         return any(p.requires_grad for name, p in self.named_parameters() if not name.startswith(PRUNER))
 
-    def _sample_base(self) -> dict[str, torch.Tensor]:
-        """Up to 64 values of each tensor of the base, on the CPU; none of one that is offloaded or sharded."""
+    def _sample_base(self) -> dict[str, torch.Tensor | None]:
+        """Up to 64 values of each tensor of the base, on the CPU; `None` for one that is offloaded or sharded."""
         base = {name: value for name, value in self.state_dict().items() if not name.startswith(PRUNER)}
-        whole = {name for name, value in base.items() if type(value) is torch.Tensor and not value.is_meta}
-        return {name: v.flatten()[:: v.numel() // 64 + 1].cpu() if name in whole else None for name, v in base.items()}
+        for name, value in base.items():
+            whole = type(value) is torch.Tensor and not value.is_meta
+            base[name] = value.flatten()[:: value.numel() // 64 + 1].clone().cpu() if whole else None
+        return base
 
     def _base_changed(self) -> bool:
         """Whether the base's weights are not what was loaded, by a merged adapter for one; precision does not count."""
         now = self._sample_base()
-        pairs = [(was, now.get(name, torch.empty(0))) for name, was in self._base_sample.items()]
-        return any(not was.to(is_.dtype).equal(is_) for was, is_ in pairs if was is not None and is_ is not None)
+        pairs = [(old, now.get(name, torch.empty(0))) for name, old in self._base_sample.items()]
+        return any(not old.to(new.dtype).equal(new) for old, new in pairs if old is not None and new is not None)
 
     def _freeze_base(self) -> None:
         for name, parameter in self.named_parameters():
@@ -278,13 +276,11 @@ class HubMixin:
 
         Args:
             pruner_only (`bool`, *optional*): The pruner's weights alone, with the base named in the configuration.
-                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as nothing but
-                the pruner is trainable and the base is as it was loaded, else `False`: a full checkpoint, which needs
-                no base.
+                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as only the
+                pruner is trainable and the base unchanged, else `False`: a full checkpoint, which needs no base.
 
         Raises:
-            `ValueError`: where a pruner-only checkpoint has no base to name, would lose what was changed in the base,
-                or would be written over its base.
+            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it.
         """
         base = self.config.base_model_name_or_path
         if pruner_only and base is None:
