@@ -333,9 +333,7 @@ def _processor_of(model: PreTrainedModel, token) -> ProcessorMixin:
         place = {"token": token, **({"revision": revision} if revision else {})}
         if not where or not any(_file(where, name, place) for name in PROCESSOR_FILES):
             continue
-        for name in (*PROCESSOR_FILES, *TOKENIZER_FILES):
-            if (path := _file(where, name, place)) and '"auto_map"' in Path(path).read_text():
-                raise ValueError(_OWN_CODE.format(f"The processor at {where}"))
+        _refuse_processor_code(where, place)
         return AutoProcessor.from_pretrained(where, trust_remote_code=False, **place)
     raise ValueError(f"No processor at {base[0] or own[0] or 'the model'}: pass one, processor=...")
 
@@ -344,6 +342,13 @@ _OWN_CODE = (
     "{} runs code of its own, which a repository of this project may not hold: pass processor=... of a stock class, or "
     "save one beside the checkpoint: processor.save_pretrained(folder)."
 )
+
+
+def _refuse_processor_code(where: str, place: dict) -> None:
+    """Raises `ValueError` where the processor at `where` is not of stock classes alone."""
+    for name in (*PROCESSOR_FILES, *TOKENIZER_FILES):
+        if (path := _file(where, name, place)) and '"auto_map"' in Path(path).read_text():
+            raise ValueError(_OWN_CODE.format(f"The processor at {where}"))
 
 
 def _file(where: str, name: str, place: dict) -> str | None:
@@ -370,6 +375,7 @@ def push_checkpoint(checkpoint: str, repo_id: str, base: str | None = None, **op
     folder = Path(checkpoint)
     if folder.is_dir():
         refuse_weights([path.name for path in folder.iterdir() if path.is_file()], checkpoint)
+        _refuse_processor_code(checkpoint, {})
         check_code(folder)
     options_of_base = {} if base is None else {"base_model_name_or_path": base}
     model = LearnPrunerForConditionalGeneration.from_pretrained(checkpoint, dtype="auto", **options_of_base)

@@ -36,6 +36,7 @@ EXPECTED = {
 }
 
 
+@pytest.mark.core
 def test_push_is_one_commit_of_all_that_a_pruner_needs(hub, worker, light, evidence, tmp_path):
     Image.new("RGB", (8, 8), "teal").save(tmp_path / "drawn.png")
     options = {"results": evidence, "picture": str(tmp_path / "drawn.png"), "commit_message": "First"}
@@ -227,6 +228,7 @@ def edited(folder, target, change):
     return target
 
 
+@pytest.mark.core
 def test_a_published_pruner_opens_anywhere(hub, worker, light, base, base_folder, evidence, tmp_path):
     """By its id, without the package; at a revision; on the base that it was trained on, though the base's main has
     moved; offline; and pushed again after training."""
@@ -266,6 +268,7 @@ def test_a_published_pruner_opens_anywhere(hub, worker, light, base, base_folder
     assert len(hub.requests) == requests
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("step", [("PUT", "/lfs/"), ("POST", "/commit/")], ids=["weights", "commit"])
 def test_a_failed_upload_leaves_no_half_repository(step, hub, worker, light):
     hub.fail = step
