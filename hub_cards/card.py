@@ -42,6 +42,7 @@ def write_card(
     base_revision: str | None,
     merged: bool,
     tags: Sequence[str],
+    license: str | None = None,
 ) -> None:
     """Writes `README.md` and `.eval_results/*.yaml` into the folder of a repository.
 
@@ -54,6 +55,7 @@ def write_card(
     own = _own(records)
     data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
+        license=license and license.lower(),  # as the Hub writes SPDX identifiers
         base_model=base,
         base_model_relation=("finetune" if merged else "adapter") if base else None,
         library_name="transformers",

@@ -32,7 +32,7 @@ NOT_READ = (".cache", ".git")
 # Keys of configurations that name code, and the file that names another model to open in place of this one.
 CODE = {"auto_map", "custom_pipelines", "custom_generate"}
 ADAPTER = "adapter_config.json"
-PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, "tokenizer_config.json")
+PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 
 
 def list_files(folder: Path) -> list[str]:
@@ -148,7 +148,7 @@ def refuse_processor_code(where: str, **place) -> None:
         where (`str`): A folder or a Hub id.
         place: `revision` and `token`, as for `from_pretrained`.
     """
-    for name in PROCESSOR_FILES:
+    for name in (*PROCESSOR_FILES, "tokenizer_config.json"):
         path = cached_file(where, name, _raise_exceptions_for_missing_entries=False, **place)
         for reference in _named_code(_json(Path(path))) if path else ():
             if not _is_of(_release(), reference):

@@ -187,7 +187,7 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict]:
     return results
 
 
-def _weights_of(record: Mapping) -> tuple[str, ...]:
+def digests_of(record: Mapping) -> tuple[str, ...]:
     """The digests without which nobody knows what was recorded."""
     if "method" in record and record["method"] not in LEARNED:
         return ("base_sha256",)
@@ -200,7 +200,7 @@ def check_recorded_of(model: PreTrainedModel, records: Mapping[str, Mapping]) ->
     of which weights it was made, or was made of the pruner at other settings than the configuration's."""
     for field, pruner in (("base_sha256", False), ("pruner_sha256", True)):
         if unknown := sorted(
-            n for n, record in records.items() if field in _weights_of(record) and not record.get(field)
+            n for n, record in records.items() if field in digests_of(record) and not record.get(field)
         ):
             raise ValueError(
                 f"{', '.join(unknown)} does not say of which weights it is ({field}). Measure this model, or leave it "

@@ -1,13 +1,15 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """Verifying a pruner before it is trusted: its files, its code, its records, and one image through it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import REGEX_COMMIT_OID
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 import learnpruner
 from learnpruner.auto import LearnPrunerForConditionalGeneration
@@ -130,7 +132,8 @@ def verify(
     return Verified(
         checkpoint=f"{checkpoint} at {place['revision']}" if place else checkpoint,
         code=code,
-        base=_described(base, base_revision),
+        # As it is stored: loading pinned it, for this process.
+        base=_described(base, json.loads((folder / CONFIG_NAME).read_text()).get("base_model_revision")),
         pruner_sha256=weights_digest(model, pruner=True),
         results=list(results),
         training=training is not None,
@@ -144,7 +147,7 @@ def _described(base: str | None, revision: str | None) -> str:
         return "all weights are here"
     if Path(base).is_dir():
         return f"{base}, a folder of this machine"
-    if revision is None:
+    if not REGEX_COMMIT_OID.fullmatch(revision or ""):
         return f"{base} at NO FIXED REVISION: who changes the base changes this model, and these results are not of it"
     return f"{base} at {revision}"
 
