@@ -37,8 +37,7 @@ from learnpruner.accounting import mean_tokens
 from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
-from learnpruner.cuts_learnpruner import LearnedScore
-from learnpruner.hub_cards.records import check_comparable, read_result, relative_accuracy, weights_digest
+from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest
 from learnpruner.methods import METHODS, Method, OracleBoxes, Random
 from learnpruner.methods.baselines import box_patches
 from learnpruner.training.metrics import ExactMatch
@@ -174,11 +173,6 @@ def answer_questions(
     }
 
 
-def _is_learned(model: PreTrainedModel, method: Method | None) -> bool:
-    """Whether the method looks at the pruner's weights."""
-    return method is not None and any(isinstance(cut.score, LearnedScore) for cut in method.cuts(model.model))
-
-
 def commit_of(model: str) -> str | None:
     """The commit that a Hub id stands for; `None` for a folder, which `base_sha256` identifies."""
     return None if Path(model).is_dir() else extract_commit_hash(cached_file(model, CONFIG_NAME), None)
@@ -267,6 +261,8 @@ def main(argv: list[str] | None = None) -> int:
         processor = load_processor(arguments.model, arguments.trust_remote_code)
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
         model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **fields_of_model).eval()
+        if method is not None:
+            method.cuts(model.model)  # says what the model lacks, before any work
         about = {
             "method": arguments.method,
             "name": arguments.name or arguments.method,
@@ -280,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
             "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
             "model_revision": commit_of(arguments.model),
             "base_sha256": weights_digest(model),
-            "pruner_sha256": weights_digest(model, pruner=True) if _is_learned(model, method) else None,
+            "pruner_sha256": weights_digest(model, pruner=True) if arguments.method in LEARNED else None,
             "pruner_trained": model.config.pruner_trained,
             "data": hashlib.sha256("\n".join([*data["question"], *data["answer"]]).encode()).hexdigest(),
             "batch_size": arguments.batch_size,

@@ -7,27 +7,28 @@ from contextlib import suppress
 from pathlib import Path
 
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    parse_eval_result_entries,
+)
 from transformers import PreTrainedModel
 
 import learnpruner
 from learnpruner.guards_learnpruner import NEWEST_TESTED, OLDEST
 from learnpruner.hub_learnpruner import PRUNER
 
-from .records import SPEEDS, is_speed, relative_accuracy, weights_digest
+from .checks import of_release
+from .records import COST, SETTINGS, SPEEDS, is_speed, relative_accuracy, weights_digest
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
-PICTURE, EVALUATIONS = "kept_tokens.png", ".eval_results"
+README, PICTURE, EVALUATIONS = "README.md", "kept_tokens.png", ".eval_results"
 # What benchmarks/accuracy.py asks; made by it, so no data set of the Hub.
 DATA_SET = "easy-vqa-scenes"
 MISSING = "not measured"
-# Of a training.json, in this order, where they are recorded.
-SETTINGS = (
-    *("train_data", "samples", "objective", "steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
-    *("processes", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "budgets", "distillation"),
-    *("temperature", "final_temperature", "pruner_ratio", "seed", "device"),
-)
-COST = ("seconds", "trained_parameters", "peak_memory_bytes")
 
 
 def write_card(
@@ -41,6 +42,7 @@ def write_card(
     base_revision: str | None,
     merged: bool,
     tags: Sequence[str],
+    license: str | None = None,
 ) -> None:
     """Writes `README.md` and `.eval_results/*.yaml` into the folder of a repository.
 
@@ -50,18 +52,16 @@ def write_card(
         base (`str`, *optional*): Hub id of the base, at the commit `base_revision`.
     """
     config = model.config
-    accuracy = [record for record in records.values() if not is_speed(record)]
-    accuracy.sort(key=lambda record: (record["level"], -record["tokens"]["mean"], record["name"], record["seed"]))
-    # Other methods are in the table; the metrics of this repository are this pruner's.
-    own = [record for record in accuracy if record["pruner_sha256"]]
+    own = _own(records)
     data = ModelCardData(
         model_name=repo_id.rpartition("/")[2],
+        license=license and license.lower(),  # as the Hub writes SPDX identifiers
         base_model=base,
         base_model_relation=("finetune" if merged else "adapter") if base else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["learnpruner", "token-pruning", "arxiv:2604.23950", *tags],
-        eval_results=[_eval_result(record) for record in own] or None,
+        eval_results=[_eval_result(record) for record in own.values()] or None,
     )
     card = ModelCard.from_template(
         data,
@@ -79,14 +79,86 @@ def write_card(
         newest=".".join(map(str, NEWEST_TESTED)),
         version=learnpruner.__version__,
         code=code,
-        accuracy=_accuracy_rows(accuracy),
-        accuracy_versions=_versions(accuracy),
-        speed=[_speed_row(record) for record in records.values() if is_speed(record)],
+        accuracy_versions=_versions(_sorted(records).values()),
         picture=PICTURE if (folder / PICTURE).exists() else None,
-        training=_training_rows(training or {}),
+        **{title.lower(): rows for title, rows in _tables(records, training).items()},
     )
-    card.save(folder / "README.md")
-    _write_evaluations(folder / EVALUATIONS, own)
+    card.save(folder / README)
+    for level, entries in _entries(own).items():
+        (folder / EVALUATIONS).mkdir(exist_ok=True)
+        content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        (folder / EVALUATIONS / f"{DATA_SET}-{level}.yaml").write_text(content)
+
+
+def check_card(folder: Path, records: Mapping[str, dict], training: Mapping | None) -> None:
+    """Compares what the card in `folder` says with the records: the metrics of `README.md` and of
+    `.eval_results/*.yaml`, and the rows of the card's tables Accuracy, Speed and Training. Metrics of other data sets
+    in `.eval_results/`, which other people add, are left alone.
+
+    Raises:
+        `ValueError`: for a number that is in no record, or not as in its record.
+    """
+    own = _own(records)
+    distrust = f"It was changed after it was written, or is of another release.{of_release(folder)}"
+
+    def require(recorded: bool, where: str, value, described: str | None, near: list[str]) -> None:
+        if not recorded:
+            known = " and ".join(f"results/{n} has {own[n]['accuracy']}" for n in near) or "no record has it"
+            raise ValueError(f"{where} says {value} ({described}), and {known}. {distrust}")
+
+    if (folder / README).exists():
+        try:
+            card = ModelCard.load(folder / README)
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"The metadata of {README} cannot be read ({error}).") from error
+        metrics = {name: _eval_result(record) for name, record in own.items()}
+        for found in card.data.eval_results or ():
+            near = [name for name, metric in metrics.items() if metric.is_equal_except_value(found)]
+            described = f"{found.metric_name} on {found.dataset_name}"
+            require(found in metrics.values(), README, found.metric_value, described, near)
+        for title, rows in _tables(records, training).items():
+            recorded = [[str(cell) for cell in row] for row in rows]
+            for row in _shown_rows(card.text, title):
+                if row not in recorded:
+                    raise ValueError(f"{README}, {title}: no record has the row {' | '.join(row)}. {distrust}")
+    entries = {name: _entry(record) for name, record in own.items()}
+    for path in sorted((folder / EVALUATIONS).glob("*.y*ml")):
+        where = f"{EVALUATIONS}/{path.name}"
+        try:
+            read = parse_eval_result_entries(yaml.safe_load(path.read_text()))
+        except (AttributeError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{where} cannot be read ({type(error).__name__}: {error}).") from error
+        for found in (entry for entry in read if entry.dataset_id == DATA_SET):
+            near = [n for n, entry in entries.items() if (entry.task_id, entry.notes) == (found.task_id, found.notes)]
+            require(found in entries.values(), where, found.value, found.notes, near)
+
+
+def _shown_rows(text: str, title: str) -> list[list[str]]:
+    """Cells of the table under a title."""
+    _, _, after = "\n".join(text.splitlines()).partition(f"\n## {title}\n")
+    rows = [line for line in after.partition("\n## ")[0].split("\n") if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows[2:]]
+
+
+def _own(records: Mapping[str, dict]) -> dict[str, dict]:
+    """The accuracy of this pruner, which alone is this repository's: other methods are in the table."""
+    return {name: r for name, r in _sorted(records).items() if r["pruner_sha256"]}
+
+
+def _sorted(records: Mapping[str, dict]) -> dict[str, dict]:
+    """Those of accuracy, from many tokens to few."""
+    accuracy = [(name, record) for name, record in records.items() if not is_speed(record)]
+    accuracy.sort(key=lambda pair: (pair[1]["level"], -pair[1]["tokens"]["mean"], pair[1]["name"], pair[1]["seed"]))
+    return dict(accuracy)
+
+
+def _tables(records: Mapping[str, dict], training: Mapping | None) -> dict[str, list[list]]:
+    """Section of the card -> rows of its table."""
+    return {
+        "Accuracy": _accuracy_rows(list(_sorted(records).values())),
+        "Speed": [_speed_row(record) for record in records.values() if is_speed(record)],
+        "Training": _training_rows(training or {}),
+    }
 
 
 def _link(base: str | None, revision: str | None) -> str | None:
@@ -123,10 +195,11 @@ def _speed_row(record: Mapping) -> list:
     return [f"{record['ratio']:.4g}", record["device"], settings, *speeds]
 
 
-def _training_rows(training: Mapping) -> list[tuple]:
+def _training_rows(training: Mapping) -> list[list]:
     rows = [(name, training[name]) for name in SETTINGS if training.get(name) is not None]
     rows += [(name, training["metrics"][name]) for name in COST if name in training.get("metrics", {})]
-    return [(name.replace("_", " "), value) for name, value in rows]
+    shown = [(name, ", ".join(f"{x:.4g}" for x in value) if isinstance(value, list) else value) for name, value in rows]
+    return [[name.replace("_", " "), value] for name, value in shown]
 
 
 def _what(record: Mapping) -> str:
@@ -147,13 +220,13 @@ def _eval_result(record: Mapping) -> EvalResult:
     )
 
 
-def _write_evaluations(folder: Path, own: list[dict]) -> None:
+def _entry(record: Mapping) -> EvalResultEntry:
+    notes = f"exact match at {_what(record)}, seed {record['seed']}, {record['n']} questions"
+    return EvalResultEntry(dataset_id=DATA_SET, task_id=record["level"], value=record["accuracy"], notes=notes)
+
+
+def _entries(own: Mapping[str, dict]) -> dict[str, list[EvalResultEntry]]:
     levels = defaultdict(list)
-    for record in own:
-        notes = f"exact match at {_what(record)}, seed {record['seed']}, {record['n']} questions"
-        entry = EvalResultEntry(dataset_id=DATA_SET, task_id=record["level"], value=record["accuracy"], notes=notes)
-        levels[record["level"]].append(entry)
-    for level, entries in levels.items():
-        folder.mkdir(exist_ok=True)
-        content = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
-        (folder / f"{DATA_SET}-{level}.yaml").write_text(content)
+    for record in own.values():
+        levels[record["level"]].append(_entry(record))
+    return levels

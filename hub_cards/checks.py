@@ -4,46 +4,112 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 # Of httpx, or from huggingface_hub 2.0 on of httpx2.
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, cached_file
 
 import learnpruner
 
 OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill"}
+# Pickles, and archives of them.
+PICKLES = {".bin", ".pt", ".pth", ".th", ".mar", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".dill"}
+MACHINE_CODE = {".so", ".dll", ".dylib", ".exe", ".pyc", ".pyd", ".pyo"}
 OTHER_WEIGHTS = {".safetensors", ".gguf", ".ggml", ".h5", ".keras", ".msgpack", ".onnx", ".pb", ".tflite"}
-
+# Of pickles from protocol 2 on, and of the zip archives in which torch saves.
+PICKLED = re.compile(rb"\x80[\x02-\x05]|PK\x03\x04")
+# What else a repository of a pruner holds: code, which is compared with the release's, and what nobody executes.
+KNOWN = re.compile(
+    r"(LICENSE|NOTICE)[\w-]*|\.gitattributes|\.gitignore"
+    r"|.*\.py|(?i:.*\.(json|ya?ml|md|txt|jinja|png|jpe?g|gif|webp|model))"
+)
+# Beside a download or a clone; nothing is loaded from there.
+NOT_READ = (".cache", ".git")
 
 # Keys of configurations that name code, and the file that names another model to open in place of this one.
 CODE = {"auto_map", "custom_pipelines", "custom_generate"}
 ADAPTER = "adapter_config.json"
+PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 
 
-def refuse_weights(names: Iterable[str], where: str) -> None:
-    """Raises `ValueError` where a file is a pickle, which runs code when it is opened, or holds other weights than
-    `model.safetensors` and its shards.
+def list_files(folder: Path) -> list[str]:
+    """Paths of all files of a local folder, relative to it.
+
+    Raises:
+        `ValueError`: where a link leads out of it, to what is not looked at here.
+    """
+    names = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if name.parts[0] in NOT_READ:
+            continue
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{name} in {folder} is a link to a place outside: put the file itself there. What was downloaded "
+                "into the cache is named by its Hub id."
+            )
+        if path.is_file():
+            names.append(name.as_posix())
+    return names
+
+
+def refuse_weights(names: Iterable[str], where: str, folder: Path | None = None) -> None:
+    """Raises `ValueError` where a file is a pickle or machine code, or holds other weights than `model.safetensors`
+    and its shards.
 
     Args:
         names: Paths of the files, relative to the checkpoint.
         where (`str`): What the message calls the checkpoint.
+        folder (`Path`, *optional*): Where the files are. Then those of an unknown kind are opened, too: a pickle may
+            have any name.
     """
     paths = sorted(map(PurePosixPath, names))
-    if pickles := [str(path) for path in paths if path.suffix.lower() in PICKLES]:
+
+    def of(kinds: set[str]) -> list[str]:
+        # model.pth.tar and state.pkl.gz are pickles, too.
+        return [
+            str(path)
+            for path in paths
+            if kinds & {suffix.lower() for suffix in path.suffixes} and not KNOWN.fullmatch(path.name)
+        ]
+
+    pickles = set(of(PICKLES))
+    if folder is not None:
+        pickles |= {str(path) for path in paths if not _is_known(path) and PICKLED.match(_start(folder / path))}
+    if pickles:
         raise ValueError(
-            f"{where} has pickled files, which run code when they are opened: {', '.join(pickles)}. Remove them, or "
-            "save the model alone: model.save_pretrained(folder)."
+            f"{where} has pickled files, which run code when they are opened: {', '.join(sorted(pickles))}. Remove "
+            "them, or save the model alone: model.save_pretrained(folder)."
         )
+    if compiled := of(MACHINE_CODE):
+        raise ValueError(f"{where} has compiled code, which nobody can read: {', '.join(compiled)}. Remove it.")
     if ADAPTER in map(str, paths):
         raise ValueError(
             f"{where} has an {ADAPTER}: whoever opens it would be sent to the model that it names. Remove it."
         )
-    others = [str(p) for p in paths if p.suffix.lower() in OTHER_WEIGHTS and not OWN_WEIGHTS.fullmatch(str(p))]
-    if others:
+    if others := [name for name in of(OTHER_WEIGHTS) if not OWN_WEIGHTS.fullmatch(name)]:
         raise ValueError(f"{where} has weights that are not this model's: {', '.join(others)}. Remove them.")
+
+
+def refuse_unknown(names: Iterable[str], where: str) -> None:
+    """Raises `ValueError` where a file is of no kind that a repository of a pruner holds: weights and code of this
+    project, texts, pictures, and what a tokenizer reads."""
+    if unknown := [name for name in sorted(names) if not _is_known(PurePosixPath(name))]:
+        raise ValueError(
+            f"{where} has files of a kind that a pruner's repository does not hold: {', '.join(unknown)}. Remove them."
+        )
+
+
+def _is_known(path: PurePosixPath) -> bool:
+    return bool(OWN_WEIGHTS.fullmatch(str(path)) or KNOWN.fullmatch(path.name))
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
 
 
 def check_code(folder: Path) -> dict[str, str]:
@@ -52,27 +118,68 @@ def check_code(folder: Path) -> dict[str, str]:
     Raises:
         `ValueError`: where one is not, byte for byte, a file of this release, or code of another place is named.
     """
-    release = {path.name: _sha256(path) for path in Path(learnpruner.__file__).parent.glob("*_learnpruner*.py")}
-    found = {path.relative_to(folder).as_posix(): _sha256(path) for path in sorted(folder.rglob("*.py"))}
+    release = _release()
+    refuse_processor_code(str(folder))
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() == ".py")
+    found = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
     for name, digest in found.items():
         own = release.get(PurePosixPath(name).name)
         if own != digest:
             raise ValueError(
                 f"{name} in {folder} is not the file of learnpruner {learnpruner.__version__} (sha256 {digest}, here "
-                f"{own or 'none of that name'}): it was changed, or is of another release. Do not run it; "
-                "the weights open without it by LearnPrunerForConditionalGeneration.from_pretrained."
+                f"{own or 'none of that name'}): it was changed, or is of another release.{of_release(folder)} Do not "
+                "run it; the weights open without it by LearnPrunerForConditionalGeneration.from_pretrained."
             )
     for path in sorted(folder.rglob("*.json")):
-        try:
-            references = list(_named_code(json.loads(path.read_text())))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not JSON ({error})") from error
-        for reference in references:
-            # Code of another repository would be named `user/repo--module.Class`.
-            module = re.fullmatch(r"(\w+)\.\w+", reference)
-            if module is None or f"{module[1]}.py" not in release:
+        for reference in _named_code(_json(path)):
+            if not _is_of(release, reference):
                 raise ValueError(f"{path} names code that is not this release's: {reference}. Do not run it.")
     return found
+
+
+def _release() -> dict[str, str]:
+    return {path.name: _sha256(path) for path in Path(learnpruner.__file__).parent.glob("*_learnpruner*.py")}
+
+
+def refuse_processor_code(where: str, **place) -> None:
+    """Raises `ValueError` where a processor needs code that is not this release's.
+
+    Args:
+        where (`str`): A folder or a Hub id.
+        place: `revision` and `token`, as for `from_pretrained`.
+    """
+    for name in (*PROCESSOR_FILES, "tokenizer_config.json"):
+        path = cached_file(where, name, _raise_exceptions_for_missing_entries=False, **place)
+        for reference in _named_code(_json(Path(path))) if path else ():
+            if not _is_of(_release(), reference):
+                raise ValueError(
+                    f"The processor at {where} runs code of its own, {reference} by its {name}, which is not run here "
+                    "and may not be in a repository of this project. Save a processor of a class of transformers with "
+                    "the checkpoint: processor.save_pretrained(folder)."
+                )
+
+
+def _is_of(release: Mapping[str, str], reference: str) -> bool:
+    # Code of another repository would be named `user/repo--module.Class`.
+    module = re.fullmatch(r"(\w+)\.\w+", reference)
+    return module is not None and f"{module[1]}.py" in release
+
+
+def _json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+
+
+def of_release(folder: Path) -> str:
+    """How to verify what another release wrote, by what its configuration says of itself."""
+    config = folder / CONFIG_NAME
+    content = _json(config) if config.is_file() else None
+    written = str(content.get("learnpruner_version")) if isinstance(content, dict) else ""
+    if written == learnpruner.__version__ or not re.fullmatch(r"\d+[\w.]*", written):
+        return ""
+    return f" Its configuration was written by {written}: `pip install learnpruner=={written}` to verify it."
 
 
 def _named_code(content, named: bool = False) -> Iterator[str]:

@@ -5,12 +5,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.constants import REGEX_COMMIT_OID
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
@@ -21,13 +20,27 @@ from transformers.utils.hub import extract_commit_hash
 from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.hub_learnpruner import HubMixin
 
-from .card import EVALUATIONS, PICTURE, write_card
-from .checks import OWN_WEIGHTS, check_code, hub_reached, refuse_weights
-from .records import TRAINING, check_recorded_of, read_results
+from .card import PICTURE, write_card
+from .checks import (
+    OWN_WEIGHTS,
+    PROCESSOR_FILES,
+    check_code,
+    hub_reached,
+    refuse_processor_code,
+    refuse_weights,
+)
+from .records import (
+    TRAINING,
+    check_recorded_of,
+    check_training,
+    digests_of,
+    read_results,
+    read_training,
+    weights_digest,
+)
+from .repository import RESULTS, There, find, is_own, open_for_push, signed_in, writable
 
 logger = logging.get_logger(__name__)
-
-RESULTS = "results"
 
 
 @dataclass(frozen=True)
@@ -38,21 +51,24 @@ class Push:
         repo_id (`str`).
         files (`dict[str, int]`): Path in the repository -> bytes.
         commit ([`CommitInfo`] or `None`): `None` after a dry run.
+        deleted (`list[str]` or `None`): Paths that were in the repository and are not in the commit. `None` after a
+            dry run that could not read it.
     """
 
     repo_id: str
     files: dict[str, int]
     commit: CommitInfo | None
+    deleted: list[str] | None
 
     def __str__(self) -> str:
         total = f"{len(self.files)} files, {sum(self.files.values()):,} bytes"
         done = "nothing was uploaded" if self.commit is None else self.commit.pr_url or self.commit.commit_url
-        width = max(map(len, self.files))
+        unknown = "; what it would delete is not known: the repository could not be read" * (self.deleted is None)
+        rows = [(name, f"{size:,}") for name, size in sorted(self.files.items())]
+        rows += [(name, "deleted") for name in self.deleted or ()]
+        width = max(len(name) for name, _ in rows)
         return "\n".join(
-            [
-                f"{self.repo_id}: {total}; {done}",
-                *(f"{name:<{width}} {size:>14,}" for name, size in sorted(self.files.items())),
-            ]
+            [f"{self.repo_id}: {total}; {done}{unknown}", *(f"{name:<{width}} {text:>14}" for name, text in rows)]
         )
 
 
@@ -73,10 +89,15 @@ def push_pruner(
     commit_description: str | None = None,
     max_shard_size: int | str = "50GB",
     tags: Sequence[str] = (),
+    license: str | None = None,
     dry_run: bool = False,
 ) -> Push:
-    """Pushes weights, configuration, processor, code, card and results in one commit. What an earlier push left in the
-    repository and this one does not have (results of other weights, shards, code) is deleted in the same commit.
+    """Pushes weights, configuration, processor, code, card and results in one commit.
+
+    Where the repository has results, picture or training of these very weights, they stay, and are on the new card;
+    those of other weights, and what else an earlier push left (shards, code, processor files), are deleted in the same
+    commit and listed in [`Push`]. The card is written anew each time, over whatever stood in README.md. Files that no
+    push writes are left alone. A push by somebody else in the meantime is an error, and nothing is overwritten.
 
     `model.push_to_hub(repo_id, ...)` is this, and returns the commit.
 
@@ -85,37 +106,37 @@ def push_pruner(
     Args:
         model: A model of this project.
         repo_id (`str`): `user/name`, or `name` in the namespace of the token. Made where it does not exist.
-        processor ([`ProcessorMixin`], *optional*): Defaults to that of the base.
+        processor ([`ProcessorMixin`], *optional*): Of a stock class. Defaults to that of the checkpoint that the model
+            was loaded from, or of its base where that has none.
         results (`list[str]`, *optional*): JSON files of benchmarks/accuracy.py and benchmarks/speed.py.
         training (`dict`, *optional*): A `training.json`. Defaults to that of the [`PrunerTrainer`] that trained the
             model, or of the folder that it was loaded from, where that is of these weights.
         picture (`str`, *optional*): PNG of kept tokens, as [`learnpruner.compare.save_picture`] draws it.
         merged (`bool`): All weights, not the pruner's alone.
         max_shard_size, tags: As in `PreTrainedModel.push_to_hub`; shards are for `merged`.
+        license (`str`, *optional*): SPDX identifier, for the card.
 
     > Where
 
     Args:
         private (`bool`, *optional*): Of a repository that is made.
         revision (`str`, *optional*): Branch, made where it does not exist.
-        create_pr (`bool`): A pull request.
+        create_pr (`bool`): A pull request, to `revision`.
         token, commit_message, commit_description: As in `PreTrainedModel.push_to_hub`.
-        dry_run (`bool`): Everything but the upload.
+        dry_run (`bool`): Everything but the upload. Needs no token for a public repository, and no Hub for a base that
+            is in the cache.
 
     Raises:
-        `OSError`: without a token, without rights, and where the Hub does not take the upload. A repository that was
-            made for it is removed again.
+        `OSError`: without a token, without rights, where somebody else pushed meanwhile, and where the Hub does not
+            take the upload. A repository or branch that was made for it is removed again.
         `ValueError`: for another model, a name that is not allowed, results or code that are not of this model and
-            release, a base that others cannot find, other trainable weights than the pruner's without `merged`, and a
-            repository that is public or holds other weights.
+            release, a base that others cannot find, without `merged` a base that was changed (by a merged adapter) or
+            is trainable, a processor with code of its own, and a repository that is public or holds other weights.
     """
-    if not isinstance(model, HubMixin):
-        raise ValueError(f"{type(model).__name__} is no model of LearnPrunerForConditionalGeneration.")
+    check_model(model)
     validate_repo_id(repo_id)
     if picture is not None and not _is_png(Path(picture)):
         raise ValueError(f"The picture is a PNG file, and {picture} is none.")
-    if not dry_run and not (token if isinstance(token, str) else get_token()):
-        raise OSError("No token to push with: run `hf auth login`, or set HF_TOKEN (with the right to write).")
     records = read_results(map(Path, results))
     check_recorded_of(model, records)
     training = _training_of(model, training)
@@ -123,48 +144,129 @@ def push_pruner(
     api = HfApi(token=token)
     with hub_reached(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if "/" not in repo_id and not dry_run:
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
+        if dry_run:
+            there = _found_for_dry_run(api, repo_id, revision, private, create_pr)
+        else:
+            repo_id = writable(api, repo_id, create_pr)
+            there = find(api, repo_id, revision, private, create_pr)
         if processor is None:
             processor = _processor_of(model, token)
+        _check_stock(processor)
         model.save_pretrained(folder, pruner_only=not merged, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         for path in map(Path, results):
             (folder / RESULTS).mkdir(exist_ok=True)
             shutil.copy(path, folder / RESULTS)
-        if training is not None:
-            (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
         if picture is not None:
             shutil.copy(picture, folder / PICTURE)
-        write_card(folder, repo_id, model, check_code(folder), records, training, base, base_revision, merged, tags)
+        outdated: set[str] = set()
+        if there is not None and there.files:
+            kept, outdated = _results_there(api, there, model, set(records))
+            records |= kept
+            if training is None:
+                training = _training_there(api, there, model)
+            for name in [f"{RESULTS}/{name}" for name in kept] + [PICTURE] * _picture_stays(api, there, model, folder):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copy(_download(api, there, name), folder / name)
+        if training is not None:
+            (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
+        code = check_code(folder)
+        write_card(folder, repo_id, model, code, records, training, base, base_revision, merged, tags, license)
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        deleted = None
+        if there is not None:
+            deleted = sorted(n for n in there.files or () if n not in files and (is_own(n) or n in outdated))
         if dry_run:
-            return Push(repo_id, files, None)
-        with _repository(api, repo_id, private, None if create_pr else revision) as there:
+            return Push(repo_id, files, None, deleted)
+        with open_for_push(api, there, private, create_pr) as parent:
             added = [CommitOperationAdd(name, folder / name) for name in files]
-            stale = [CommitOperationDelete(name) for name in there if _is_own(name) and name not in files]
             commit = api.create_commit(
                 repo_id,
-                added + stale,
+                added + [CommitOperationDelete(name) for name in deleted],
                 commit_message=commit_message,
                 commit_description=commit_description,
                 revision=revision,
                 create_pr=create_pr,
+                parent_commit=parent,
             )
-    return Push(repo_id, files, commit)
+    return Push(repo_id, files, commit, deleted)
+
+
+def _found_for_dry_run(api: HfApi, repo_id: str, *options) -> There | None:
+    """`None`: not to be told, for want of a token or of a Hub that answers."""
+    try:
+        if "/" not in repo_id:
+            repo_id = writable(api, repo_id)
+        there = find(api, repo_id, *options)
+    except (OSError, HTTPError):
+        return None
+    # Without a token, a private repository looks like none.
+    return there if there.commit is not None or signed_in(api.token) else None
+
+
+def _download(api: HfApi, there: There, name: str) -> Path:
+    return Path(api.hf_hub_download(there.repo_id, name, revision=there.commit))
+
+
+def _results_there(
+    api: HfApi, there: There, model: PreTrainedModel, replaced: set[str]
+) -> tuple[dict[str, dict], set[str]]:
+    """Name -> record, of those in a repository that are of the model's weights and settings; and the paths of those
+    that are not. What is no record of this project is neither."""
+    records = {}
+    for name in there.files:
+        file = Path(name)
+        if file.parent.as_posix() == RESULTS and file.suffix == ".json" and file.name not in replaced:
+            try:
+                records |= read_results([_download(api, there, name)])
+            except ValueError:
+                logger.warning(f"{name} in {there.repo_id} is no record of benchmarks/, and is left as it is.")
+    if not records:
+        return {}, set()
+    base, pruner = weights_digest(model), weights_digest(model, pruner=True)
+
+    def holds(record: Mapping) -> bool:
+        weights = {"base_sha256": base, "pruner_sha256": pruner}
+        if any(record[field] != weights[field] for field in digests_of(record)):
+            return False
+        fields = record.get("fields", {}) if record["pruner_sha256"] else {}
+        return all(getattr(model.config, field) == value for field, value in fields.items())
+
+    kept = {name: record for name, record in records.items() if holds(record)}
+    return kept, {f"{RESULTS}/{name}" for name in records if name not in kept}
+
+
+def _training_there(api: HfApi, there: There, model: PreTrainedModel) -> dict | None:
+    """What a repository says of the training, where it is of the model's pruner."""
+    if TRAINING not in there.files:
+        return None
+    try:
+        record = read_training(_download(api, there, TRAINING))
+    except ValueError:
+        return None
+    return record if record["pruner_sha256"] == weights_digest(model, pruner=True) else None
+
+
+def _picture_stays(api: HfApi, there: There, model: PreTrainedModel, folder: Path) -> bool:
+    """Whether the picture in a repository is of the very weights in `folder`, on the same base."""
+    if PICTURE not in there.files or (folder / PICTURE).exists():
+        return False
+    before = json.loads(_download(api, there, CONFIG_NAME).read_text()) if CONFIG_NAME in there.files else {}
+    named = ("base_model_name_or_path", "base_model_revision")
+    written = json.loads((folder / CONFIG_NAME).read_text())
+    weights = [path for path in folder.iterdir() if OWN_WEIGHTS.fullmatch(path.name)]
+    files = [(there.files.get(path.name), CommitOperationAdd(path.name, path)) for path in weights]
+    same = all(file and file.lfs and file.lfs.sha256 == add.upload_info.sha256.hex() for file, add in files)
+    return same and all(before.get(name) == written[name] for name in named)
+
+
+def check_model(model) -> None:
+    if not isinstance(model, HubMixin):
+        raise ValueError(f"{type(model).__name__} is no model of LearnPrunerForConditionalGeneration.")
 
 
 def _is_png(path: Path) -> bool:
     return path.is_file() and path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-def _is_own(name: str) -> bool:
-    """Whether a file of a repository is of a push, and goes where another push does not have it."""
-    folder, _, file = name.rpartition("/")
-    if folder:
-        return folder in (RESULTS, EVALUATIONS)
-    own = (PICTURE, TRAINING, "model.safetensors.index.json")
-    return file in own or file.endswith(".py") or OWN_WEIGHTS.fullmatch(file) is not None
 
 
 def _training_of(model: PreTrainedModel, given: dict | None) -> dict | None:
@@ -181,6 +283,7 @@ def _training_of(model: PreTrainedModel, given: dict | None) -> dict | None:
     try:
         if "pruner_sha256" not in record:
             raise ValueError(f"{TRAINING} does not say of which weights it is (pruner_sha256).")
+        check_training(record)
         check_recorded_of(model, {TRAINING: record})
     except ValueError as error:
         if given is not None:
@@ -208,8 +311,13 @@ def pushed_base(model: PreTrainedModel, merged: bool, token) -> tuple[str | None
             "No base to name in a repository of a pruner alone: train one on a stock checkpoint "
             "(model.train_pruner_only()), or push all weights, merged=True (--merged)."
         )
-    if any(parameter.requires_grad for parameter in model._base_parameters()):
+    if model._trains_base():
         raise ValueError("More than the pruner is trainable, and would be lost: push all weights, merged=True.")
+    if model._base_changed():
+        raise ValueError(
+            "The base is not what was loaded (an adapter was merged into it?), and the pruner alone would lose that: "
+            "push all weights, merged=True (--merged)."
+        )
     if _is_path(base):
         raise ValueError(
             f"The base is {base}, a folder that nobody else has. Load the pruner on the base's copy on the Hub, "
@@ -223,37 +331,34 @@ def pushed_base(model: PreTrainedModel, merged: bool, token) -> tuple[str | None
 
 
 def _processor_of(model: PreTrainedModel, token) -> ProcessorMixin:
+    """That of the checkpoint that the model was loaded from, or else of its base."""
     config = model.config
-    base, revision = config.base_model_name_or_path, config.base_model_revision
-    where = base or model.name_or_path
-    try:
-        place = {"revision": revision} if revision else {}
-        return AutoProcessor.from_pretrained(where, token=token, trust_remote_code=False, **place)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"No processor at {where}: pass one, processor=... ({error})") from error
+    own = model.name_or_path, getattr(config, "_commit_hash", None)
+    base = config.base_model_name_or_path, config.base_model_revision
+    for where, revision in (own, base):
+        place = {"token": token, **({"revision": revision} if revision else {})}
+        if not where or not any(_file(where, name, place) for name in PROCESSOR_FILES):
+            continue
+        refuse_processor_code(where, **place)
+        return AutoProcessor.from_pretrained(where, trust_remote_code=False, **place)
+    raise ValueError(f"No processor at {base[0] or own[0] or 'the model'}: pass one, processor=...")
 
 
-@contextmanager
-def _repository(api: HfApi, repo_id: str, private: bool | None, revision: str | None) -> Iterator[list[str]]:
-    """Makes what does not exist, and yields the files that are there. If the upload fails, a repository that was made
-    for it goes again."""
-    made = not api.repo_exists(repo_id)
-    if made:
-        api.create_repo(repo_id, private=private)
-    elif private and not api.model_info(repo_id).private:
-        raise ValueError(f"{repo_id} is public: make it private in its settings, or push to a new one.")
+def _file(where: str, name: str, place: dict) -> str | None:
     try:
-        if revision is not None and not revision.startswith("refs/"):
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision)
-        refuse_weights(there, repo_id)
-        yield there
-    except BaseException:
-        # What went wrong is raised, not what else does. A commit may have arrived though its answer did not.
-        with suppress(HTTPError):
-            if made and set(api.list_repo_files(repo_id)) <= {".gitattributes"}:
-                api.delete_repo(repo_id)
-        raise
+        return cached_file(where, name, _raise_exceptions_for_missing_entries=False, **place)
+    except OSError:  # a folder that is gone, or a repository that cannot be read
+        return None
+
+
+def _check_stock(processor: ProcessorMixin) -> None:
+    """Raises `ValueError` where a processor, or a part of it, is of a class that others do not have."""
+    for part in (processor, *(getattr(processor, name) for name in processor.get_attributes())):
+        if not type(part).__module__.startswith("transformers."):
+            raise ValueError(
+                f"{type(part).__name__} runs code of its own, which may not be in a repository of this project: pass "
+                "processor=... of a class of transformers."
+            )
 
 
 def push_checkpoint(checkpoint: str, repo_id: str, base: str | None = None, **options) -> Push:
@@ -263,9 +368,10 @@ def push_checkpoint(checkpoint: str, repo_id: str, base: str | None = None, **op
         base (`str`, *optional*): Hub id of the base, in place of what the checkpoint names.
         options: Those of [`push_pruner`].
     """
+    read_results(map(Path, options.get("results", ())))  # before any weight is read
     folder = Path(checkpoint)
     if folder.is_dir():
-        refuse_weights([path.name for path in folder.iterdir() if path.is_file()], checkpoint)
+        refuse_weights([path.name for path in folder.iterdir() if path.is_file()], checkpoint, folder)
         check_code(folder)
     options_of_base = {} if base is None else {"base_model_name_or_path": base}
     model = LearnPrunerForConditionalGeneration.from_pretrained(checkpoint, dtype="auto", **options_of_base)

@@ -3,25 +3,112 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 TRAINING = "training.json"
-ACCURACY_FIELDS = {"method", "seed", "level", "accuracy", "n", "by_kind", "tokens", "base_sha256", "pruner_sha256"}
-ACCURACY_FIELDS |= {"data", "versions", "name", "ratio"}
-# Ratios of wall clock, each a number or `None` where it was not measured: unpruned / pruned of the prefill, what that
-# would be if pruning itself cost nothing, unpruned / pruned of a whole answer, and pruner_ratio=1.0 / stock class.
+# Methods of benchmarks/accuracy.py that look at the pruner's weights.
+LEARNED = ("learnpruner", "stage_1")
+# Ratios of wall clock: unpruned / pruned of the prefill, what that would be if pruning itself cost nothing,
+# unpruned / pruned of a whole answer, and pruner_ratio=1.0 / stock class.
 SPEEDS = ("prefill_speedup", "prefill_ceiling", "end_to_end_speedup", "overhead_at_ratio_one")
-# `device` is a string, `settings` a mapping of names to numbers and strings.
-SPEED_FIELDS = {*SPEEDS, "ratio", "device", "settings", "versions", "base_sha256", "pruner_sha256"}
+# What a card shows of a training.json, in this order, where it is recorded.
+SETTINGS = (
+    *("train_data", "samples", "objective", "steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("processes", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "budgets", "distillation"),
+    *("temperature", "final_temperature", "pruner_ratio", "seed", "device"),
+)
+COST = ("seconds", "trained_parameters", "peak_memory_bytes")
+
+
+class Kind(NamedTuple):
+    """What a field of a record must hold, in words and as a test."""
+
+    what: str
+    holds: Callable[[object], bool]
+
+
+def _is_number(value, low: float = -math.inf, high: float = math.inf) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+
+
+def _is_count(value, low: int = 0) -> bool:
+    return type(value) is int and value >= low
+
+
+def _is_line(value) -> bool:
+    # As a cell of a Markdown table.
+    return isinstance(value, str) and value.isprintable() and value.strip() != "" and "|" not in value
+
+
+LINE = Kind("a line of text", _is_line)
+NAME = Kind(
+    "a name of letters, digits, _ and -", lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]+", value)
+)
+WHOLE = Kind("a whole number", lambda value: type(value) is int)
+COUNT = Kind("a whole number above 0", lambda value: _is_count(value, 1))
+COUNTS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(_is_count, value)))
+SHARE = Kind("a share from 0 to 1", lambda value: _is_number(value, 0, 1))
+RATIO = Kind("a ratio above 0, up to 1", lambda value: _is_number(value, 0, 1) and value > 0)
+AMOUNT = Kind("a number of 0 or more", lambda value: _is_number(value, 0))
+SPEED = Kind("a number above 0, or null", lambda value: value is None or (_is_number(value, 0) and value > 0))
+DIGEST = Kind("a sha256, or null", lambda value: value is None or _is_line(value))
+PLAIN = Kind("a number or a line of text", lambda value: type(value) is bool or _is_number(value) or _is_line(value))
+SETTING = Kind(
+    "a number, a line of text, a list of numbers, or null",
+    lambda value: value is None or PLAIN.holds(value) or (isinstance(value, list) and all(map(_is_number, value))),
+)
+# Stands for every name of a mapping.
+EACH = ""
+WEIGHTS = {"base_sha256": DIGEST, "pruner_sha256": DIGEST}
+VERSIONS = {"transformers": LINE, EACH: LINE}
+ACCURACY_FIELDS = {
+    "method": LINE,
+    "name": LINE,
+    "ratio": RATIO,
+    "seed": WHOLE,
+    "level": NAME,
+    "data": LINE,
+    "versions": VERSIONS,
+    "accuracy": SHARE,
+    "n": COUNT,
+    "by_kind": {EACH: {"accuracy": SHARE, "n": COUNT}},
+    **WEIGHTS,
+    "tokens": {"image": COUNT, "after_cuts": COUNTS, "mean": AMOUNT},
+}
+SPEED_FIELDS = {
+    **dict.fromkeys(SPEEDS, SPEED),
+    "ratio": RATIO,
+    "device": LINE,
+    "settings": {EACH: PLAIN},
+    "versions": VERSIONS,
+    **WEIGHTS,
+}
+TRAINING_FIELDS = {"pruner_sha256": DIGEST}
+# Fields that a record may lack.
+OPTIONAL = {
+    "fields": {EACH: PLAIN},
+    "relative_accuracy": AMOUNT,
+    "metrics": {},
+    **dict.fromkeys(SETTINGS, SETTING),
+    **dict.fromkeys(COST, AMOUNT),
+}
 
 
 def weights_digest(model: PreTrainedModel, pruner: bool = False) -> str:
-    """sha256 of the base's weights, the pruner left out, or of the pruner's alone."""
+    """sha256 of the base's weights, the pruner left out, or of the pruner's alone.
+
+    It is of the values as they are held: a model that is loaded in another dtype has another digest. The benchmarks,
+    `learnpruner push` and `learnpruner verify` load a checkpoint in the dtype that it is stored in.
+    """
     return tensors_digest(
         {name: tensor for name, tensor in model.state_dict().items() if (".pruner." in name) == pruner}
     )
@@ -40,18 +127,46 @@ def is_speed(record: Mapping) -> bool:
     return SPEEDS[0] in record
 
 
+def _check(value, schema: Kind | Mapping, name: str = "it") -> None:
+    """Raises `ValueError` that names the first field of a record which is missing, or does not hold what it must."""
+    if isinstance(schema, Kind):
+        if not schema.holds(value):
+            raise ValueError(f"{name} is {reprlib.repr(value)}, and should be {schema.what}")
+        return
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{name} is {reprlib.repr(value)}, and should be a mapping with entries")
+    if missing := sorted(set(schema) - {EACH} - set(value)):
+        raise ValueError(f"{name} lacks {missing}")
+    for field, inner in value.items():
+        kind = schema.get(field, schema.get(EACH, OPTIONAL.get(field)))
+        if kind is not None:
+            _check(inner, kind, f"{name}.{field}".removeprefix("it."))
+
+
+def _read(path: Path, fields: Mapping, of: str) -> dict:
+    try:
+        record = json.loads(path.read_text())
+        _check(record, fields)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not {of}: {error}") from error
+    return record
+
+
 def read_result(path: Path, speed: bool = False) -> dict:
     """Raises `ValueError` where the file is not a result of benchmarks/accuracy.py, or with `speed` of
-    benchmarks/speed.py."""
+    benchmarks/speed.py, or holds what cannot have been measured, such as a share above 1. It names the field."""
     command, fields = ("speed", SPEED_FIELDS) if speed else ("accuracy", ACCURACY_FIELDS)
-    try:
-        result = json.loads(path.read_text())
-        missing = fields - set(result)
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of benchmarks/{command}.py ({error})") from error
-    if missing:
-        raise ValueError(f"{path} is not a result of benchmarks/{command}.py: it lacks {sorted(missing)}")
-    return result
+    return _read(path, fields, f"a result of benchmarks/{command}.py")
+
+
+def read_training(path: Path) -> dict:
+    """Raises `ValueError`, as [`read_result`], where the file is no `training.json`."""
+    return _read(path, TRAINING_FIELDS, "a record of `learnpruner train`")
+
+
+def check_training(record: Mapping) -> None:
+    """Raises `ValueError`, as [`read_training`], for a record that is no file."""
+    _check(record, TRAINING_FIELDS, TRAINING)
 
 
 def read_results(paths: Iterable[Path]) -> dict[str, dict]:
@@ -72,10 +187,25 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict]:
     return results
 
 
+def digests_of(record: Mapping) -> tuple[str, ...]:
+    """The digests without which nobody knows what was recorded."""
+    if "method" in record and record["method"] not in LEARNED:
+        return ("base_sha256",)
+    # A training leaves the base as it is, and names it.
+    return ("base_sha256", "pruner_sha256") if "method" in record or is_speed(record) else ("pruner_sha256",)
+
+
 def check_recorded_of(model: PreTrainedModel, records: Mapping[str, Mapping]) -> None:
-    """Raises `ValueError` where one of the named records was not made of the weights that `model` holds, or of its
-    pruner at other settings than the configuration's."""
+    """Raises `ValueError` where one of the named records was not made of the weights that `model` holds, does not say
+    of which weights it was made, or was made of the pruner at other settings than the configuration's."""
     for field, pruner in (("base_sha256", False), ("pruner_sha256", True)):
+        if unknown := sorted(
+            n for n, record in records.items() if field in digests_of(record) and not record.get(field)
+        ):
+            raise ValueError(
+                f"{', '.join(unknown)} does not say of which weights it is ({field}). Measure this model, or leave it "
+                "out."
+            )
         known = {name: record[field] for name, record in records.items() if record.get(field)}
         digest = weights_digest(model, pruner) if known else None
         if others := sorted(name for name, value in known.items() if value != digest):
@@ -83,11 +213,12 @@ def check_recorded_of(model: PreTrainedModel, records: Mapping[str, Mapping]) ->
                 f"{', '.join(others)}: recorded of other weights than these, by {field} ({known[others[0]]}, and the "
                 f"model has {digest}). Measure this model, or leave them out."
             )
+    settings = model.config.to_dict()
     for name, record in records.items():
-        for field, value in record.get("fields", {}).items() if record["pruner_sha256"] else ():
-            if getattr(model.config, field) != value:
+        for field, value in record.get("fields", {}).items() if record.get("pruner_sha256") else ():
+            if settings.get(field) != value:
                 raise ValueError(
-                    f"{name}: recorded with {field}={value}, and the model has {getattr(model.config, field)}. Set "
+                    f"{name}: recorded with {field}={value}, and the model has {settings.get(field)}. Set "
                     f"model.config.{field}, or leave it out."
                 )
 

@@ -1,22 +1,25 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """Verifying a pruner before it is trusted: its files, its code, its records, and one image through it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.constants import REGEX_COMMIT_OID
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
-from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 import learnpruner
 from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.compare import build_prompt, load_image, load_processor
 
-from .checks import check_code, hub_reached, refuse_weights
+from .card import check_card
+from .checks import check_code, hub_reached, list_files, refuse_processor_code, refuse_unknown, refuse_weights
 from .push import RESULTS
-from .records import check_recorded_of, read_results, weights_digest
+from .records import TRAINING, check_recorded_of, read_results, read_training, weights_digest
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class Verified:
         base (`str`): The base that it names, with its revision; or "all weights are here".
         pruner_sha256 (`str`).
         results (`list[str]`): Recorded results, all of these weights.
+        training (`bool`): Whether the training of this pruner is recorded.
         tokens (`tuple[int, ...]`): Vision tokens of one image, then after each cut.
         answer (`str`): What the model said of it.
     """
@@ -38,6 +42,7 @@ class Verified:
     base: str
     pruner_sha256: str
     results: list[str]
+    training: bool
     tokens: tuple[int, ...]
     answer: str
 
@@ -50,6 +55,7 @@ class Verified:
             ("base", self.base),
             ("pruner", self.pruner_sha256),
             ("results", f"{', '.join(self.results)}: of these weights" if self.results else "none recorded"),
+            ("training", "of these weights" if self.training else "not recorded"),
             ("vision tokens", " -> ".join(map(str, self.tokens))),
             ("answer", repr(self.answer)),
         ]
@@ -65,8 +71,18 @@ def verify(
     question: str = "What is this?",
     ratio: float | None = None,
 ) -> Verified:
-    """Downloads a checkpoint, compares its code with this release's, loads it by the latter, and runs one image. No
-    code of the checkpoint is executed.
+    """Looks at a checkpoint before it is trusted. None of its code is executed. Checked are, in this order:
+
+    1. the names of its files, before anything is downloaded: weights are safetensors of the model alone, code is
+       Python, and the rest texts and pictures;
+    2. its code, byte for byte that of the installed release, and that no JSON file names code of another place;
+    3. its records (`results/*.json`, `training.json`): fields, types and ranges;
+    4. its weights: they fit the model, and the records name their sha256;
+    5. the numbers of its card: each metric in `README.md` and `.eval_results/`, and each row of the card's tables of
+       accuracy, speed and training, is that of a record;
+    6. one image, through the installed code.
+
+    Not checked is whether a recorded number was measured: that takes the benchmark.
 
     Args:
         checkpoint (`str`): A Hub id or a folder.
@@ -76,42 +92,64 @@ def verify(
 
     Raises:
         `OSError`: where there is no such checkpoint.
-        `ValueError`: for pickles, other weights than the model's, code that is not this release's, results that were
-            recorded of other weights, and where neither it nor its base has a processor.
+        `ValueError`: where a check fails; for a revision of a folder; and where neither the checkpoint nor its base has
+            a processor, or only one with code of its own.
     """
     loaded = Image.new("RGB", (336, 336), "teal") if image is None else load_image(Path(image))
     place, folder = {}, Path(checkpoint)
     if folder.is_dir():
-        refuse_weights([p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()], checkpoint)
+        if revision is not None:
+            raise ValueError(f"{checkpoint} is a folder, which has no revisions: leave --revision out.")
+        names = list_files(folder)
+        refuse_weights(names, checkpoint, folder)
+        refuse_unknown(names, checkpoint)
     else:
         with hub_reached():
             # Listed at one commit, before anything is downloaded.
             info = HfApi(token=token).model_info(checkpoint, revision=revision)
-            refuse_weights([file.rfilename for file in info.siblings], checkpoint)
+            names = [file.rfilename for file in info.siblings]
+            refuse_weights(names, checkpoint)
+            refuse_unknown(names, checkpoint)
             folder = Path(snapshot_download(checkpoint, revision=info.sha, token=token))
         place = {"revision": info.sha, "token": token}
     code = check_code(folder)
+    results = read_results(sorted((folder / RESULTS).glob("*.json")))
+    training = read_training(folder / TRAINING) if (folder / TRAINING).exists() else None
     model = LearnPrunerForConditionalGeneration.from_pretrained(
         checkpoint, dtype="auto", use_safetensors=True, **place
     ).eval()
-    results = read_results(sorted((folder / RESULTS).glob("*.json")))
-    check_recorded_of(model, results)
+    check_recorded_of(model, results if training is None else {**results, TRAINING: training})
+    check_card(folder, results, training)
+    base, base_revision = model.config.base_model_name_or_path, model.config.base_model_revision
     if any((folder / name).exists() for name in (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME)):
         # Not left open: transformers would ask whether to run what code the processor brings.
         processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=False, **place)
     else:
+        if base:
+            refuse_processor_code(base, revision=base_revision, token=token)
         processor = load_processor(str(folder))  # the base's: a folder may hold a pruner alone
     tokens, answer = _ask(model, processor, loaded, question, ratio)
-    base, base_revision = model.config.base_model_name_or_path, model.config.base_model_revision
     return Verified(
         checkpoint=f"{checkpoint} at {place['revision']}" if place else checkpoint,
         code=code,
-        base=f"{base} at {base_revision or 'no fixed revision'}" if base else "all weights are here",
+        # As it is stored: loading pinned it, for this process.
+        base=_described(base, json.loads((folder / CONFIG_NAME).read_text()).get("base_model_revision")),
         pruner_sha256=weights_digest(model, pruner=True),
         results=list(results),
+        training=training is not None,
         tokens=tokens,
         answer=answer,
     )
+
+
+def _described(base: str | None, revision: str | None) -> str:
+    if base is None:
+        return "all weights are here"
+    if Path(base).is_dir():
+        return f"{base}, a folder of this machine"
+    if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+        return f"{base} at NO FIXED REVISION: who changes the base changes this model, and these results are not of it"
+    return f"{base} at {revision}"
 
 
 def _ask(

@@ -99,8 +99,9 @@ def add_push(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="where the repository is made")
     parser.add_argument("--revision", help="branch")
     parser.add_argument("--create-pr", action="store_true", help="as a pull request")
+    parser.add_argument("--license", help="SPDX identifier, for the card")
     parser.add_argument("--commit-message", default="Upload pruner")
-    parser.add_argument("--dry-run", action="store_true", help="list every file and its size, and upload nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list files, sizes and deletions; upload nothing")
 
 
 def run_push(arguments: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 # The paper's second cut on a 32-layer decoder (arXiv 2604.23950), scaled to other depths.
 PAPER_LAYER, PAPER_DEPTH = 12, 32
 
+NO_PREDICTIONS = ["past_key_values", "image_hidden_states", "rope_deltas", "kept_mask", "vision_scores"]
+
 
 def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
     """Raises `ValueError` where `value` is outside what the pruner field `name` allows.
@@ -78,6 +80,7 @@ class PrunerConfig:
         learnpruner_version (`str`): Release that wrote the configuration.
     """
 
+    keys_to_ignore_at_inference = NO_PREDICTIONS
     pruner_ratio: float | int = 1 / 9
     pruner_layer: int | None = None
     pruner_stage_ratio: float | int = 3.0
@@ -141,16 +144,12 @@ class PrunerConfig:
         return {name: value for name, value in config_dict.items() if name not in identity}
 
 
-KEYS_TO_IGNORE_AT_INFERENCE = ["past_key_values", "image_hidden_states", "rope_deltas", "kept_mask", "vision_scores"]
-
-
 @strict
 class LearnPrunerLlavaConfig(PrunerConfig, LlavaConfig):
     """[`LlavaConfig`] with the fields of [`PrunerConfig`]."""
 
     model_type = "learnpruner_llava"
     base_model_type = "llava"
-    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
 
 
 @strict
@@ -159,7 +158,6 @@ class LearnPrunerLlavaNextConfig(PrunerConfig, LlavaNextConfig):
 
     model_type = "learnpruner_llava_next"
     base_model_type = "llava_next"
-    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
 
 
 @dataclass(kw_only=True, repr=False)
@@ -181,7 +179,6 @@ class LearnPrunerQwen2VLConfig(VideoPrunerConfig, Qwen2VLConfig):
 
     model_type = "learnpruner_qwen2_vl"
     base_model_type = "qwen2_vl"
-    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
 
 
 @strict
@@ -190,7 +187,6 @@ class LearnPrunerQwen2_5_VLConfig(VideoPrunerConfig, Qwen2_5_VLConfig):
 
     model_type = "learnpruner_qwen2_5_vl"
     base_model_type = "qwen2_5_vl"
-    keys_to_ignore_at_inference = KEYS_TO_IGNORE_AT_INFERENCE
 
 
 __all__ = [

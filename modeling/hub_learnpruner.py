@@ -2,10 +2,12 @@
 """Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
 
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields
 
+import torch
+from huggingface_hub.constants import REGEX_COMMIT_OID
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -61,6 +63,8 @@ class HubMixin:
     _auto_class = "AutoModelForImageTextToText"
     # The stock checkpoint that the weights were loaded from, and its revision.
     _base = (None, None)
+    # A sample of the base's weights as they were loaded, by which a change of them is noticed.
+    _base_sample = {}
     # What trained the pruner, as training.json has it.
     _training = None
 
@@ -95,11 +99,23 @@ class HubMixin:
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: the error below names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        model_type = PreTrainedConfig.get_config_dict(path, **place)[0].get("model_type")
+        stored = PreTrainedConfig.get_config_dict(path, **place)[0]
+        model_type = stored.get("model_type")
         # Given for this call, a folder is relative to where the caller stands.
         given = kwargs.get("base_model_name_or_path") if config is None else None
+        if given not in (None, stored.get("base_model_name_or_path")):
+            kwargs.setdefault("base_model_revision", None)  # the stored one is of another base
         if config is None:
-            config, kwargs = cls._read_config(path, model_type, place, kwargs)
+            if model_type not in (cls.config_class.base_model_type, cls.config_class.model_type):
+                raise ValueError(
+                    f"{cls.__name__} loads checkpoints of type {cls.config_class.base_model_type} or "
+                    f"{cls.config_class.model_type}, and {path} is of type {model_type!r}. "
+                    "LearnPrunerForConditionalGeneration picks the class."
+                )
+            # "auto" is for the model to resolve; the configuration would take it as it is.
+            names = {field.name for field in fields(cls.config_class)} - {"dtype"}
+            overrides = {name: kwargs.pop(name) for name in names & set(kwargs)}
+            config = cls.config_class.from_pretrained(path, **place, **overrides)
         elif config.model_type == cls.config_class.base_model_type:
             config = cls.config_class.from_base_config(config)
         stock = model_type == cls.config_class.base_model_type
@@ -115,29 +131,19 @@ class HubMixin:
             cls._require_all_weights(path, info, fresh)
             if stock:
                 model._base = cls._name_base(path, place)
+        model._base_sample = model._sample_base()
         return (model, info) if with_info else model
-
-    @classmethod
-    def _read_config(cls, path, model_type: str | None, place: dict, kwargs: dict):
-        known = (cls.config_class.base_model_type, cls.config_class.model_type)
-        if model_type not in known:
-            raise ValueError(
-                f"{cls.__name__} loads checkpoints of type {' or '.join(known)}, and {path} is of type "
-                f"{model_type!r}. LearnPrunerForConditionalGeneration picks the class."
-            )
-        # "auto" is for the model to resolve; the configuration would take it as it is.
-        names = {field.name for field in fields(cls.config_class)} - {"dtype"}
-        overrides = {name: kwargs.pop(name) for name in names & set(kwargs)}
-        return cls.config_class.from_pretrained(path, **place, **overrides), kwargs
 
     @classmethod
     def _from_base(cls, path, config, place: dict, model_args, kwargs: dict):
         base, revision = config.base_model_name_or_path, config.base_model_revision
         weights_file = cached_file(path, SAFE_WEIGHTS_NAME, **place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
-        if revision is not None:
-            kwargs["revision"] = revision
         try:
+            if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+                revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})[1]
+            if revision is not None:
+                config.base_model_revision = kwargs["revision"] = revision
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         except OSError as error:
             raise OSError(
@@ -207,22 +213,19 @@ class HubMixin:
         """
         self._freeze_base()
         base, revision = self._base
-        if base is not None:
+        if base is not None and not self._base_changed():
             self.config.base_model_name_or_path, self.config.base_model_revision = base, revision
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
             logger.warning(
-                "The model was not loaded from a stock checkpoint, so there is no base to name: checkpoints will hold "
-                "all weights."
+                "The model was not loaded from a stock checkpoint, or no longer has its weights, so there is no base "
+                "to name: checkpoints will hold all weights."
             )
         return self.train()
 
     def leave_base(self) -> tuple[str | None, str | None]:
-        """For whoever changes more than the pruner: from now on checkpoints hold all weights.
-
-        Returns:
-            The base that the model had, and its revision.
-        """
+        """For whoever changes more than the pruner: from now on checkpoints hold all weights. Returns the base that the
+        model had, and its revision."""
         base = self.config.base_model_name_or_path, self.config.base_model_revision
         base = self._base if base[0] is None else base
         self._base = (None, None)
@@ -234,7 +237,7 @@ class HubMixin:
         """As stock; a frozen base drops nothing out. Its layers stay in training mode themselves, without which
         gradient checkpointing would be passed over."""
         super().train(mode)
-        if mode and not any(parameter.requires_grad for parameter in self._base_parameters()):
+        if mode and not self._trains_base():
             for module in self.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     for part in module.children():
@@ -247,8 +250,22 @@ class HubMixin:
         trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
 
-    def _base_parameters(self) -> Iterator[nn.Parameter]:
-        return (parameter for name, parameter in self.named_parameters() if not name.startswith(PRUNER))
+    def _trains_base(self) -> bool:
+        return any(p.requires_grad for name, p in self.named_parameters() if not name.startswith(PRUNER))
+
+    def _sample_base(self) -> dict[str, torch.Tensor | None]:
+        """Up to 64 values of each tensor of the base, on the CPU; `None` for one that is offloaded or sharded."""
+        base = {name: value for name, value in self.state_dict().items() if not name.startswith(PRUNER)}
+        for name, value in base.items():
+            whole = type(value) is torch.Tensor and not value.is_meta
+            base[name] = value.flatten()[:: value.numel() // 64 + 1].clone().cpu() if whole else None
+        return base
+
+    def _base_changed(self) -> bool:
+        """Whether the base's weights are not what was loaded, by a merged adapter for one; precision does not count."""
+        now = self._sample_base()
+        pairs = [(old, now.get(name, torch.empty(0))) for name, old in self._base_sample.items()]
+        return any(not old.to(new.dtype).equal(new) for old, new in pairs if old is not None and new is not None)
 
     def _freeze_base(self) -> None:
         for name, parameter in self.named_parameters():
@@ -259,22 +276,23 @@ class HubMixin:
 
         Args:
             pruner_only (`bool`, *optional*): The pruner's weights alone, with the base named in the configuration.
-                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as nothing but
-                the pruner is trainable, else `False`: a full checkpoint, which needs no base.
+                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as only the
+                pruner is trainable and the base unchanged, else `False`: a full checkpoint, which needs no base.
 
         Raises:
-            `ValueError`: where a pruner-only checkpoint has no base to name, or would be written over its base.
+            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it.
         """
         base = self.config.base_model_name_or_path
         if pruner_only and base is None:
-            raise ValueError(
-                "No base to name in a pruner-only checkpoint: load a stock checkpoint and call train_pruner_only()."
-            )
+            raise ValueError("No base to name in a pruner-only checkpoint: load a stock one, call train_pruner_only().")
+        changed = base is not None and pruner_only is not False and self._base_changed()
+        if pruner_only and changed:
+            raise ValueError("The base was changed, which the pruner alone would lose: save all, pruner_only=False.")
         if pruner_only is None:
-            pruner_only = base is not None
-            if pruner_only and any(parameter.requires_grad for parameter in self._base_parameters()):
-                logger.warning("More than the pruner is trainable: saving all weights, not the pruner alone.")
-                pruner_only = False
+            pruner_only = base is not None and not changed and not self._trains_base()
+            if base is not None and not pruner_only:
+                why = "The base was changed" if changed else "More than the pruner is trainable"
+                logger.warning(f"{why}: saving all weights, not the pruner alone.")
         beside = os.path.join(save_directory, base) if _is_relative(base) else base
         if pruner_only and os.path.realpath(save_directory) == os.path.realpath(beside):
             raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
@@ -285,26 +303,20 @@ class HubMixin:
             "AutoConfig": f"configuration_learnpruner.{self.config_class.__name__}",
             "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
         }
-        with self._saved_alone() if pruner_only else self._saved_in_full():
+        with self._config_to_save(pruner_only):
             return super().save_pretrained(save_directory, *args, **kwargs)
 
     @contextmanager
-    def _saved_alone(self):
-        # How the base was quantised here is no part of the pruner: it opens on any copy of the base.
-        quantization = vars(self.config).pop("quantization_config", None)
-        try:
-            yield
-        finally:
-            if quantization is not None:
-                self.config.quantization_config = quantization
-
-    @contextmanager
-    def _saved_in_full(self):
-        base = self.config.base_model_name_or_path, self.config.base_model_revision
-        self.config.base_model_name_or_path = self.config.base_model_revision = None
+    def _config_to_save(self, pruner_only: bool):
+        config, self.config = self.config, copy(self.config)
+        if pruner_only:
+            # How the base was quantised here is no part of the pruner: it opens on any copy of the base.
+            vars(self.config).pop("quantization_config", None)
+        else:
+            self.config.base_model_name_or_path = self.config.base_model_revision = None
         self._follow_base_model_field()
         try:
             yield
         finally:
-            self.config.base_model_name_or_path, self.config.base_model_revision = base
+            self.config = config
             self._follow_base_model_field()

@@ -13,15 +13,18 @@ from pathlib import Path
 import psutil
 import torch
 import transformers
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch.nn import functional as F
 from transformers import EvalPrediction, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import HubStrategy, has_length
 
 from learnpruner.cuts_learnpruner import learnpruner_schedule
+from learnpruner.hub_cards.checks import hub_reached
 from learnpruner.hub_cards.push import pushed_base
 from learnpruner.hub_cards.records import tensors_digest, weights_digest
+from learnpruner.hub_cards.repository import find, writable
 from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scorer_learnpruner import top_k
 
@@ -30,6 +33,8 @@ from .objectives import ArgmaxGate, RecordedGate, TopKGate, with_gate
 
 # In each checkpoint, written last: what run it is of.
 RUN_FILE = "pruner_run.json"
+# Of `Trainer.create_model_card`, which is not what makes the card here.
+CARD_FIELDS = {"language", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset", "dataset_args"}
 
 
 @dataclass
@@ -123,7 +128,9 @@ class PrunerTrainer(ShardedCheckpoints):
         `ValueError`: for another model, adapters that leave the pruner out, a loss of one's own or label smoothing
             (the shipped forward has the loss), a budget at which nothing leaves, several GPUs in one process (start
             one for each: `accelerate launch`), DeepSpeed, FSDP in its first version, with adapters, `push_to_hub` or no
-            base to name, no samples, and with `push_to_hub` adapters or a base in a folder.
+            base to name, no samples, and with `push_to_hub` adapters, a base in a folder, or a public repository
+            where `hub_private_repo` is set.
+        `OSError`: with `push_to_hub`, without a token that may write.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
     """
 
@@ -246,16 +253,43 @@ class PrunerTrainer(ShardedCheckpoints):
         # As it will be read again: enumerations as strings, and no list that grows in a further training.
         return json.loads(json.dumps(record))
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Finds out whether the pruner could be pushed. The repository is made by the push, not before the training."""
+        if not self.is_world_process_zero():
+            return
+        api, args = HfApi(token=token or self.args.hub_token), self.args
+        repo_id = args.hub_model_id or Path(args.output_dir).absolute().name
+        validate_repo_id(repo_id)
+        with hub_reached():
+            self.hub_model_id = writable(api, repo_id)
+            private = args.hub_private_repo if private is None else private
+            find(api, self.hub_model_id, args.hub_revision, private, create_pr=False)
+        self.push_in_progress = None
+
     def push_to_hub(
         self,
         commit_message: str = "End of training",
+        blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
         **options,
     ) -> CommitInfo | None:
         """Pushes the pruner as the model's own `push_to_hub` does, whose options these are, with the record of the
-        training, to `args.hub_model_id`. Returns the commit, on the main process."""
+        training, to `args.hub_model_id`. Returns the commit, on the main process.
+
+        Raises:
+            `ValueError`: for `blocking=False`, and for what `Trainer` would put on a card of its own making
+                (`language`, `dataset` and so on).
+        """
+        if not blocking:
+            raise ValueError("The push reads the model, which must not change meanwhile: leave out blocking=False.")
+        if others := sorted(CARD_FIELDS & set(options)):
+            raise ValueError(
+                f"The card is made of what was recorded, and has no {', '.join(others)}: give license and tags."
+            )
+        if isinstance(options.get("tags"), str):
+            options["tags"] = [options["tags"]]
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)

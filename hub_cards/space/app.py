@@ -21,6 +21,8 @@ from learnpruner.compare import Comparison, compare, dim_dropped, load, load_ima
 
 HERE = Path(__file__).parent
 LONGEST = 500
+# A picture is decoded whole: three bytes each.
+MOST_PIXELS = 50_000_000
 SHIPPED_NOTE = (
     "**The model here is tiny.** It was taught colored shapes and nothing else: circles, rectangles and triangles, and "
     "the kinds of questions that the examples ask, in lower case. A photo means nothing to it."
@@ -149,6 +151,19 @@ def refuse(message: str) -> gr.Error:
     return gr.Error(html.escape(message), print_exception=False)
 
 
+def open_picture(path: Path) -> Image.Image:
+    try:
+        # Opening reads the size alone.
+        with Image.open(path) as header:
+            if header.width * header.height > MOST_PIXELS:
+                raise Image.DecompressionBombError(f"{header.width} x {header.height}")
+        return load_image(path)
+    except Image.DecompressionBombError as error:
+        raise refuse(f"This picture is too large: send {MOST_PIXELS // 1_000_000} million pixels at most.") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise refuse("This file is damaged, or no picture. Upload a PNG or JPEG.") from error
+
+
 def ask(model: PreTrainedModel, processor: ProcessorMixin, upload, question, percent) -> str:
     """An answer as HTML.
 
@@ -160,22 +175,22 @@ def ask(model: PreTrainedModel, processor: ProcessorMixin, upload, question, per
     Raises:
         [`gr.Error`]: a message for the page, where there is nothing to answer or the model fails.
     """
-    if upload is None:
+    if not isinstance(upload, dict) or not isinstance(upload.get("path"), str):
         raise refuse("Choose a picture first: upload one, or click an example.")
+    if not isinstance(question, str | None):
+        raise refuse("Write the question as text.")
     question = (question or "").strip()
     if not question:
         raise refuse("Write a question about the picture first.")
     if len(question) > LONGEST:
         raise refuse(f"The question has {len(question):,} characters. Ask in {LONGEST} characters at most.")
+    if any("\ud800" <= character <= "\udfff" for character in question):
+        raise refuse("The question holds half a character. Write it again.")
     if processor.image_token in question:
         raise refuse(f"Leave {processor.image_token} out of the question: the picture has its place already.")
     if not isinstance(percent, int | float) or not 1 <= percent <= 100:
         raise refuse("Set the share of vision tokens to a number from 1 to 100.")
-    try:
-        image = load_image(Path(upload["path"]))
-    except ValueError as error:
-        raise refuse("This file is damaged, or no picture. Upload a PNG or JPEG.") from error
-
+    image = open_picture(Path(upload["path"]))
     tokenizer = processor.tokenizer
     words = question.split()
     ids = tokenizer(words, add_special_tokens=False)["input_ids"]

@@ -221,7 +221,8 @@ def test_nothing_right_unpruned_is_said(tmp_path):
 
 
 def test_unpruned_file_gives_relative_accuracy(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracy, "answer_questions", lambda model, p, data, *rest: (data["answer"], {"mean": 576}))
+    tokens = {"image": 576, "after_cuts": [], "mean": 576}
+    monkeypatch.setattr(accuracy, "answer_questions", lambda model, p, data, *rest: (data["answer"], tokens))
     run(folder, tmp_path, "--method", "none", "--limit", 8, name="none.json")
     unpruned = ("--unpruned", tmp_path / "none.json")
     result = run(folder, tmp_path, "--method", "random", "--ratio", 0.2, "--limit", 8, *unpruned)

@@ -121,7 +121,7 @@ def base(hub, base_folder):
 @pytest.fixture(autouse=True)
 def _no_failures(hub):
     yield
-    hub.fail = None
+    hub.fail = hub.between = None
 
 
 @pytest.fixture(scope="session")

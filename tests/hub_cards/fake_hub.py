@@ -10,7 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-TOKEN, USER = "hf_of_user", "user"
+import yaml
+
+TOKEN, READ_TOKEN, USER = "hf_of_user", "hf_that_reads", "user"
+LICENSES = {"apache-2.0", "mit", "llama3"}
 LFS = (".safetensors", ".png")
 
 
@@ -26,12 +29,34 @@ def environment(hub, home, **more):
     return {**{k: v for k, v in os.environ.items() if k != "HF_TOKEN"}, **quiet, **place, **more}
 
 
+def described(name: str, content: bytes) -> dict:
+    """A file as the Hub lists it: one in LFS by the hash of its content, and by that of its pointer."""
+    if not name.endswith(LFS):
+        return {"type": "file", "path": name, "size": len(content), "oid": blob_id(content)}
+    digest = hashlib.sha256(content).hexdigest()
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{digest}\nsize {len(content)}\n".encode()
+    lfs = {"oid": digest, "size": len(content), "pointerSize": len(pointer)}
+    return {"type": "file", "path": name, "size": len(content), "oid": blob_id(pointer), "lfs": lfs}
+
+
+def metadata_errors(card: str) -> list[str]:
+    """What the Hub would not take of a card's front matter."""
+    data = yaml.safe_load(card.split("---")[1])
+    errors = []
+    if data.get("license") not in (None, *LICENSES):
+        errors.append(f'"license" must be one of {sorted(LICENSES)}')
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", data.get("base_model") or "user/none"):
+        errors.append('"base_model" with value "{}" is not valid. Use a model id from https://hf.co/models.')
+    return errors
+
+
 class FakeHub:
     """`repos[id]` has `refs` (branch -> commit), `commits` (commit -> {path: bytes}), `log` (main's commits in order),
-    `private`. `fail` is a request's method and a part of its path: it is answered with an error."""
+    `private`. `fail` is a request's method and a part of its path: it is answered with an error. `between` is called
+    once, before the next commit of a client: somebody else's push."""
 
     def __init__(self):
-        self.repos, self.uploads, self.requests, self.fail = {}, {}, [], None
+        self.repos, self.uploads, self.requests, self.fail, self.between = {}, {}, [], None, None
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -44,7 +69,9 @@ class FakeHub:
     def commit(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
         repo = self.repos[repo_id]
         names = sorted((path, blob_id(content)) for path, content in files.items())
-        oid = hashlib.sha1(json.dumps([names, len(repo["commits"])]).encode()).hexdigest()
+        # As git's, it depends on where it is and on what was before.
+        parent = [repo_id, repo["refs"].get(branch), len(repo["commits"])]
+        oid = hashlib.sha1(json.dumps([names, parent]).encode()).hexdigest()
         repo["commits"][oid] = files
         repo["refs"][branch] = oid
         repo["log"].append((branch, oid))
@@ -97,16 +124,24 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, path))
         if self.hub.fail and self.command == self.hub.fail[0] and self.hub.fail[1] in path:
             return self.refuse(507, "OutOfStorage", "no space is left on this Hub")
-        signed_in = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        signed_in = token in (TOKEN, READ_TOKEN)
+        if token and not signed_in:
+            return self.refuse(401, "", "Invalid credentials in Authorization header")
         if path == "/api/whoami-v2":
-            return self.answer(200, {"name": USER, "type": "user", "orgs": []}) if signed_in else self.not_signed_in()
+            role = {"accessToken": {"role": "write" if token == TOKEN else "read"}}
+            account = {"name": USER, "type": "user", "orgs": [], "auth": role}
+            return self.answer(200, account) if signed_in else self.not_signed_in()
         if path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
+            errors = [{"message": message} for message in metadata_errors(json.loads(body)["content"])]
+            return self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
         if path.startswith("/lfs/"):
             self.hub.uploads[path.removeprefix("/lfs/")] = body
             return self.answer(200)
-        if self.command in ("POST", "DELETE") and not signed_in:
-            return self.not_signed_in()
+        if self.command in ("POST", "DELETE") and token != TOKEN:
+            if not signed_in:
+                return self.not_signed_in()
+            return self.refuse(403, "", "You must use a token with the right to write")
         if path.startswith("/api/repos/"):
             return self.change_repos(path, json.loads(body))
         for pattern, method in ROUTES:
@@ -114,7 +149,10 @@ class Handler(BaseHTTPRequestHandler):
                 repo_id, *rest = match.groups()
                 repo = self.hub.repos.get(repo_id)
                 if repo is None or (repo["private"] and not signed_in):
-                    return self.refuse(404, "RepoNotFound", "Repository not found")
+                    # What is private is not told from what is missing.
+                    return (
+                        self.refuse(404, "RepoNotFound", "Repository not found") if signed_in else self.not_signed_in()
+                    )
                 return method(self, repo_id, repo, *rest, query=query, body=body)
         return self.refuse(404, "NotFound", f"no such route: {path}")
 
@@ -156,13 +194,18 @@ class Handler(BaseHTTPRequestHandler):
         if not files:
             self.refuse(404, "EntryNotFound", f"Entry not found: {folder}")
             return
-        self.answer(200, [{"type": "file", "path": n, "size": len(c), "oid": blob_id(c)} for n, c in files.items()])
+        self.answer(200, [described(name, content) for name, content in files.items()])
 
-    def branch(self, repo_id, repo, name, **_):
+    def branch(self, repo_id, repo, name, body, **_):
+        if self.command == "DELETE":
+            del repo["refs"][name]
+            return self.answer(200)
         if name in repo["refs"]:
             return self.refuse(409, "", "Reference already exists")
-        repo["refs"][name] = repo["refs"]["main"]
-        return self.answer(200)
+        if oid := self.resolve(repo, json.loads(body or b"{}").get("startingPoint", "main")):
+            repo["refs"][name] = oid
+            self.answer(200)
+        return None
 
     def preupload(self, repo_id, repo, revision, body, **_):
         oid = self.resolve(repo, revision)
@@ -187,6 +230,9 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {"transfer": "basic", "objects": objects})
 
     def commit(self, repo_id, repo, revision, query, body, **_):
+        between, self.hub.between = self.hub.between, None
+        if between:
+            between()
         oid = self.resolve(repo, revision)
         if oid is None:
             return
@@ -194,6 +240,12 @@ class Handler(BaseHTTPRequestHandler):
         for line in body.decode().splitlines():
             operation = json.loads(line)
             key, value = operation["key"], operation["value"]
+            if key == "header" and value.get("parentCommit") not in (None, oid):
+                self.refuse(412, "", "A commit has happened since. Please refresh and try again.")
+                return
+            if key == "deletedFile" and value["path"] not in files:
+                self.refuse(404, "EntryNotFound", "A file with this name doesn't exist")
+                return
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif key == "lfsFile":

@@ -85,6 +85,7 @@ def training_record(pruner):
         "seed": 7,
         "objective": "default",
         "learning_rate": 0.0017,
+        "budgets": [1 / 3, 0.05],
         "samples": 961,
         "train_data": "scenes.jsonl",
         "steps": 121,

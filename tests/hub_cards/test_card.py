@@ -1,5 +1,6 @@
 """The card: every number on it is one of the records, and what was not recorded is said to be missing."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,15 +11,25 @@ from PIL import Image
 
 import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.hub_cards.card import write_card
-from learnpruner.hub_cards.records import check_recorded_of, read_results, weights_digest
+from learnpruner.hub_cards.card import check_card, write_card
+from learnpruner.hub_cards.checks import check_code
+from learnpruner.hub_cards.records import (
+    LEARNED,
+    check_recorded_of,
+    check_training,
+    read_results,
+    read_training,
+    weights_digest,
+)
 
-from recorded import records, speed_record, training_record, write
+from recorded import digest, records, speed_record, training_record, write
+from tiny_models import tiny_pair
 
 COMMIT = "c" * 40
 CODE = {"a_learnpruner.py": "0" * 64, "b_learnpruner.py": "1" * 64}
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "accuracy"
-EXAMPLE = Path(__file__).parents[2] / "examples" / "easy_vqa" / "learnpruner-tiny-llava"
+EASY_VQA = Path(__file__).parents[2] / "examples" / "easy_vqa"
+EXAMPLE = EASY_VQA / "learnpruner-tiny-llava"
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +39,11 @@ def model(base_folder):
     return model
 
 
-def rendered(folder, model, recorded, training=None, base="user/base", merged=False, picture=True):
-    folder.mkdir()
+def rendered(folder, model, recorded, training=None, base="user/base", merged=False, picture=True, code=CODE):
+    folder.mkdir(exist_ok=True)
     if picture:
         Image.new("RGB", (4, 4)).save(folder / "kept_tokens.png")
-    write_card(folder, "user/pruner", model, CODE, recorded, training, base, base and COMMIT, merged, ["a-tag"])
+    write_card(folder, "user/pruner", model, code, recorded, training, base, base and COMMIT, merged, ["a-tag"])
     return ModelCard.load(folder / "README.md")
 
 
@@ -96,7 +107,7 @@ def test_training(full):
     record = training_record("p")
     shown = {name.replace(" ", "_"): value for name, value in table(card, "Training")}
     names = ("train_data", "samples", "objective", "steps", "learning_rate", "seed", "device")
-    expected = {name: str(record[name]) for name in names}
+    expected = {name: str(record[name]) for name in names} | {"budgets": "0.3333, 0.05"}
     assert shown == expected | {name: str(value) for name, value in record["metrics"].items()}
 
 
@@ -147,13 +158,23 @@ def test_what_was_not_recorded_is_said_to_be_missing(model, tmp_path):
     assert "has not been trained" in card.text
 
 
+@pytest.mark.parametrize("name", ["learnpruner-tiny-llava", "learnpruner-tiny-qwen2-vl"])
+def test_the_shipped_trainings_are_of_their_weights(name):
+    model = LearnPrunerForConditionalGeneration.from_pretrained(EASY_VQA / name)
+    training = read_training(EASY_VQA / name / "training.json")
+    assert training["pruner_sha256"] == weights_digest(model, pruner=True)
+    check_recorded_of(model, {"training.json": training})
+
+
 def test_the_records_of_the_example_are_of_its_weights(tmp_path):
     """The pruner that the project has, with what was measured of it, to the last digit."""
     paths = sorted(RESULTS.glob("standard-*.json"))
     recorded = read_results(paths)
     model = LearnPrunerForConditionalGeneration.from_pretrained(EXAMPLE)
-    check_recorded_of(model, recorded)
-    card = rendered(tmp_path / "example", model, recorded, json.loads((EXAMPLE / "training.json").read_text()))
+    training = read_training(EXAMPLE / "training.json")
+    check_recorded_of(model, {**recorded, "training.json": training})
+    card = rendered(tmp_path / "example", model, recorded, training)
+    check_card(tmp_path / "example", recorded, training)
     (own,) = (record for record in recorded.values() if record["method"] == "learnpruner")
     (result,) = card.data.eval_results
     assert result.metric_value == own["accuracy"]
@@ -162,7 +183,7 @@ def test_the_records_of_the_example_are_of_its_weights(tmp_path):
 
 
 def test_records_of_other_settings_are_refused(model):
-    record = {**records("b", "p")["half.json"], "base_sha256": None}
+    record = {**records("b", "p")["half.json"], "base_sha256": weights_digest(model)}
     record["fields"] = {**record["fields"], "pruner_layer": 1}
     with pytest.raises(ValueError, match=r"half\.json: recorded of other weights .*pruner_sha256"):
         check_recorded_of(model, {"half.json": record})
@@ -183,3 +204,187 @@ def test_two_results_of_one_name_are_refused(tmp_path):
         write(tmp_path / name, {"same.json": records("b", "p")["half.json"]})
     with pytest.raises(ValueError, match=r"called same\.json"):
         read_results([tmp_path / name / "same.json" for name in ("one", "two")])
+
+
+def changed(record, place, value):
+    """A copy of a record with another value, or none, at a path of keys."""
+    copy = json.loads(json.dumps(record))
+    inner = copy
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    if value is LEFT_OUT:
+        del inner[place[-1]]
+    return copy
+
+
+LEFT_OUT = object()
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((("accuracy",), value) for value in (97.65, NAN, -0.1, "0.5", None, True, LEFT_OUT)),
+        *((("n",), value) for value in (-2000, 0, 2000.5, None)),
+        *((("ratio",), value) for value in (1.2, 0, -1, NAN)),
+        *((("level",), value) for value in ("../../x", "", 3, "a|b")),
+        *((("tokens",), value) for value in ([], None, {}, LEFT_OUT)),
+        *((("tokens", "after_cuts"), value) for value in (4, [1.5], [-1])),
+        *((("tokens", "mean"), value) for value in (-1.0, NAN, "4")),
+        *((("by_kind",), value) for value in ([], None, {}, {"color": 0.5}, {"color": {"accuracy": 2, "n": 9}})),
+        *((("fields",), value) for value in (None, [], {"pruner_layer": [2]})),
+        *((("name",), value) for value in ("a | 100.00", "two\nlines", None)),
+        *((("versions",), value) for value in (None, {"torch": "2"}, LEFT_OUT)),
+        (("relative_accuracy",), NAN),
+        (("base_sha256",), 3),
+    ],
+)
+def test_what_cannot_have_been_measured_is_refused(place, value, tmp_path):
+    half = records("b", "p")["half.json"]
+    half.setdefault("relative_accuracy", 0.5)
+    (path,) = write(tmp_path, {"half.json": changed(half, place, value)})
+    with pytest.raises(ValueError, match=r"half\.json is not a result of benchmarks/accuracy\.py: ") as error:
+        read_results([Path(path)])
+    (line,) = str(error.value).splitlines()
+    assert place[-1] in line.partition("accuracy.py: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((("prefill_speedup",), value) for value in (-1.8, 0, NAN, "2x")),
+        *((("overhead_at_ratio_one",), value) for value in (-1.0, LEFT_OUT)),
+        *((("settings",), value) for value in ([], None, {"batch_size": [4]})),
+        (("device",), None),
+        (("ratio",), 47),
+    ],
+)
+def test_speeds_that_cannot_be_are_refused(place, value, tmp_path):
+    (path,) = write(tmp_path, {"speed.json": changed(speed_record("b", "p"), place, value)})
+    with pytest.raises(ValueError, match=rf"speed\.json is not a result of benchmarks/speed\.py: .*{place[-1]}"):
+        read_results([Path(path)])
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        *((("metrics",), value) for value in (None, [])),
+        (("metrics", "seconds"), -1),
+        (("steps",), {"many": 1}),
+        (("train_data",), "a\nb"),
+        (("pruner_sha256",), LEFT_OUT),
+    ],
+)
+def test_trainings_that_cannot_be_are_refused(place, value, tmp_path):
+    record = changed(training_record("p"), place, value)
+    (path,) = write(tmp_path, {"training.json": record})
+    with pytest.raises(ValueError, match=rf"training\.json is not a record of `learnpruner train`: .*{place[-1]}"):
+        read_training(Path(path))
+    with pytest.raises(ValueError, match=rf"training\.json.*{place[-1]}"):
+        check_training(record)
+
+
+def test_every_record_of_the_project_is_read():
+    paths = [path for path in RESULTS.parent.rglob("*.json") if path.parent.name != "trainings"]
+    assert paths
+    for path in paths:
+        (record,) = read_results([path]).values()
+        assert (record["pruner_sha256"] is not None) == (record["method"] in LEARNED)
+
+
+@pytest.mark.parametrize("missing", [None, LEFT_OUT])
+def test_records_that_name_no_weights_are_not_of_these(model, missing):
+    digests = weights_digest(model), weights_digest(model, pruner=True)
+    recorded = {**records(*digests), "speed.json": speed_record(*digests), "training.json": training_record(digests[1])}
+    # The unpruned model's and the random method's have no pruner to name.
+    assert recorded["none.json"]["pruner_sha256"] is recorded["random.json"]["pruner_sha256"] is None
+    check_recorded_of(model, recorded)
+    needs = dict.fromkeys(("half.json", "tenth.json", "speed.json"), ("base_sha256", "pruner_sha256"))
+    needs |= dict.fromkeys(("none.json", "random.json"), ("base_sha256",)) | {"training.json": ("pruner_sha256",)}
+    for name, fields in needs.items():
+        for field in fields:
+            with pytest.raises(ValueError, match=rf"{name} does not say of which weights it is \({field}\)"):
+                check_recorded_of(model, recorded | {name: changed(recorded[name], (field,), missing)})
+
+
+def test_a_written_card_is_as_its_records(full, tmp_path):
+    recorded, _ = full
+    check_card(tmp_path / "full", recorded, training_record("p"))
+    # Without metrics and records there is nothing to compare; nor without a card.
+    check_card(tmp_path, {}, None)
+
+
+def in_section(text, title, old, new):
+    before, mark, after = text.partition(f"\n## {title}\n")
+    assert old in after
+    return before + mark + after.replace(old, new, 1)
+
+
+METRICS = "value: 0.9765"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace(METRICS, "value: 0.9865", 1), r"0\.9865 .*results/half\.json has 0\.9765"),
+        (lambda text: text.replace(METRICS, "value: '97.65'", 1), r"97\.65 .*results/half\.json has 0\.9765"),
+        (lambda text: text.replace("exact match at 7.5 of", "exact match at 1.5 of", 1), "no record has it"),
+        (lambda text: text.replace("model-index:", "model-index: 3\nother:", 1), "cannot be read"),
+        (lambda text: text.replace("tags:", "tags: [", 1), "cannot be read"),
+        (lambda text: in_section(text, "Accuracy", "97.65", "98.65"), r"Accuracy: no record has the row .*98\.65"),
+        (lambda text: in_section(text, "Accuracy", "| 0.47 |", "| 0.12 |"), r"Accuracy: no record .*0\.12"),
+        (lambda text: in_section(text, "Speed", "1.83", "3.2"), r"Speed: no record .*3\.2"),
+        (lambda text: in_section(text, "Training", "961", "9610"), "Training: no record .*9610"),
+        (lambda text: in_section(text, "Training", "961", "9610").replace("\n", "\r\n"), "Training: no record .*9610"),
+    ],
+)
+def test_a_changed_card_is_refused(full, tmp_path, change, message):
+    recorded, _ = full
+    path = tmp_path / "full" / "README.md"
+    text = path.read_text()
+    assert change(text) != text
+    path.write_bytes(change(text).encode())
+    with pytest.raises(ValueError, match=rf"README\.md.*{message}"):
+        check_card(tmp_path / "full", recorded, training_record("p"))
+
+
+def test_a_card_of_another_release_says_which(full, tmp_path):
+    (tmp_path / "full" / "config.json").write_text('{"learnpruner_version": "0.0.7"}')
+    with pytest.raises(ValueError, match=r"`pip install learnpruner==0\.0\.7` to verify it"):
+        check_card(tmp_path / "full", {}, None)
+
+
+def test_numbers_whose_record_is_gone_are_refused(full, tmp_path):
+    recorded, _ = full
+    (tmp_path / "full" / "README.md").unlink()
+    file = ".eval_results/easy-vqa-scenes-standard.yaml"
+    with pytest.raises(ValueError, match=rf"{file} says 0\.8125 .*no record has it"):
+        check_card(tmp_path / "full", {"half.json": recorded["half.json"]}, None)
+    path = tmp_path / "full" / file
+    path.write_text(path.read_text().replace("0.8125", "0.9125"))
+    with pytest.raises(ValueError, match=rf"{file} says 0\.9125 .*results/tenth\.json has 0\.8125"):
+        check_card(tmp_path / "full", recorded, None)
+    path.write_text("- 3\n")
+    with pytest.raises(ValueError, match=rf"{file} cannot be read"):
+        check_card(tmp_path / "full", recorded, None)
+    # What others measured on other data is theirs.
+    path.write_text("- dataset:\n    id: other/data\n    task_id: default\n  value: 20.9\n")
+    check_card(tmp_path / "full", recorded, None)
+
+
+def test_a_card_of_qwen(tmp_path):
+    """From the checkpoint to the card: code, digests and counts are those of the files beside it."""
+    _, model = tiny_pair("qwen2_5_vl")
+    folder = tmp_path / "qwen"
+    model.save_pretrained(folder)
+    digests = weights_digest(model), weights_digest(model, pruner=True)
+    recorded = records(*digests)
+    card = rendered(folder, model, recorded, code=check_code(folder))
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.py")}
+    assert "modeling_learnpruner_qwen2_5_vl.py" in files
+    assert table(card, "Code that is executed") == [[f"`{n}`", f"`{digest}`"] for n, digest in sorted(files.items())]
+    pruner = {name: value for name, value in model.state_dict().items() if ".pruner." in name}
+    assert f"sha256 `{digest(pruner)}`" in card.text
+    assert f"A pruner of {sum(value.numel() for value in pruner.values()):,} parameters" in card.text
+    check_card(folder, recorded, None)

@@ -14,12 +14,13 @@ from huggingface_hub import SpaceCard
 from packaging.requirements import Requirement
 from PIL import Image
 
-from learnpruner.compare import load
+from learnpruner.compare import load, load_image
 
 from space_scripts import SPACE, script
 from tiny_models import PATCHES, SIDE, tiny_pair, tiny_processor
 
 ROOT = Path(__file__).parents[2]
+SMALL = ("cut", "text", "absent", "white.png")
 SHIPPED = ROOT / "examples" / "easy_vqa" / "learnpruner-tiny-llava"
 
 
@@ -86,13 +87,17 @@ def test_question_and_answers_are_text(app, tiny, white, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"upload": None}, "picture"),
+        *(({"upload": value}, "Choose a picture") for value in (None, {}, {"path": None}, {"path": 3}, [], 3)),
+        *(({"upload": value}, "million pixels") for value in ("large", "larger")),
+        *(({"question": value}, "as text") for value in (3, ["w8"], {"a": "b"})),
+        *(({"question": value}, "half a character") for value in ("w8 \ud83d", "\udc00")),
         ({"upload": "cut"}, "damaged"),
         ({"upload": "text"}, "damaged"),
         ({"question": None}, "question"),
         ({"question": " \n"}, "question"),
         ({"question": "w8 " * 500}, "characters"),
         ({"question": "<image> w8"}, "<image>"),
+        ({"upload": "absent"}, "damaged"),
         ({"percent": 0}, "1 to 100"),
         ({"percent": 101}, "1 to 100"),
         ({"percent": -5}, "1 to 100"),
@@ -107,6 +112,10 @@ def test_bad_input_is_a_message_before_any_work(app, tiny, white, change, messag
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut").write_bytes((tmp_path / "whole.png").read_bytes()[:200])
     (tmp_path / "text").write_text("no picture")
+    # Their headers say so; Pillow itself refuses the second.
+    for name, side in (("large", 7_100), ("larger", 14_000)):
+        Image.new("1", (side, side)).save(tmp_path / name, "PNG")
+    monkeypatch.setattr(app, "load_image", lambda path: load_image(path) if path.name in SMALL else pytest.fail("read"))
     given = {"upload": white, "question": "w8", "percent": 30, **change}
     if isinstance(given["upload"], str):
         given["upload"] = {"path": str(tmp_path / given["upload"])}

@@ -1,8 +1,12 @@
 """`learnpruner verify`: what a repository is, before it is trusted; nothing of it is executed."""
 
+import hashlib
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,18 +14,21 @@ from safetensors.torch import load_file, save_file
 
 from learnpruner.budget_learnpruner import keep_counts
 
-from fake_hub import TOKEN
+from fake_hub import TOKEN, environment
+from recorded import training_record
 from tiny_models import LAYERS, PATCHES
 
+EASY_VQA = Path(__file__).parents[2] / "examples" / "easy_vqa"
 PUSH = """
 from learnpruner.hub_cards.push import push_checkpoint
-push_checkpoint(folder, repo_id, results=results)
+push_checkpoint(folder, repo_id, results=results, training=training)
 """
 
 
 @pytest.fixture(scope="module")
-def published(hub, worker, light, evidence):
-    worker(PUSH, folder=light, repo_id="user/verified", results=evidence)
+def published(hub, worker, light, evidence, digests):
+    training = training_record(digests[1])
+    worker(PUSH, folder=light, repo_id="user/verified", results=evidence, training=training)
     return "user/verified"
 
 
@@ -44,6 +51,7 @@ def test_a_repository_is_verified(hub, worker, published, light, digests, base):
     assert rows["base"] == f"user/base at {base}"
     assert rows["pruner"] == digests[1]
     assert rows["results"].startswith("half.json, none.json")
+    assert rows["training"] == "of these weights"
     first, second = keep_counts(PATCHES, 0.4, num_layers=LAYERS, pruner_layer=2, stage_ratio=3.0)
     assert rows["vision tokens"] == f"{PATCHES} -> {first} -> {second}"
     assert hub.writes() == writes
@@ -80,6 +88,19 @@ def with_code(file, place, value):
     return changed
 
 
+def replaced(file, old, new):
+    def changed(files):
+        assert old in files[file]
+        return files[file].replace(old, new, 1)
+
+    return changed
+
+
+def without(file, field):
+    """A record that does not say of which weights it is."""
+    return lambda files: json.dumps({**json.loads(files[file]), field: None}).encode()
+
+
 FOREIGN = "evil/repo--mod.Cls"
 PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
 
@@ -93,6 +114,23 @@ PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
         ("other.safetensors", b"x", "other.safetensors"),
         ("scorer_learnpruner.py", b"print('hello')\n", "scorer_learnpruner.py"),
         ("helper.py", b"", "helper.py"),
+        ("helper.PY", b"", "helper.PY"),
+        ("model.pth.tar", b"x", "model.pth.tar"),
+        ("weights", b"x", "weights"),
+        ("kernel.so", b"x", "kernel.so"),
+        ("README.md", replaced("README.md", b"value: 0.9765", b"value: 0.9965"), "results/half.json has 0.9765"),
+        (
+            ".eval_results/easy-vqa-scenes-standard.yaml",
+            replaced(".eval_results/easy-vqa-scenes-standard.yaml", b"0.9765", b"0.9965"),
+            "results/half.json has 0.9765",
+        ),
+        ("README.md", replaced("README.md", b"| 97.65 |", b"| 99.65 |"), "99.65"),
+        ("README.md", replaced("README.md", b"| seed | 7 |", b"| seed | 8 |"), "seed | 8"),
+        ("results/half.json", replaced("results/half.json", b": 0.9765", b": 97.65"), "half.json"),
+        ("results/half.json", without("results/half.json", "base_sha256"), "half.json"),
+        ("results/half.json", without("results/half.json", "pruner_sha256"), "half.json"),
+        ("training.json", without("training.json", "pruner_sha256"), "training.json"),
+        ("training.json", replaced("training.json", b'_sha256": "', b'_sha256": "0'), "training.json"),
         ("config.json", tampered_config, "other/repo--modeling_other"),
         (
             "config.json",
@@ -126,7 +164,7 @@ def test_what_is_not_to_be_trusted_is_refused(name, content, message, hub, worke
     (line,) = answer.err.strip().splitlines()[-1:]
     assert line.startswith("learnpruner: ")
     assert message in line
-    if not name.endswith((".py", ".json")):
+    if not name.endswith((".py", ".json", ".md", ".yaml")):
         # Not even downloaded.
         assert not any("/resolve/" in path for _, path in hub.requests[requests:])
 
@@ -154,3 +192,77 @@ def test_no_such_repository(worker):
         assert answer.result == 2
         assert len(answer.err.strip().splitlines()) == 1
         assert name in answer.err
+
+
+def test_a_folder_has_no_revision_and_no_links_that_leave_it(worker, light, tmp_path):
+    answer = worker("result = main(['verify', folder, '--revision', 'main'])", folder=light)
+    assert answer.result == 2
+    assert "is a folder, which has no revisions" in answer.err
+    folder = tmp_path / "folder"
+    shutil.copytree(light, folder)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "results").symlink_to(tmp_path / "elsewhere")
+    answer = worker("result = main(['verify', folder])", folder=folder)
+    assert answer.result == 2
+    assert "results in" in answer.err
+    assert "is a link to a place outside" in answer.err
+
+
+def test_a_base_at_no_fixed_revision_is_shown(worker, light, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(light, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "base_model_revision": None}))
+    answer = worker("result = main(['verify', folder])", folder=folder)
+    assert answer.result == 0, answer.err
+    assert "user/base at NO FIXED REVISION" in answer.out
+
+
+def test_a_processor_with_code_of_its_own_is_named(worker):
+    """The small Qwen2-VL's, which is code beside the base's weights."""
+    answer = worker("result = main(['verify', folder])", folder=EASY_VQA / "learnpruner-tiny-qwen2-vl")
+    assert answer.result == 2
+    (line,) = answer.err.strip().splitlines()[-1:]
+    assert "tiny-qwen2-vl runs code of its own, processing_tiny_qwen2_vl." in line
+
+
+def test_the_checkpoints_own_processor_is_used(hub, worker, light, base_folder, tmp_path):
+    """Its base has none here."""
+    bare, folder = tmp_path / "bare", tmp_path / "folder"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(base_folder / name, bare)
+    shutil.copytree(light, folder)
+    config = json.loads((folder / "config.json").read_text())
+    named = {"base_model_name_or_path": "user/bare", "base_model_revision": hub.publish("user/bare", bare)}
+    (folder / "config.json").write_text(json.dumps({**config, **named}))
+    answer = worker("result = main(['verify', folder])", folder=folder)
+    assert answer.result == 0, answer.err
+    (folder / "processor_config.json").unlink()
+    answer = worker("result = main(['verify', folder])", folder=folder)
+    assert answer.result == 2
+    assert "no processor could be loaded from user/bare" in answer.err
+
+
+# In a process of its own: where this package is imported, transformers takes its classes, and not the repository's.
+REMOTE = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+AutoModelForImageTextToText.from_pretrained("user/verified", trust_remote_code=True)
+AutoProcessor.from_pretrained("user/verified")
+own = (module for name, module in sys.modules.items() if name.startswith("transformers_modules."))
+print("FILES", *(module.__file__ for module in own if module.__file__))
+"""
+
+
+def test_the_files_on_the_card_are_those_that_loading_runs(published, hub, tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", REMOTE], capture_output=True, text=True, env=environment(hub, tmp_path), check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    executed = {Path(path).name for path in run.stdout.split("FILES")[1].split()} - {"__init__.py"}
+    text = hub.files(published)["README.md"].decode().partition("\n## Code that is executed\n")[2]
+    listed = dict(re.findall(r"^\| `(\w+\.py)` \| `(\w{64})` \|$", text, re.MULTILINE))
+    assert set(listed) == executed
+    for name, sha256 in listed.items():
+        assert hashlib.sha256(hub.files(published)[name]).hexdigest() == sha256

@@ -326,7 +326,8 @@ def test_what_was_unfrozen_is_not_lost(stock_folder, tmp_path):
     assert not loaded.lm_head.weight.any()
     assert loaded.config.base_model_name_or_path is None
     # A pruner-only checkpoint opens with its base frozen, so that saving it again stays small.
-    model.train_pruner_only().save_pretrained(tmp_path / "light")
+    fresh = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only()
+    fresh.save_pretrained(tmp_path / "light")
     loaded = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "light")
     assert {name for name, p in loaded.named_parameters() if p.requires_grad} == {
         name for name, _ in loaded.named_parameters() if ".pruner." in name
