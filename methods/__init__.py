@@ -7,6 +7,7 @@ from .cls_attention import ClsAttention
 from .composed import Composed
 from .fastv import FastV
 from .learnpruner import LearnedStage, LearnPruner, TextStage
+from .visionzip import VisionZip
 
 
 class Registry(dict):
@@ -26,6 +27,7 @@ METHODS = Registry(
     learnpruner=LearnPruner,
     learned_stage=LearnedStage,
     text_stage=TextStage,
+    visionzip=VisionZip,
 )
 
 __all__ = ["METHODS", "Composed", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]
