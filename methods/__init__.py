@@ -5,9 +5,11 @@ from .base import Method, Place
 from .baselines import OracleBoxes, Pool, Random, Uniform
 from .cls_attention import ClsAttention
 from .composed import Composed
+from .divprune import DivPrune
 from .fastv import FastV
 from .learnpruner import LearnedStage, LearnPruner, TextStage
 from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 
 class Registry(dict):
@@ -28,6 +30,8 @@ METHODS = Registry(
     learned_stage=LearnedStage,
     text_stage=TextStage,
     visionzip=VisionZip,
+    divprune=DivPrune,
+    vispruner=VisPruner,
 )
 
 __all__ = ["METHODS", "Composed", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]

@@ -21,8 +21,9 @@ class VisionZip(Method):
 
     Of a budget of R tokens, C = round(`contextual` * R) are contextual, never all. Dominant are the R - C patches to
     which [CLS] pays most in the layer whose output the projector reads. Of the others, in their order, each
-    (others // C)-th is a target, C in all. With k_i `(head_dim,)` the layer's key of patch i, mean over the heads, every patch j that is left
-    is assigned to the target t of largest cos(k_j, k_t). With x `(patches, d)` the tower's features, target t becomes
+    (others // C)-th is a target, C in all. With k_i `(head_dim,)` the layer's key of patch i, mean over the heads,
+    every patch j that is left is assigned to the target t of largest cos(k_j, k_t). With x `(patches, d)` the tower's
+    features, target t becomes
 
         x_t + mean of x_j over those assigned to it,
 

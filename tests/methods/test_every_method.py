@@ -24,7 +24,7 @@ from tiny_models import (
 )
 
 RATIO = 0.7  # within reach of methods that see the whole image for two of the four layers
-NEEDS_CLS = {"cls_attention", "visionzip"}
+NEEDS_CLS = {"cls_attention", "visionzip", "vispruner"}
 MERGES = {"pool", "visionzip"}
 BOXES = ((4, 4, 20, 12), (18, 16, 30, 30))
 EVERY = [(name, family) for name in METHODS for family in FAMILIES if name not in NEEDS_CLS or family in LLAVA]
