@@ -7,6 +7,7 @@ from .cls_attention import ClsAttention
 from .composed import Composed
 from .divprune import DivPrune
 from .fastv import FastV
+from .hawk import Hawk
 from .learnpruner import LearnedStage, LearnPruner, TextStage
 from .visionzip import VisionZip
 from .vispruner import VisPruner
@@ -32,6 +33,7 @@ METHODS = Registry(
     visionzip=VisionZip,
     divprune=DivPrune,
     vispruner=VisPruner,
+    hawk=Hawk,
 )
 
 __all__ = ["METHODS", "Composed", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]
