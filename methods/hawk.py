@@ -26,15 +26,15 @@ class Hawk(Method):
         c_{h,i} = mean over text t of q_{h,t} k_{h,i} / sqrt(head_dim)        score of token i = sum_h w_h c_{h,i}
 
     Departures: the text is all of the prompt's that may rank (`query_mask`), before the image too; the authors read
-    what stands between the last image and the end of the user's turn. Counts are rounded as for all methods here, where the
-    paper rounds down and the code up.
+    what stands between the last image and the end of the user's turn. Counts are rounded as for all methods here, where
+    the paper rounds down and the code up.
 
     Args:
         variant (`"paper"` or `"code"`): The paper sums the raw c; the authors' code divides each head's by its L2 norm
             over the image's tokens first.
         head_weights (`Sequence[float]`, or `str` or `Path`, *optional*): w, one for each head of the first layer, or
-            the file that `learnpruner calibrate-hawk` wrote. By default all weigh the same. The weights that the authors
-            measured for Qwen2.5-VL-7B are not part of this.
+            the file that `learnpruner calibrate-hawk` wrote. By default all weigh the same. The weights that the
+            authors measured for Qwen2.5-VL-7B are not part of this.
     """
 
     variant: str = "paper"
