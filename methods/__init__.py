@@ -6,6 +6,7 @@ from .baselines import OracleBoxes, Pool, Random, Uniform
 from .cls_attention import ClsAttention
 from .composed import Composed
 from .divprune import DivPrune
+from .downsample import Downsample
 from .fastv import FastV
 from .hawk import Hawk
 from .learnpruner import LearnedStage, LearnPruner, TextStage
@@ -34,6 +35,7 @@ METHODS = Registry(
     divprune=DivPrune,
     vispruner=VisPruner,
     hawk=Hawk,
+    downsample=Downsample,
 )
 
 __all__ = ["METHODS", "Composed", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]
