@@ -5,8 +5,13 @@ from .base import Method, Place
 from .baselines import OracleBoxes, Pool, Random, Uniform
 from .cls_attention import ClsAttention
 from .composed import Composed
+from .divprune import DivPrune
+from .downsample import Downsample
 from .fastv import FastV
+from .hawk import Hawk
 from .learnpruner import LearnedStage, LearnPruner, TextStage
+from .visionzip import VisionZip
+from .vispruner import VisPruner
 
 
 class Registry(dict):
@@ -24,6 +29,11 @@ METHODS = Registry(
     cls_attention=ClsAttention,
     fastv=FastV,
     learnpruner=LearnPruner,
+    visionzip=VisionZip,
+    divprune=DivPrune,
+    vispruner=VisPruner,
+    hawk=Hawk,
+    downsample=Downsample,
     stage_1=LearnedStage,
     stage_2=TextStage,
 )

@@ -26,6 +26,7 @@ class Place:
         weight (`float`): The tokens that it keeps, in proportion to the method's other cuts.
         score ([`EncoderScore`] for layer 0, else [`DecoderScore`]): What ranks the tokens, and how they are chosen.
         merge, watched: As in [`Cut`].
+        fits (`Callable[[int], int]`): The most tokens, up to a number, that the score can keep; any, by default.
     """
 
     layer: int
@@ -33,6 +34,7 @@ class Place:
     score: EncoderScore | DecoderScore
     merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None
     watched: tuple[int, ...] = ()
+    fits: Callable[[int], int] = int
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ class Method(ABC):
         layers, weights = [place.layer for place in places], [place.weight for place in places]
         budget = self.ratio * num_tokens
         if self.accounting == "cap":
-            return min(num_tokens, max(1, round(budget * weights[step] / weights[-1])))
+            return places[step].fits(min(num_tokens, max(1, round(budget * weights[step] / weights[-1]))))
         try:
-            return spread_budget(num_tokens, budget, layers, weights, depth)[step]
+            return places[step].fits(spread_budget(num_tokens, budget, layers, weights, depth)[step])
         except ValueError as error:
             raise ValueError(
                 f"{type(self).__name__}: {error} Raise its ratio, cut in an earlier layer, or count what the last cut "

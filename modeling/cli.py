@@ -124,8 +124,28 @@ def run_verify(arguments: argparse.Namespace) -> None:
     print(verify(**{name: value for name, value in vars(arguments).items() if name != "run"}))
 
 
+def add_calibrate_hawk(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Hub id or folder, with its processor")
+    parser.add_argument(
+        "--data", type=Path, nargs="+", required=True, help="JSON or JSON Lines files of questions with answers"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON, for METHODS['hawk'](head_weights=...)")
+    parser.add_argument("--image-folder", type=Path, help="where relative image paths start; default: the file's")
+    parser.add_argument("--limit", type=positive, help="samples of each file; default: all")
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--max-new-tokens", type=positive, default=16)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the processor's own code, if it has any")
+
+
+def run_calibrate_hawk(arguments: argparse.Namespace) -> None:
+    from .methods.hawk_calibration import calibrate_files
+
+    print(calibrate_files(**{name: value for name, value in vars(arguments).items() if name != "run"}))
+
+
 COMMANDS = {
     "budget": (add_budget, run_budget, "what a ratio means for a checkpoint: tokens of one image after each cut"),
+    "calibrate-hawk": (add_calibrate_hawk, run_calibrate_hawk, "weights of heads for the method hawk, measured"),
     "compare": (add_compare, run_compare, "one question about one image, pruned and unpruned, and what was kept"),
     "push": (add_push, run_push, "a pruner to the Hub, with its code, processor, results and card, in one commit"),
     "train": (add_train, run_train, "a pruner for a base model, from a configuration file"),

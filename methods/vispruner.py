@@ -1,0 +1,100 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""VisPruner (arXiv 2412.01818): patches that [CLS] attends to, and patches that differ from one another."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from learnpruner.cuts_learnpruner import EncodedImages
+from learnpruner.scorer_learnpruner import top_k
+
+from .base import Method, Place
+from .images import ReadsEncoder, clip_encoder, cls_attention
+
+REMOVED_AT_A_TIME = 8
+
+
+@dataclass(frozen=True)
+class VisPruner(Method):
+    """VisPruner (https://arxiv.org/abs/2412.01818, ICCV 2025): a share of the budget for the patches to which [CLS]
+    pays most, the rest for what is left of the others when near duplicates are removed.
+
+    Of a budget of R tokens, the floor(`important` * R + 1/2) of highest [CLS] attention (that of
+    [`ClsAttention`]) are kept, one at least. The others, in the order of the image, are split into those at even and at
+    odd places; with x `(patches, d)` the tower's features, an even patch i is as redundant as its largest cos(x_i, x_j)
+    over the odd ones, and the 8 most redundant are removed. What is left is split anew, until the budget is met; the
+    last round removes fewer.
+
+    The paper describes the rounds in words; the order before each split, and that even patches are the ones that go,
+    are this project's reading of them. Features are those before the projector.
+
+    Departures: in LLaVA-NeXT all crops of an image share one budget, and newlines, which take no part, are kept last;
+    the authors leave newlines out.
+
+    Args:
+        important (`float`): Share of the budget that attention chooses, in [0, 1].
+    """
+
+    important: float = 0.5
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.important <= 1:
+            raise ValueError(f"important is a share of the budget in [0, 1], got {self.important}.")
+
+    def check(self, model: nn.Module) -> None:
+        clip_encoder(model, "vispruner")
+
+    def places(self, model: nn.Module) -> tuple[Place, ...]:
+        return (Place(0, 1, VisPrunerScore(self.important), watched=(-1,)),)
+
+
+@dataclass(frozen=True)
+class VisPrunerScore(ReadsEncoder):
+    important: float
+
+    def __call__(self, images: EncodedImages) -> torch.Tensor:
+        return cls_attention(images)[0]
+
+    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
+        by_attention = [max(1, int(self.important * count + 0.5)) for count in counts]
+        diverse = [count - first for count, first in zip(counts, by_attention)]
+        important = top_k(scores, images.present, torch.tensor(by_attention, device=scores.device))
+        structure = images.features.isnan().any(-1)
+        left = images.present & ~important & ~structure
+        directions = F.normalize(images.features.float().nan_to_num(), dim=-1)
+        similarity = directions @ directions.mT
+        goal = torch.tensor(diverse, device=scores.device)
+        for most in _rounds([size - first for size, first in zip(images.sizes, by_attention)], diverse):
+            left = _without_duplicates(left, similarity, goal, most)
+        # Structure fills what patches leave of the budget.
+        counts = torch.tensor(counts, device=scores.device)
+        return top_k((important | left).float(), images.present, counts)
+
+
+def _rounds(sizes: list[int], goals: list[int]) -> list[int]:
+    """For each round, how many tokens the image that has most has at most: from sizes alone, structure counted."""
+    rounds = []
+    while any(size > goal for size, goal in zip(sizes, goals)):
+        rounds.append(max(sizes))
+        sizes = [size - _removed(size, goal) for size, goal in zip(sizes, goals)]
+    return rounds
+
+
+def _removed(size: int, goal: int) -> int:
+    return max(0, min(REMOVED_AT_A_TIME, size - goal, (size + 1) // 2))
+
+
+def _without_duplicates(left: torch.Tensor, similarity: torch.Tensor, goal: torch.Tensor, most: int) -> torch.Tensor:
+    """One round. `left` is `(images, tokens)` bool, `goal` `(images,)`, and no image has more than `most` left."""
+    order = left.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    even, odd = order[:, 0::2], order[:, 1::2]
+    both = even.unsqueeze(2) * similarity.shape[1] + odd.unsqueeze(1)
+    pairs = similarity.flatten(1).gather(1, both.flatten(1)).view(both.shape)
+    redundant = F.pad(pairs.masked_fill(~left.gather(1, odd).unsqueeze(1), -torch.inf), (1, 0), value=-torch.inf)
+    size = left.sum(1)
+    removed = torch.minimum((size - goal).clamp(min=0, max=REMOVED_AT_A_TIME), (size + 1) // 2)
+    gone = top_k(redundant.amax(-1), left.gather(1, even), removed)
+    return left & ~torch.zeros_like(left).scatter(1, even, gone)

@@ -1,0 +1,113 @@
+"""HAWK's choice against one image, head, text token and vision token at a time."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from learnpruner.methods import METHODS
+
+from tiny_models import FAMILIES, build_inputs, image_tokens, samples_of, tiny_pair, with_videos
+
+WEIGHTS = (0.1, 0.5, 0.0, 0.4)
+
+
+def embedded(stock, inputs):
+    """What the stock model gives its decoder, `(batch, sequence, hidden)`."""
+    seen = []
+    with (
+        torch.no_grad(),
+        stock.model.language_model.register_forward_pre_hook(
+            lambda *of: seen.append(of[2]["inputs_embeds"]), with_kwargs=True
+        ),
+    ):
+        stock(**inputs)
+    return seen[0]
+
+
+def reference(layer, texts, tokens, weights, variant):
+    """Scores of one image's tokens, `None` for newlines."""
+    attention = layer.self_attn
+    d = attention.head_dim
+    groups = len(weights) // (attention.k_proj.out_features // d)
+    queries = [attention.q_proj(layer.input_layernorm(token)) for token in texts]
+    keys = [None if token is None else attention.k_proj(layer.input_layernorm(token)) for token in tokens]
+    total = [None if key is None else 0.0 for key in keys]
+    for head, weight in enumerate(weights):
+        shared = head // groups
+        column = {}
+        for number, key in enumerate(keys):
+            if key is not None:
+                own = key[shared * d : (shared + 1) * d]
+                products = [(query[head * d : (head + 1) * d] @ own).item() / math.sqrt(d) for query in queries]
+                column[number] = sum(products) / len(products)
+        length = math.sqrt(sum(value**2 for value in column.values())) if variant == "code" else 1.0
+        for number, value in column.items():
+            total[number] += weight * value / length
+    return total
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("variant", ["paper", "code"])
+@pytest.mark.parametrize(("family", "batch"), with_videos(["mixed", "image_last"]))
+def test_the_choice_is_the_formulas(family, batch, variant, weights):
+    stock, pruned = tiny_pair(family)
+    samples = samples_of(batch, family)
+    inputs = build_inputs(family, samples)
+    ranking = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    ranking[:, -1] = batch == "image_last"
+    method = METHODS["hawk"](0.4, variant=variant, head_weights=weights)
+    outputs = pruned(**inputs, schedule=method, query_mask=ranking)
+    layer, embeds = stock.model.language_model.layers[0], embedded(stock, inputs)
+    vision = (inputs["input_ids"] == pruned.config.image_token_id) | (inputs["input_ids"] == 121)
+    for row, sample in enumerate(samples):
+        columns = vision[row].nonzero().flatten().tolist()
+        texts = embeds[row][inputs["attention_mask"][row].bool() & ~vision[row] & ranking[row]]
+        parts = []
+        for part in sample:
+            if isinstance(part, tuple):
+                # A video is one part for each group of its frames.
+                groups = part[0] if len(part) == 3 else 1
+                parts += [image_tokens(family, *part) // groups] * groups
+        for number, size in enumerate(parts):
+            places = [columns.pop(0) for _ in range(size)]
+            tokens = [embeds[row, place] for place in places]
+            if family == "llava_next":
+                tokens = [None if torch.equal(token, stock.model.image_newline) else token for token in tokens]
+            scores = reference(layer, texts, tokens, weights or [0.25] * 4, variant)
+            found = outputs.vision_scores[0][row, places]
+            for score, value in zip(scores, found.tolist()):
+                assert math.isnan(value) if score is None else value == pytest.approx(score, abs=1e-4)
+            must = batch == "image_last" and number == len(parts) - 1
+            order = sorted(
+                range(size),
+                key=lambda i: (not (must and i == size - 1), math.inf if scores[i] is None else -scores[i]),
+            )
+            kept = sorted(order[: max(1, round(0.4 * size))])
+            assert [place for place in places if outputs.kept_mask[0][row, place]] == [places[i] for i in kept]
+        assert not columns
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_change_the_choice_and_come_from_a_file(family, tmp_path):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    (tmp_path / "weights.json").write_text(json.dumps({"weights": WEIGHTS}))
+    given = pruned(**inputs, schedule=METHODS["hawk"](0.4, head_weights=WEIGHTS))
+    read = pruned(**inputs, schedule=METHODS["hawk"](0.4, head_weights=tmp_path / "weights.json"))
+    assert torch.equal(given.logits, read.logits)
+    assert not torch.equal(given.kept_mask[0], pruned(**inputs, schedule=METHODS["hawk"](0.4)).kept_mask[0])
+
+
+def test_bad_settings(tmp_path):
+    _, pruned = tiny_pair("llava")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="variant is 'paper' or 'code'"):
+        METHODS["hawk"](variant="codes")
+    with pytest.raises(ValueError, match=r"other.json holds no weights of heads: .* calibrate-hawk"):
+        METHODS["hawk"](head_weights=tmp_path / "other.json")
+    with pytest.raises(OSError, match=r"none.json"):
+        METHODS["hawk"](head_weights=str(tmp_path / "none.json"))
+    with pytest.raises(ValueError, match="4 heads, and 3"):
+        METHODS["hawk"](0.4, head_weights=(1, 2, 3)).cuts(pruned.model)
