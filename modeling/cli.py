@@ -94,8 +94,8 @@ def add_diagnose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", nargs="+", metavar="NAME", help="default: learnpruner, and cls_attention for CLIP")
     parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
     parser.add_argument("--accounting", choices=("mean", "cap"), help="the ratio's: mean over layers, or the last cut")
-    parser.add_argument("--limit", type=positive, help="images")
-    parser.add_argument("--sink", type=times, help="times the mean attention that make a patch a sink")
+    parser.add_argument("--limit", type=positive, help="images; default: the first 200")
+    parser.add_argument("--sink", type=times, help="times the mean attention that make a patch a sink; default: 5")
     parser.add_argument("--batch-size", type=positive)
     parser.add_argument("--trust-remote-code", action="store_true", help="run the processor's own code, if it has any")
 

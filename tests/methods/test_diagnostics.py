@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -408,3 +409,15 @@ def test_a_run_that_fails_leaves_the_last_one_whole(folder, monkeypatch):
     monkeypatch.setattr(diagnose_command, "save_diagnostics", stop)
     assert run(folder, limit=2) == 2
     assert {name: (folder / "out" / name).read_bytes() for name in before} == before
+
+
+def test_the_page_quotes_the_recorded_figures():
+    diagnosis = json.loads((ROOT / "methods" / "diagnostics.json").read_text())
+    page, tables = (ROOT / "methods" / "DIAGNOSTICS.md").read_text(), summary(diagnosis)
+    assert tables in page
+    _, read = page.split("What can be read from it")
+    quoted = re.findall(r"\d+\.\d", read)
+    assert quoted
+    assert set(quoted) <= set(re.findall(r"\d+\.\d", tables))
+    assert f"{diagnosis['images']} images" in read
+    assert (ROOT / "methods" / "diagnostics.png").stat().st_size < 150_000
