@@ -77,6 +77,36 @@ def run_compare(arguments: argparse.Namespace) -> None:
     print(compare_file(**{name: value for name, value in vars(arguments).items() if name != "run"}))
 
 
+def times(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 1 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return value
+
+
+def add_diagnose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="Hub id or folder of a checkpoint, with its processor")
+    parser.add_argument("--data", type=Path, required=True, help="JSON or JSON Lines, as for train; boxes if known")
+    parser.add_argument("--output", type=Path, required=True, help="folder of diagnostics.json and diagnostics.png")
+    parser.add_argument("--method", nargs="+", metavar="NAME", help="default: learnpruner, and cls_attention for CLIP")
+    parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
+    parser.add_argument("--accounting", choices=("mean", "cap"), help="the ratio's: mean over layers, or the last cut")
+    parser.add_argument("--limit", type=positive, help="images; default: the first 200")
+    parser.add_argument("--sink", type=times, help="times the mean attention that make a patch a sink; default: 5")
+    parser.add_argument("--batch-size", type=positive)
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the processor's own code, if it has any")
+
+
+def run_diagnose(arguments: argparse.Namespace) -> None:
+    from learnpruner.methods.diagnose_command import diagnose
+
+    given = {name: value for name, value in vars(arguments).items() if name != "run" and value is not None}
+    print(diagnose(**given))
+
+
 def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, help="YAML file of settings; training/configs has some")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="settings that win over the file: --learning_rate 1e-3")
@@ -147,6 +177,7 @@ COMMANDS = {
     "budget": (add_budget, run_budget, "what a ratio means for a checkpoint: tokens of one image after each cut"),
     "calibrate-hawk": (add_calibrate_hawk, run_calibrate_hawk, "weights of heads for the method hawk, measured"),
     "compare": (add_compare, run_compare, "one question about one image, pruned and unpruned, and what was kept"),
+    "diagnose": (add_diagnose, run_diagnose, "what a model attends to, and what methods keep: figures and a picture"),
     "push": (add_push, run_push, "a pruner to the Hub, with its code, processor, results and card, in one commit"),
     "train": (add_train, run_train, "a pruner for a base model, from a configuration file"),
     "verify": (add_verify, run_verify, "a pruner's files, code and recorded results, before it is trusted"),
