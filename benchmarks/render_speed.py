@@ -45,18 +45,14 @@ def _first_cells(result: dict) -> list[str]:
     return [*map(str, _settings(result)), f"{tokens['mean']:.0f} of {tokens['image']}"]
 
 
-def _interval(result: dict, name: str) -> str:
+def _interval(result: dict, name: str, digits: int = 2) -> str:
     interval = result["intervals"][name]
-    return f"{result[name]:.2f} ({interval['low']:.2f}-{interval['high']:.2f})"
+    return f"{result[name]:.{digits}f} ({interval['low']:.{digits}f}-{interval['high']:.{digits}f})"
 
 
 def _seconds(result: dict, who: str, what: str) -> str:
     times = result["seconds"][who]
     return f"{1000 * times[what]['median']:.0f}" if what in times else ""
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -74,15 +70,15 @@ def speed_table(results: list[dict]) -> str:
     head = [
         *SHOWN,
         "prefill, ms",
-        "faster",
+        "prefill speedup",
         "ceiling",
-        "reached",
+        "share of it reached",
         "first token, ms",
         "per token, ms",
-        "whole answer",
-        "its ceiling",
+        "end-to-end speedup",
+        "ceiling",
         "ratio 1 / stock",
-        "scoring, selection",
+        "scoring and selection / prefill",
     ]
     rows = []
     for result in results:
@@ -90,11 +86,11 @@ def speed_table(results: list[dict]) -> str:
         arrow = " -> ".join
         cells.append(arrow(_seconds(result, who, "prefill") for who in ("stock", "pruned")))
         cells += [_interval(result, "prefill_speedup"), f"{result['prefill_ceiling']:.2f}"]
-        cells.append(_percent(result["prefill_share_of_ceiling"]))
+        cells.append(_interval(result, "prefill_share_of_ceiling", 3))
         for what in ("time_to_first_token", "decode_token"):
             cells.append(arrow(filter(None, (_seconds(result, f"{who} answer", what) for who in ("stock", "pruned")))))
         cells += [_interval(result, "end_to_end_speedup"), f"{result['end_to_end_ceiling']:.2f}"]
-        cells += [f"{result['overhead_at_ratio_one']:.3f}", _percent(result["scoring_and_selection_share"], 2)]
+        cells += [_interval(result, "overhead_at_ratio_one", 3), f"{result['scoring_and_selection_share']:.4f}"]
         rows.append(cells)
     notes = sorted({_conditions(result) for result in results})
     return "\n".join([_table(head, _with_missing(rows, results, len(head))), "", *notes])
@@ -104,7 +100,7 @@ def _conditions(result: dict) -> str:
     settings, confidence = result["settings"], result["intervals"]["prefill_speedup"]["confidence"]
     return (
         f"{result['device']}, {settings['dtype']}, {settings['rounds']} rounds, in brackets intervals of "
-        f"{_percent(confidence)} confidence; torch {result['versions']['torch']}, transformers "
+        f"{100 * confidence:.1f} % confidence; torch {result['versions']['torch']}, transformers "
         f"{result['versions']['transformers']}."
     )
 
@@ -127,15 +123,15 @@ def cost_table(results: list[dict]) -> str:
 
 
 def sweeps(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """(mean tokens kept, milliseconds of the pruned prefill) of results that differ by their ratio alone, where there
-    are three or more."""
+    """(mean tokens kept, milliseconds of the pruned prefill) of results whose prompts differ by their ratio alone,
+    where there are three ratios or more."""
     groups = defaultdict(list)
     for result in results:
         preset, batch, text, _, backend = _settings(result)
         place = f"{preset}, batch {batch}, {text} text tokens, {backend}, {result['device']}"
         seconds = result["seconds"]["pruned"]["prefill"]["median"]
-        groups[place, result["settings"]["new_tokens"]].append((result["tokens"]["mean"], 1000 * seconds))
-    return {place: sorted(points) for (place, _), points in groups.items() if len(points) > 2}
+        groups[place].append((result["tokens"]["mean"], 1000 * seconds))
+    return {place: sorted(points) for place, points in groups.items() if len({tokens for tokens, _ in points}) > 2}
 
 
 def fit(points: list[tuple[float, float]]) -> tuple[float, float, float]:

@@ -98,7 +98,7 @@ def qwen2_5_vl() -> Qwen2_5_VLConfig:
 
 
 def cpu_small() -> LlavaConfig:
-    """LLaVA-1.5's anatomy at 0.4 B: its image, patches and 576 tokens, a tower of half CLIP-L's width and depth before a decoder of 24 layers."""
+    """LLaVA-1.5's anatomy at 0.4 B: its image, its 576 tokens, a tower of half CLIP-L's width and depth."""
     tower = CLIPVisionConfig(
         hidden_size=512,
         intermediate_size=2048,
