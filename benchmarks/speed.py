@@ -21,6 +21,7 @@ device that has finished; every figure is the median of the rounds, with an inte
     scoring, selection  of both cuts, in place, in a run of its own with a clock around them
 """
 
+import argparse
 import json
 import logging
 import os
@@ -238,7 +239,7 @@ def several(kind: Callable) -> Callable[[str], list]:
 
 def backend(text: str) -> str:
     if text not in BACKENDS:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(BACKENDS)}")
     return text
 
 
@@ -269,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @torch.no_grad()
-def measure_all(arguments) -> None:
+def measure_all(arguments: argparse.Namespace) -> None:
     grid = product(arguments.batch, arguments.text, arguments.new_tokens, arguments.backend, arguments.ratio)
     points = [Point(arguments.preset, *values) for values in grid]
     files = output_files(arguments.output, points)
@@ -295,6 +296,7 @@ def measure_all(arguments) -> None:
     for name in arguments.backend:
         shapes.set_attn_implementation(name)
     check_fits(shapes, device)
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     stock, pruned = build_pair(config, device, dtype, arguments.seed)
     digests = {"base_sha256": weights_digest(pruned), "pruner_sha256": weights_digest(pruned, pruner=True)}
     for number, (point, file) in enumerate(missing, 1):
@@ -313,13 +315,11 @@ def measure_all(arguments) -> None:
 def output_files(output: Path, points: list[Point]) -> list[Path]:
     """A file for each point. Raises `ValueError` where `output` cannot hold them."""
     if output.suffix != ".json":
-        output.mkdir(parents=True, exist_ok=True)
         return [output / point.file for point in points]
     if len(points) > 1:
         raise ValueError(f"{len(points)} points do not go into one file: --output takes a folder for them.")
     if output.is_dir():
         raise ValueError(f"--output {output} is a folder.")
-    output.parent.mkdir(parents=True, exist_ok=True)
     return [output]
 
 

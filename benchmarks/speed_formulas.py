@@ -114,7 +114,7 @@ def _parts(length: int, side: int) -> list[int]:
 
 
 def pruner_flops(config: PreTrainedConfig, schedule: tuple[Cut, ...], width: int, tokens: int, text: int, batch: int):
-    """Scores and selection of both cuts of LearnPruner, of images that have no structure rows.
+    """Scores and selection of both cuts of LearnPruner.
 
     Args:
         width (`int`): Of the features that the pruner reads.
