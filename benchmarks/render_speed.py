@@ -2,12 +2,14 @@
 
     python benchmarks/render_speed.py benchmarks/results/speed --into benchmarks/SPEED.md --plot FILE.png
 
-`--into` fills the parts of a Markdown file between `<!-- speed -->` and `<!-- /speed -->`, and those called `costs` and
-`growth`; without it they are printed. A preset without a result is a row that says so.
+`--into` fills the parts of a Markdown file between `<!-- speed -->` and `<!-- /speed -->`, and those called `bars`,
+`costs` and `growth`; without it they are printed. A preset or a bar without a result is a row that says so.
 """
 
+import re
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -20,6 +22,77 @@ from speed_presets import PRESETS
 
 SETTINGS = ("preset", "batch_size", "text_tokens", "new_tokens", "backend")
 SHOWN = ("preset", "batch", "text", "answer", "backend", "tokens kept")
+
+
+CPU, GPU = "", "H100|H200"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a figure is to reach, on average tokens kept, at a batch of so many or more and an answer of so many tokens
+    or fewer. Where several results are of this kind, the worst counts.
+
+    Attributes:
+        device (`str`): Regular expression of its name.
+    """
+
+    preset: str
+    tokens: int
+    image: int
+    batch: int
+    answer: int
+    device: str
+    figure: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+    def holds(self, value: float) -> bool:
+        return value >= self.at_least if self.at_most is None else value <= self.at_most
+
+    def worst(self, results: list[dict]) -> float | None:
+        found = [result[self.figure] for result in results if self._fits(result)]
+        return (min if self.at_most is None else max)(found, default=None)
+
+    def _fits(self, result: dict) -> bool:
+        settings, tokens = result["settings"], result["tokens"]
+        return (
+            settings["preset"] == self.preset
+            and (round(tokens["mean"]), tokens["image"]) == (self.tokens, self.image)
+            and settings["batch_size"] >= self.batch
+            and settings["new_tokens"] <= self.answer
+            and re.search(self.device, result["device"]) is not None
+        )
+
+    @property
+    def cells(self) -> list[str]:
+        more = " or more" if self.device == GPU else ""
+        wanted = f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
+        place = f"{self.preset}, {self.tokens} of {self.image} tokens, batch {self.batch}{more}"
+        return [place, f"{self.figure} {wanted}"]
+
+
+SMALL = ("cpu-small", 32, 576, 4, 8, CPU)
+NEXT = ("llava-next-7b", 160, 2928, 8, 2, GPU)
+LLAVA = ("llava-1.5-7b", 32, 576, 8, 2, GPU)
+BARS = (
+    Bar(*SMALL, "prefill_share_of_ceiling", at_least=0.9),
+    Bar(*SMALL, "overhead_at_ratio_one", at_most=1.01),
+    Bar(*SMALL, "scoring_and_selection_share", at_most=0.02),
+    Bar(*NEXT, "prefill_speedup", at_least=6),
+    Bar(*NEXT, "end_to_end_speedup", at_least=3.2),
+    Bar(*LLAVA, "prefill_speedup", at_least=2.3),
+    Bar(*LLAVA, "end_to_end_speedup", at_least=1.5),
+    Bar("qwen2.5-vl-7b-4k", 450, 4096, 8, 2, GPU, "end_to_end_speedup", at_least=1.34),
+)
+
+
+def bar_table(results: list[dict]) -> str:
+    rows = []
+    for bar in BARS:
+        value = bar.worst(results)
+        verdict = [MISSING, ""] if value is None else [f"{value:g}", "met" if bar.holds(value) else "missed"]
+        rows.append([*bar.cells, *verdict])
+    return _table(["of", "bar", "measured", ""], rows)
 
 
 def read_folder(folder: Path) -> list[dict]:
@@ -183,7 +256,12 @@ def main(argv: list[str] | None = None) -> int:
         if not arguments.results.is_dir():
             raise ValueError(f"{arguments.results} is no folder.")
         results = read_folder(arguments.results)
-        tables = {"speed": speed_table(results), "costs": cost_table(results), "growth": growth_table(results)}
+        tables = {
+            "bars": bar_table(results),
+            "speed": speed_table(results),
+            "costs": cost_table(results),
+            "growth": growth_table(results),
+        }
         if arguments.into:
             page = arguments.into.read_text()
             for mark, text in tables.items():
