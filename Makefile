@@ -15,7 +15,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations test test-floor test-matrix quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations speed speed-gpu test test-floor test-matrix quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -60,6 +60,26 @@ accuracy-qwen: .venv/installed
 ablations: .venv/installed
 	.venv/bin/python benchmarks/ablations.py --runs runs/ablations --into training/RESULTS.md \
 	  --plot benchmarks/results/budgets.png
+
+# Every figure of benchmarks/SPEED.md that needs no GPU; half an hour on two idle cores. Goes on if killed.
+SPEED = benchmarks/results/speed
+TIME = .venv/bin/python benchmarks/speed.py
+speed: .venv/installed
+	$(TIME) --preset cpu-small --batch 4 --ratio 32/576 --new-tokens 8 --output $(SPEED)/cpu/
+	$(TIME) --preset cpu-small --ratio 1/18,1/9,2/9,1/3,2/3,1 --new-tokens 1 --rounds 6 --output $(SPEED)/cpu/
+	$(TIME) --preset cpu-small --text 32,256 --ratio 1/18 --new-tokens 1,32 --rounds 6 --output $(SPEED)/cpu/
+	.venv/bin/python benchmarks/render_speed.py $(SPEED) --into benchmarks/SPEED.md --plot $(SPEED)/growth.png
+
+# The same on a GPU of 80 GB or more: short answers to batches, which the bars are set for, then long answers one by one.
+# The torch of .venv must be one with CUDA.
+speed-gpu: .venv/installed
+	$(TIME) --device cuda --preset llava-next-7b --batch 8,16 --ratio 160/2928 --new-tokens 1,2 --output $(SPEED)/gpu/
+	$(TIME) --device cuda --preset llava-next-7b --ratio 160/2928 --new-tokens 32,128 --output $(SPEED)/gpu/
+	$(TIME) --device cuda --preset llava-1.5-7b --batch 8,32 --ratio 32/576 --new-tokens 1,2 --output $(SPEED)/gpu/
+	$(TIME) --device cuda --preset llava-1.5-7b --ratio 32/576 --new-tokens 32,128 --output $(SPEED)/gpu/
+	$(TIME) --device cuda --preset qwen2.5-vl-7b-4k --batch 8 --ratio 0.11 --new-tokens 1,2 --output $(SPEED)/gpu/
+	$(TIME) --device cuda --preset qwen2.5-vl-7b-4k --ratio 0.11 --new-tokens 32,128 --output $(SPEED)/gpu/
+	.venv/bin/python benchmarks/render_speed.py $(SPEED) --into benchmarks/SPEED.md --plot $(SPEED)/growth.png
 
 test: .venv/installed
 	.venv/bin/python -m pytest $(WORKERS)

@@ -157,23 +157,24 @@ class PruningCall:
                 outputs[modality].pooler_output = [row for row, own in zip(merged, kinds) if own == kind]
         return outputs
 
-    def to_tensors(self, start: int) -> dict[str, torch.Tensor]:
-        """The plan as tensors that beams can expand; `start` columns stand before those that were planned."""
+    def to_arguments(self, start: int) -> dict[str, torch.Tensor | list]:
+        """The plan, its tensors for beams to expand; `start` columns stand before those that were planned."""
         return {
             "vision_kept": F.pad(self.vision_kept, (start, 0)),
             "vision_scores": F.pad(self.vision_scores, (start, 0), value=torch.nan),
-            "vision_counts": torch.cat([self.last.unsqueeze(1), self.count_table], dim=1),
+            "vision_last": self.last,
+            "vision_counts": self.counts,
         }
 
-    def resume(
-        self, vision: torch.Tensor, vision_kept: torch.Tensor, vision_scores: torch.Tensor, vision_counts: torch.Tensor
-    ) -> None:
-        """Takes over a plan from [`to_tensors`]. Behind its columns stands an answer: text that ranks nothing."""
-        self.answer_length = vision.shape[1] - vision_kept.shape[1]
+    def resume(self, vision: torch.Tensor, plan: dict[str, torch.Tensor | list]) -> None:
+        """Takes over a plan from [`to_arguments`]. Behind its columns stands an answer: text that ranks nothing."""
+        kept, self.last, counts = plan["vision_kept"], plan["vision_last"], plan["vision_counts"]
+        self.answer_length = vision.shape[1] - kept.shape[1]
         behind = (0, self.answer_length)
-        self.vision = F.pad(vision[:, : vision_kept.shape[1]], behind)
-        self.vision_kept = F.pad(vision_kept, behind)
-        self.vision_scores = F.pad(vision_scores, behind, value=torch.nan)
+        self.vision = F.pad(vision[:, : kept.shape[1]], behind)
+        self.vision_kept = F.pad(kept, behind)
+        self.vision_scores = F.pad(plan["vision_scores"], behind, value=torch.nan)
         self.query_mask = F.pad(self.query_mask, behind)
-        self.last, self.count_table = vision_counts[:, 0], vision_counts[:, 1:]
-        self.counts = self.count_table.tolist()
+        # The beams of a sample stand behind one another.
+        self.counts = [row for row in counts for _ in range(len(vision) // len(counts))]
+        self.count_table = torch.tensor(self.counts, device=vision.device)

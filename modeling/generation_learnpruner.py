@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 # In these `generate` carries, beside the query_mask, the plan made from the images it encoded. Tensors with the batch
 # first, so that beams expand them.
-PLAN = ("vision_kept", "vision_scores", "vision_counts")
+PLAN = ("vision_kept", "vision_scores", "vision_last", "vision_counts")
 
 
 @dataclass
@@ -272,7 +272,7 @@ class PrunedGenerationMixin:
         if soft and not self.model.has_images(stock):
             stock = self._with_gradient(stock)
         if plan:
-            pruning.resume(self.model.vision_kinds(stock["input_ids"], stock["inputs_embeds"]) > 0, **plan)
+            pruning.resume(self.model.vision_kinds(stock["input_ids"], stock["inputs_embeds"]) > 0, plan)
         outputs = super().forward(**stock, **kwargs, pruning=pruning, return_dict=True)
 
         loss = None
@@ -327,6 +327,7 @@ class PrunedGenerationMixin:
         self, inputs_tensor, model_kwargs, model_input_name, generation_config: GenerationConfig
     ):
         # `generate` encodes the images here, before it expands the inputs for beams and before the first forward.
+        layout = model_kwargs.pop("prompt_layout", None)  # read before, where positions depend on it
         arguments = (inputs_tensor, model_kwargs, model_input_name, generation_config)
         schedule = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
         # As an assistant the stock model is given no images.
@@ -343,9 +344,10 @@ class PrunedGenerationMixin:
         # A continued conversation may be given whole; what the cache holds is not part of this call.
         mask_length = attention_mask.shape[1] if attention_mask is not None else generation_config._mask_length
         start = cache.get_seq_length() if cache is not None and (embeds is not None or mask_length == sequence) else 0
-        valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
-        layout = self.model.read_layout(model_kwargs, kinds[:, start:], valid)
-        self.model.check_images(model_kwargs, layout)
+        if layout is None or cache is not None:
+            valid = None if attention_mask is None else attention_mask[:, -sequence:][:, start:].bool()
+            layout = self.model.read_layout(model_kwargs, kinds[:, start:], valid)
+            self.model.check_images(model_kwargs, layout)
         images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
         images["input_ids"] = inputs_tensor[:, start:] if embeds is None else None
         images["inputs_embeds"] = None if embeds is None else embeds[:, start:]
@@ -361,7 +363,7 @@ class PrunedGenerationMixin:
         if not pruning.will_cut:
             model_kwargs.pop("schedule", None)
             return {**model_kwargs, "pruner_ratio": 1.0}
-        return {**model_kwargs, "query_mask": query_mask, **pruning.to_tensors(start)}
+        return {**model_kwargs, "query_mask": query_mask, **pruning.to_arguments(start)}
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
         plan = {name: kwargs.pop(name) for name in ("query_mask", *PLAN) if kwargs.get(name) is not None}
@@ -372,8 +374,9 @@ class PrunedGenerationMixin:
         from_embeds = inputs.get("inputs_embeds") is not None
         used = (inputs["inputs_embeds"] if from_embeds else inputs["input_ids"]).shape[1]
         start = (inputs_embeds if from_embeds else input_ids).shape[1] - used
-        for name, tensor in plan.items():
-            inputs[name] = (tensor if name == "vision_counts" else tensor[:, start:]).to(self.device)
+        for name, value in plan.items():
+            value = value if name in ("vision_last", "vision_counts") else value[:, start:]
+            inputs[name] = value if name == "vision_counts" else value.to(self.device)
         return inputs
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):

@@ -203,6 +203,7 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
             valid = mask.bool() if mask is not None and mask.shape == kinds.shape else None
             layout = self.model.read_layout(given, kinds, valid)
             self.model.check_images({**given, "past_key_values": None}, layout)
+            model_kwargs["prompt_layout"] = layout  # for the plan
             # Of the prompt before. transformers 5.20 (5.23 does not) would count on from it on a cache, whatever images
             # are new.
             self.model.rope_deltas = None
