@@ -27,13 +27,21 @@ def push_to_hub(self, repo_id: str, **options):
     return push_pruner(self, repo_id, **options).commit
 
 
+def print_trainable_parameters(self) -> None:
+    """Prints how many parameters are trained, of how many."""
+    every = sum(parameter.numel() for parameter in self.parameters())
+    trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+    print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
+
 for family in FAMILIES:
     # The classes ship with checkpoints, and push as transformers does where this package is not installed.
     family.push_to_hub = push_to_hub
+    family.print_trainable_parameters = print_trainable_parameters
     AutoConfig.register(family.config_class.model_type, family.config_class, exist_ok=True)
     AutoModel.register(family.config_class, family, exist_ok=True)
     AutoModelForImageTextToText.register(family.config_class, family, exist_ok=True)
-del family, push_to_hub
+del family, print_trainable_parameters, push_to_hub
 
 __all__ = [
     "Cut",

@@ -88,11 +88,9 @@ class PrunedModelMixin:
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:
         """Width of the features that the pruner reads."""
-        raise NotImplementedError
 
     def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Placeholders, `(batch, sequence)` int8, as in [`PromptLayout`]."""
-        raise NotImplementedError
 
     def check_images(self, arguments: dict, layout: PromptLayout) -> None:
         """Raises `ValueError` where images and what describes them do not fit; before any work."""
@@ -104,7 +102,6 @@ class PrunedModelMixin:
 
     def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
         """The stock forward's arguments with encoded images in place of pixels."""
-        raise NotImplementedError
 
     def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
         """The vision encoder's features before the projector.
@@ -116,7 +113,6 @@ class PrunedModelMixin:
             `dict[str, list[torch.Tensor]]`, each `(tokens, d)`: for each modality, in the order of the prompt, every
             part that has a budget of its own. Rows of NaN are structure, not patches.
         """
-        raise NotImplementedError
 
     def __init__(self, config):
         super().__init__(config)

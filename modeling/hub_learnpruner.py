@@ -244,12 +244,6 @@ class HubMixin:
                         part.eval()
         return self
 
-    def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trained, of how many."""
-        every = sum(parameter.numel() for parameter in self.parameters())
-        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
-
     def _trains_base(self) -> bool:
         return any(p.requires_grad for name, p in self.named_parameters() if not name.startswith(PRUNER))
 

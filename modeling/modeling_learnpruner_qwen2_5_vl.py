@@ -34,10 +34,7 @@ class LearnPrunerQwen2_5_VLModel(PrunedQwenVLModelMixin, Qwen2_5_VLModel):
 class LearnPrunerQwen2_5_VLForConditionalGeneration(
     HubMixin, PrunedQwenVLGenerationMixin, Qwen2_5_VLForConditionalGeneration
 ):
-    """[`Qwen2_5_VLForConditionalGeneration`] that answers from fewer vision tokens.
-
-    See [`LearnPrunerQwen2_5_VLConfig`].
-    """
+    """[`Qwen2_5_VLForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerQwen2_5_VLConfig`]."""
 
     config: LearnPrunerQwen2_5_VLConfig
     config_class = LearnPrunerQwen2_5_VLConfig

@@ -124,11 +124,7 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         return {**arguments, **dict.fromkeys(self.pixel_arguments), "mm_encoder_outputs": outputs}
 
     def merged_features(self, hidden_states: torch.Tensor, grids: list[list[int]]) -> torch.Tensor:
-        """The encoder's features `(patches, d)`, one row for each token, `(tokens, 4 d)`.
-
-        Args:
-            grids: Groups of frames, rows and columns of tokens, of each image or video.
-        """
+        """The encoder's features `(patches, d)` as `(tokens, 4 d)`; a grid is groups of frames, rows and columns."""
         return hidden_states.view(sum(math.prod(grid) for grid in grids), -1)
 
     def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
@@ -148,11 +144,7 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
 
 
 class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
-    """The signature that both share.
-
-    Attributes:
-        takes_seconds (`bool`): Whether the stock class does, as `second_per_grid_ts`.
-    """
+    """The signature that both share. Of the two stock classes one takes `second_per_grid_ts`."""
 
     takes_seconds = False
 
@@ -204,8 +196,7 @@ class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
             layout = self.model.read_layout(given, kinds, valid)
             self.model.check_images({**given, "past_key_values": None}, layout)
             model_kwargs["prompt_layout"] = layout  # for the plan
-            # Of the prompt before. transformers 5.20 (5.23 does not) would count on from it on a cache, whatever images
-            # are new.
+            # Of the prompt before, from which transformers 5.20 (5.23 does not) would count on, whatever is new.
             self.model.rope_deltas = None
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
