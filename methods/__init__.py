@@ -7,6 +7,7 @@ from .cls_attention import ClsAttention
 from .composed import Composed
 from .fastv import FastV
 from .learnpruner import LearnedStage, LearnPruner, TextStage
+from .transprune import TransPrune
 
 
 class Registry(dict):
@@ -23,6 +24,7 @@ METHODS = Registry(
     oracle_boxes=OracleBoxes,
     cls_attention=ClsAttention,
     fastv=FastV,
+    transprune=TransPrune,
     learnpruner=LearnPruner,
     learned_stage=LearnedStage,
     text_stage=TextStage,
