@@ -7,6 +7,7 @@ from .cls_attention import ClsAttention
 from .composed import Composed
 from .fastv import FastV
 from .learnpruner import LearnedStage, LearnPruner, TextStage
+from .pyramiddrop import PyramidDrop
 from .transprune import TransPrune
 
 
@@ -24,6 +25,7 @@ METHODS = Registry(
     oracle_boxes=OracleBoxes,
     cls_attention=ClsAttention,
     fastv=FastV,
+    pyramiddrop=PyramidDrop,
     transprune=TransPrune,
     learnpruner=LearnPruner,
     learned_stage=LearnedStage,
