@@ -5,6 +5,7 @@ from .base import Method, Place
 from .baselines import OracleBoxes, Pool, Random, Uniform
 from .cls_attention import ClsAttention
 from .composed import Composed
+from .dart import DART
 from .fastv import FastV
 from .learnpruner import LearnedStage, LearnPruner, TextStage
 from .pyramiddrop import PyramidDrop
@@ -26,6 +27,7 @@ METHODS = Registry(
     cls_attention=ClsAttention,
     fastv=FastV,
     pyramiddrop=PyramidDrop,
+    dart=DART,
     transprune=TransPrune,
     learnpruner=LearnPruner,
     learned_stage=LearnedStage,
