@@ -9,6 +9,7 @@ from .dart import DART
 from .fastv import FastV
 from .learnpruner import LearnedStage, LearnPruner, TextStage
 from .pyramiddrop import PyramidDrop
+from .sparsevlm import SparseVLM
 from .transprune import TransPrune
 
 
@@ -27,6 +28,7 @@ METHODS = Registry(
     cls_attention=ClsAttention,
     fastv=FastV,
     pyramiddrop=PyramidDrop,
+    sparsevlm=SparseVLM,
     dart=DART,
     transprune=TransPrune,
     learnpruner=LearnPruner,
