@@ -5,11 +5,15 @@ from .base import Method, Place
 from .baselines import OracleBoxes, Pool, Random, Uniform
 from .cls_attention import ClsAttention
 from .composed import Composed
+from .dart import DART
 from .divprune import DivPrune
 from .downsample import Downsample
 from .fastv import FastV
 from .hawk import Hawk
 from .learnpruner import LearnedStage, LearnPruner, TextStage
+from .pyramiddrop import PyramidDrop
+from .sparsevlm import SparseVLM
+from .transprune import TransPrune
 from .visionzip import VisionZip
 from .vispruner import VisPruner
 
@@ -24,16 +28,20 @@ class Registry(dict):
 METHODS = Registry(
     random=Random,
     uniform=Uniform,
+    downsample=Downsample,
     pool=Pool,
     oracle_boxes=OracleBoxes,
     cls_attention=ClsAttention,
-    fastv=FastV,
-    learnpruner=LearnPruner,
     visionzip=VisionZip,
     divprune=DivPrune,
     vispruner=VisPruner,
     hawk=Hawk,
-    downsample=Downsample,
+    fastv=FastV,
+    pyramiddrop=PyramidDrop,
+    sparsevlm=SparseVLM,
+    dart=DART,
+    transprune=TransPrune,
+    learnpruner=LearnPruner,
     stage_1=LearnedStage,
     stage_2=TextStage,
 )

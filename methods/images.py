@@ -70,8 +70,8 @@ class ReadsEncoder:
     def watch(self, model: nn.Module) -> Iterator[None]:
         thread = get_ident()
 
-        def keep_all(module, arguments, keywords):
-            # Other threads may run the same model.
+        def keep_all(module, arguments, keywords=None):
+            # Other threads may run the same model; torch calls a hook that was just removed without keywords.
             if get_ident() == thread:
                 return arguments, {**keywords, "output_hidden_states": True}
             return None

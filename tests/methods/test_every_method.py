@@ -27,6 +27,16 @@ RATIO = 0.7  # within reach of methods that see the whole image for two of the f
 NEEDS_CLS = {"cls_attention", "visionzip", "vispruner"}
 MERGES = {"pool", "visionzip", "downsample"}
 ONE_CROP = {"downsample"}  # of a CLIP tower
+# Of those that cut inside the decoder, the layers of a decoder of four.
+SECOND_LAYERS = {
+    "fastv": [1],
+    "stage_2": [2],
+    "dart": [1],
+    "pyramiddrop": [1, 2, 3],
+    "sparsevlm": [1, 2, 3],
+    "transprune": [1, 2, 3],
+}
+INSIDE = list(SECOND_LAYERS)
 BOXES = ((4, 4, 20, 12), (18, 16, 30, 30))
 EVERY = [
     (name, family)
@@ -208,8 +218,8 @@ def test_composition_of_the_two_stages_is_learnpruner():
         assert torch.equal(own.logits, other.logits)
 
 
-@pytest.mark.parametrize("first", [name for name in METHODS if name not in ("fastv", "learnpruner", "stage_2")])
-@pytest.mark.parametrize("second", ["fastv", "stage_2"])
+@pytest.mark.parametrize("first", [name for name in METHODS if name not in (*INSIDE, "learnpruner")])
+@pytest.mark.parametrize("second", INSIDE)
 def test_any_first_cut_with_any_second(first, second):
     stock, pruned = tiny_pair("llava")
     samples = samples_of("mixed", "llava")
@@ -218,7 +228,7 @@ def test_any_first_cut_with_any_second(first, second):
     outputs = pruned(**inputs, schedule=method)
     cuts = method.cuts(pruned.model)
     layers = [cut.layer for cut in cuts]
-    assert layers == [0, 1 if second == "fastv" else 2]
+    assert layers == [0, *SECOND_LAYERS[second]]
     assert cuts[0].keep(PATCHES) == pytest.approx(3 * cuts[1].keep(PATCHES), abs=2)
     if first not in MERGES:
         with masked(stock, outputs.kept_mask, layers, inputs["attention_mask"], LAYERS):

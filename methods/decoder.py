@@ -1,0 +1,73 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""What methods inside the decoder share: where they cut, what text they read, and what they gather on their way."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from learnpruner.cuts_learnpruner import DecoderState, TextAttention
+
+from .base import scaled_layer
+
+
+def scaled_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
+    """Layers that a paper names for a decoder of 32, at the same depths of this one as far as they stay different.
+
+    Raises:
+        `ValueError`: where the decoder has not one layer more than `layers`.
+    """
+    depth, found = model.config.text_config.num_hidden_layers, [0]
+    if depth <= len(layers):
+        raise ValueError(
+            f"{len(layers)} cuts inside a decoder need {len(layers) + 1} layers, and this one has {depth}."
+        )
+    for step, layer in enumerate(layers):
+        # Each later cut needs a layer of its own behind this one.
+        found.append(min(max(found[-1] + 1, scaled_layer(layer, model)), depth - len(layers) + step))
+    return found[1:]
+
+
+def next_layer_attention(state: DecoderState, query: str) -> torch.Tensor:
+    """What [`TextAttention`] finds in the layer behind the cut, on what it is about to be given: `(batch, length)`
+    float32, NaN where no text row sees a vision token.
+
+    Its keys are those of the current rows: in a later turn on one cache, its rows do not see the turns before.
+
+    Args:
+        query (`"all"` or `"last"`): All text rows of the query, or its last alone.
+    """
+    number, length = state.number + 1, state.output.shape[1]
+    # With a device map, the next layer may be elsewhere.
+    device = state.decoder.layers[number].self_attn.q_proj.weight.device
+    following = replace(
+        state,
+        number=number,
+        hidden_states=state.output.to(device),
+        position_embeddings=tuple(part.to(device) for part in state.position_embeddings),
+        keys=None,
+        key_valid=None if state.key_valid is None else state.key_valid[:, -length:].to(device),
+        vision=state.vision.to(device),
+        queries=state.queries.to(device),
+    )
+    return TextAttention(query)(following).to(state.vision.device)
+
+
+def text_behind(state: DecoderState) -> torch.Tensor:
+    """Text rows of the query that see a vision token, `(batch, length)` bool."""
+    return state.queries & (state.vision.cumsum(1) > 0)
+
+
+class RowValues:
+    """A value of each row, kept until a later layer of the same call, when some of the rows have left."""
+
+    def put(self, values: torch.Tensor, state: DecoderState) -> None:
+        """Takes `(batch, length)`, in place of what was there."""
+        self._values, self._index = values, state.index
+
+    def at(self, state: DecoderState) -> torch.Tensor:
+        """Returns `(batch, length)`: of the rows that are still there."""
+        ordered, order = self._index.to(state.index.device).sort(dim=1)
+        places = order.gather(1, torch.searchsorted(ordered, state.index.contiguous()))
+        return self._values.to(places.device).gather(1, places)
