@@ -299,17 +299,23 @@ def measure_all(arguments: argparse.Namespace) -> None:
     files[0].parent.mkdir(parents=True, exist_ok=True)
     stock, pruned = build_pair(config, device, dtype, arguments.seed)
     digests = {"base_sha256": weights_digest(pruned), "pruner_sha256": weights_digest(pruned, pruner=True)}
+    too_large = []
     for number, (point, file) in enumerate(missing, 1):
         for model in (stock, pruned):
             model.set_attn_implementation(point.backend)
         inputs = build_inputs(config, preset.image, point.batch_size, point.text_tokens, device, dtype)
-        label = f"{number}/{len(missing)} {file.stem}"
-        result = {**measure(stock, pruned, inputs, point, about, label), **digests}
+        try:
+            result = measure(stock, pruned, inputs, point, about, f"{number}/{len(missing)} {file.stem}")
+        except torch.OutOfMemoryError:
+            too_large.append(file.name)
+            continue
         part = file.with_name(f"{file.name}.part")
-        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.write_text(json.dumps({**result, **digests}, indent=1) + "\n")
         part.replace(file)
         shown = ("prefill_speedup", "prefill_ceiling", "end_to_end_speedup", "overhead_at_ratio_one")
         print(json.dumps({"output": str(file), **{name: result[name] for name in shown}}))
+    if too_large:
+        raise RuntimeError(f"{device} has too little memory for {', '.join(too_large)}: not measured.")
 
 
 def output_files(output: Path, points: list[Point]) -> list[Path]:

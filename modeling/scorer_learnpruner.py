@@ -100,15 +100,18 @@ def top_k_with_diversity(
     similarity = directions @ chosen_directions.mT
     similarity = similarity.masked_fill(~(chosen & ~structure).gather(1, best).unsqueeze(1), -torch.inf)
     # A cosine never reaches 2: structure comes after every patch that is left.
-    nearest = similarity.amax(-1).masked_fill(structure, 2.0)
+    nearest = similarity.amax(-1).masked_fill(structure, 2.0).masked_fill(chosen | ~candidates, torch.inf)
     rows = torch.arange(len(scores), device=scores.device)
-    still_wanted = torch.tensor(extra, device=scores.device)
-    for turn in range(max(extra)):
-        pick = nearest.masked_fill(chosen | ~candidates, torch.inf).argmin(1)
-        chosen[rows, pick] |= turn < still_wanted
-        added = torch.einsum("rcd,rd->rc", directions, directions[rows, pick])
-        nearest = torch.where(structure, nearest, torch.maximum(nearest, added))
-    return chosen
+    picks = []
+    for _ in range(max(extra)):
+        picks.append(nearest.argmin(1))
+        similarity = torch.einsum("rcd,rd->rc", directions, directions[rows, picks[-1]])
+        nearest = torch.maximum(nearest, similarity).scatter_(1, picks[-1].unsqueeze(1), torch.inf)
+    turns = torch.arange(max(extra), device=scores.device)
+    still_wanted = turns < torch.tensor(extra, device=scores.device).unsqueeze(1)
+    # A row without a candidate left picks its first column again, so what is still wanted is added up.
+    added = torch.zeros_like(places).scatter_add(1, torch.stack(picks, dim=1), still_wanted.long())
+    return chosen | (added > 0)
 
 
 def budget_loss(probabilities: list[torch.Tensor], shares: list[float]) -> torch.Tensor:

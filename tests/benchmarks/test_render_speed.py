@@ -170,3 +170,8 @@ def test_the_page_holds_what_was_recorded(tmp_path):
     page.write_text((HERE / "SPEED.md").read_text())
     assert render_speed.main([str(HERE / "results" / "speed"), "--into", str(page)]) == 0
     assert page.read_text() == (HERE / "SPEED.md").read_text()
+
+
+def test_no_bar_that_was_measured_is_missed():
+    results = render_speed.read_folder(HERE / "results" / "speed")
+    assert "missed" not in render_speed.bar_table(results)

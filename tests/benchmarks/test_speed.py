@@ -330,6 +330,20 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, capsys):
     assert "rounds" in capsys.readouterr().err
 
 
+def test_a_point_that_is_too_large_leaves_the_others(tmp_path, monkeypatch, capsys):
+    measure = speed.measure
+
+    def with_little_memory(stock, pruned, inputs, point, *rest):
+        if point.batch_size == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return measure(stock, pruned, inputs, point, *rest)
+
+    monkeypatch.setattr(speed, "measure", with_little_memory)
+    assert run("--batch", "1,2,3", "--new-tokens", "1", "--rounds", "1", "--output", str(tmp_path)) == 2
+    assert [file.name.split("-")[1] for file in sorted(tmp_path.iterdir())] == ["batch1", "batch3"]
+    assert "batch2" in capsys.readouterr().err
+
+
 def test_a_cache_that_is_not_the_formula_s(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed_formulas, "kv_bytes", lambda *args: 1)
     assert run("--output", str(tmp_path / "result.json")) == 2

@@ -4,6 +4,7 @@ from itertools import product
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from learnpruner.scorer_learnpruner import LearnedPruningModule, top_k, top_k_with_diversity
 
@@ -222,3 +223,42 @@ def test_ties_go_to_the_lower_index():
     same = torch.ones(1, 5, 4)
     chosen = top_k_with_diversity(torch.zeros(1, 5), everywhere, [3], same, 0.5)
     assert chosen.tolist() == [[True, True, True, False, False]]
+
+
+def test_each_diversity_token_takes_few_kernels():
+    """On a GPU each launch costs as much as the work: choose, compare with all, join, strike out. Views are free."""
+
+    class Count(TorchDispatchMode):
+        launches = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.launches += not function.is_view
+            return function(*args, **(kwargs or {}))
+
+    launches = {}
+    for extra in (2, 6):
+        with Count() as count:
+            generator = torch.Generator().manual_seed(0)
+            features = torch.randn(2, 40, 8, generator=generator)
+            everywhere = torch.ones(2, 40, dtype=torch.bool)
+            top_k_with_diversity(features[..., 0], everywhere, [4 + extra] * 2, features, extra / (4 + extra))
+        launches[extra] = count.launches
+    assert launches[6] - launches[2] <= 4 * 5
+
+
+def test_samples_may_want_unequally_many_by_diversity():
+    """Where one has its tokens, the other goes on, up to all of its candidates."""
+    features = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(3))
+    candidates = torch.ones(2, 12, dtype=torch.bool)
+    candidates[0, 5:] = False
+    both = top_k_with_diversity(features[..., 0], candidates, [5, 12], features, 0.8)
+    assert both[0].tolist() == [True] * 5 + [False] * 7
+    assert both[1].all()
+    few = top_k_with_diversity(features[..., 0], candidates, [3, 9], features, 0.8)
+    for row, count in ((0, 3), (1, 9)):
+        columns = candidates[row]
+        alone = top_k_with_diversity(
+            features[row, columns, 0][None], columns[columns][None], [count], features[row, columns][None], 0.8
+        )
+        assert few[row, columns].tolist() == alone[0].tolist()
+        assert few[row].sum() == count
