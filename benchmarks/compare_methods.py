@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 import learnpruner
 import learnpruner.accounting
-from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner import LearnPrunerForConditionalGeneration, cli
 from learnpruner.cli import Parser, positive
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.cuts_learnpruner import Cut
@@ -47,8 +47,10 @@ COST = RESULTS / "cost.json"
 BUDGETS = (192, 128, 64, 32)
 BEFORE = ("random", "uniform", "downsample", "pool", "cls_attention", "visionzip", "divprune", "vispruner", "hawk")
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "transprune")
-# HAWK's own budgets are 40, 20 and 10 % of the tokens (arXiv 2604.07812).
+# HAWK's own budgets are 40, 20 and 10 % of the tokens (arXiv 2604.07812), its heads weighed on train questions.
 HAWK_SHARES = (0.4, 0.2, 0.1)
+HAWK_WEIGHTS = RESULTS / "hawk_weights.json"
+HAWK_QUESTIONS = 200
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Run(Asked):
     """One method at one budget. `tokens` is a mean over the layers, or with `cap` what the last cut leaves."""
 
     def file(self, seed: int) -> Path:
-        if (known := super().file(seed)).exists() and self.cap is None:
+        if self.cap is None and not self.fields and (known := super().file(seed)).exists():
             return known
         accounting = "" if self.cap is None else "-cap"
         return RESULTS / f"{self.method}-{self.tokens}{accounting}-{seed}.json"
@@ -88,13 +90,19 @@ def runs_of(model: PreTrainedModel) -> list[Run]:
     inside = [name for name in INSIDE if name in METHODS]
     runs += [Run(name, name, tokens) for name in inside for tokens in BUDGETS if reachable(name, tokens, model)]
     runs += [Run(f"{name}, cap", name, tokens, cap=tokens) for name in inside for tokens in BUDGETS]
-    runs += [Run("hawk, its paper's budgets", "hawk", round(share * TOKENS)) for share in HAWK_SHARES]
+    weights = {"head_weights": os.path.relpath(HAWK_WEIGHTS)}
+    runs += [
+        Run("hawk, heads calibrated, its paper's budgets", "hawk", round(share * TOKENS), fields=weights)
+        for share in HAWK_SHARES
+    ]
     if "transprune" in METHODS:
         runs += [Run("transprune, its paper's schedule", "transprune", paper_tokens("transprune", model))]
     return [run for run in runs if run.method in METHODS]
 
 
 def measure(runs: list[Run], model: Path, folder: Path, limit: int, threads: int) -> None:
+    if any(run.fields for run in runs) and not HAWK_WEIGHTS.exists():
+        calibrate_hawk(model, folder)
     todo = [(run, seed) for run in runs for seed in run.seeds]
     for run, seed in tqdm(todo, desc="methods"):
         if run.file(seed).exists():
@@ -104,6 +112,13 @@ def measure(runs: list[Run], model: Path, folder: Path, limit: int, threads: int
                 continue
             pruned = ablations.train_pruner(run.training, seed, model, folder, threads) if run.training else model
             ablations.ask(run, seed, pruned, limit)
+
+
+def calibrate_hawk(model: Path, folder: Path) -> None:
+    data = ablations.make_scenes(folder) / "train.jsonl"
+    command = ["calibrate-hawk", "--model", str(model), "--data", str(data), "--limit", str(HAWK_QUESTIONS)]
+    if cli.main([*command, "--output", str(HAWK_WEIGHTS)]) != 0:
+        raise RuntimeError("HAWK's heads were not calibrated; the message stands above.")
 
 
 @contextmanager
@@ -171,7 +186,8 @@ def measure_cost(runs: list[Run], model_path: Path, batch_size: int, repeats: in
     unique = {(run.method, run.tokens, run.cap): run for run in runs}
     found = []
     for run in tqdm(unique.values(), desc="cost"):
-        method = METHODS[run.method](run.tokens / TOKENS, accounting="mean" if run.cap is None else "cap")
+        accounting = "mean" if run.cap is None else "cap"
+        method = METHODS[run.method](run.tokens / TOKENS, accounting=accounting, **run.fields)
         method: Method = accuracy.for_batch(method, 0, rows, list(range(batch_size)))
         prefill(()), prefill(method)
         stock, pruned, selection = [], [], []
