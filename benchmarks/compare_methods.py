@@ -87,17 +87,17 @@ def runs_of(model: PreTrainedModel) -> list[Run]:
         for tokens in BUDGETS
         for name in (*BEFORE, "oracle_boxes", "learnpruner")
     ]
-    inside = [name for name in INSIDE if name in METHODS]
-    runs += [Run(name, name, tokens) for name in inside for tokens in BUDGETS if reachable(name, tokens, model)]
-    runs += [Run(f"{name}, cap", name, tokens, cap=tokens) for name in inside for tokens in BUDGETS]
+    runs += [
+        Run(name, name, tokens) if reachable(name, tokens, model) else Run(f"{name}, cap", name, tokens, cap=tokens)
+        for name in INSIDE
+        for tokens in BUDGETS
+    ]
     weights = {"head_weights": os.path.relpath(HAWK_WEIGHTS)}
     runs += [
         Run("hawk, heads calibrated, its paper's budgets", "hawk", round(share * TOKENS), fields=weights)
         for share in HAWK_SHARES
     ]
-    if "transprune" in METHODS:
-        runs += [Run("transprune, its paper's schedule", "transprune", paper_tokens("transprune", model))]
-    return [run for run in runs if run.method in METHODS]
+    return [*runs, Run("transprune, its paper's schedule", "transprune", paper_tokens("transprune", model))]
 
 
 def measure(runs: list[Run], model: Path, folder: Path, limit: int, threads: int) -> None:
