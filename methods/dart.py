@@ -11,7 +11,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from learnpruner.cuts_learnpruner import DecoderState
 from learnpruner.scorer_learnpruner import rank
 
-from .base import Method, Place
+from .base import Method, Place, scaled_layer
 from .decoder import text_behind
 
 # Of each kind: vision tokens, and rows of text.
@@ -35,13 +35,14 @@ class DART(Method):
     The score recorded is ||k_i||_1, which ranks pivots alone.
 
     Args:
-        layer (`int`): K, the paper's 2.
+        layer (`int`, *optional*): K. Defaults to the paper's 2 of 32, at the same depth of the model.
     """
 
-    layer: int = 2
+    layer: int | None = None
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
-        return (Place(self.layer, 1, PivotScore()),)
+        layer = scaled_layer(2, model) if self.layer is None else self.layer
+        return (Place(layer, 1, PivotScore()),)
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,8 @@ def test_any_first_cut_with_any_second(first, second):
     cuts = method.cuts(pruned.model)
     layers = [cut.layer for cut in cuts]
     assert layers == [0, *SECOND_LAYERS[second]]
-    assert cuts[0].keep(PATCHES) == pytest.approx(3 * cuts[1].keep(PATCHES), abs=2)
+    # A smaller image of one crop may have some tokens less.
+    assert cuts[0].keep(PATCHES) == pytest.approx(3 * cuts[1].keep(PATCHES), abs=3 if first in ONE_CROP else 2)
     if first not in MERGES:
         with masked(stock, outputs.kept_mask, layers, inputs["attention_mask"], LAYERS):
             expected = stock(**inputs).logits
