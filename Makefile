@@ -15,7 +15,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations speed speed-gpu test test-floor test-matrix quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-matrix quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -80,6 +80,11 @@ speed-gpu: .venv/installed
 	$(TIME) --device cuda --preset qwen2.5-vl-7b-4k --batch 8 --ratio 0.11 --new-tokens 1,2 --output $(SPEED)/gpu/
 	$(TIME) --device cuda --preset qwen2.5-vl-7b-4k --ratio 0.11 --new-tokens 32,128 --output $(SPEED)/gpu/
 	.venv/bin/python benchmarks/render_speed.py $(SPEED) --into benchmarks/SPEED.md --plot $(SPEED)/growth.png
+
+# Every figure of methods/RESULTS.md. Hours; goes on if killed. Cost wants an idle machine.
+methods: .venv/installed
+	.venv/bin/python benchmarks/compare_methods.py --runs runs/ablations
+	.venv/bin/python benchmarks/compare_methods.py --cost --into methods/RESULTS.md
 
 test: .venv/installed
 	.venv/bin/python -m pytest $(WORKERS)
