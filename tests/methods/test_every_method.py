@@ -23,6 +23,7 @@ from tiny_models import (
     with_answer,
 )
 
+pytestmark = pytest.mark.core
 RATIO = 0.7  # within reach of methods that see the whole image for two of the four layers
 NEEDS_CLS = {"cls_attention", "visionzip", "vispruner"}
 MERGES = {"pool", "visionzip", "downsample"}
@@ -37,11 +38,13 @@ SECOND_LAYERS = {
     "transprune": [1, 2, 3],
 }
 INSIDE = list(SECOND_LAYERS)
+# The cuts are the same code in both Qwens.
+MATRIX = [family for family in FAMILIES if family != "qwen2_5_vl"]
 BOXES = ((4, 4, 20, 12), (18, 16, 30, 30))
 EVERY = [
     (name, family)
     for name in METHODS
-    for family in FAMILIES
+    for family in MATRIX
     if (name not in NEEDS_CLS or family in LLAVA) and (name not in ONE_CROP or family == "llava")
 ]
 
@@ -68,7 +71,7 @@ def rounded_mean(counts, layers, tokens):
     return total / LAYERS
 
 
-@pytest.mark.parametrize("batch", ["padded", "mixed", "image_first", "image_last"])
+@pytest.mark.parametrize("batch", ["mixed", "image_first", "image_last"])
 @pytest.mark.parametrize(("name", "family"), EVERY)
 def test_budgets_are_exact_and_cutting_equals_masking(name, family, batch):
     stock, pruned = tiny_pair(family)
