@@ -1,0 +1,135 @@
+"""The comparison of methods: what is asked, what it costs, what the table says, and what was found."""
+
+import json
+
+import pytest
+import torch
+
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.methods import METHODS
+
+import accuracy
+import compare_methods
+from compare_methods import BUDGETS, COST, RESULTS, Run
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LearnPrunerForConditionalGeneration.from_pretrained(compare_methods.EASY_VQA / "learnpruner-tiny-llava")
+
+
+@pytest.fixture(scope="module")
+def runs(model):
+    return compare_methods.runs_of(model)
+
+
+def test_every_method_is_asked_at_every_budget(runs):
+    asked = {(run.method, run.tokens) for run in runs}
+    for name in set(METHODS) - {"stage_1", "stage_2"}:  # of the ablations
+        assert {(name, tokens) for tokens in BUDGETS} <= asked
+    seeds = {run.method: run.seeds for run in runs}
+    assert seeds["random"] == seeds["learnpruner"] == (0, 1, 2)
+    assert seeds["divprune"] == (0,)
+    files = [run.file(seed) for run in runs for seed in run.seeds]
+    assert len(files) == len(set(files))
+
+
+def test_caps_are_asked_where_a_mean_is_out_of_reach(runs, model):
+    """FastV's first layer of eight sees all: 72 of 576 on average before it keeps one."""
+    caps = {(run.method, run.tokens): run.cap for run in runs}
+    assert [caps["fastv", tokens] for tokens in BUDGETS] == [None, None, 64, 32]
+    assert all(caps[name, tokens] is None for name in compare_methods.BEFORE for tokens in BUDGETS)
+    for run in runs:
+        method = METHODS[run.method]
+        if run.method in compare_methods.INSIDE:
+            reached = method(run.tokens / 576, accounting="mean" if run.cap is None else "cap").cuts(model.model)
+            assert 1 <= reached[-1].keep(576) < 576
+
+
+def test_papers_schedules(runs):
+    (run,) = (run for run in runs if run.label == "transprune, its paper's schedule")
+    # Of 8 layers, two see all, one 0.875, one 0.625, and four 0.125.
+    assert run.tokens == round((2 * 576 + 504 + 360 + 4 * 72) / 8)
+    assert [run.tokens for run in runs if "calibrated" in run.label] == [230, 115, 58]
+
+
+def test_cost_is_what_the_cache_holds(model):
+    runs = [Run("learnpruner", "learnpruner", 32), Run("fastv, cap", "fastv", 64, cap=64)]
+    costs = compare_methods.measure_cost(runs, compare_methods.EASY_VQA / "learnpruner-tiny-llava", 2, 1)
+    text = model.config.text_config
+    row = 2 * text.num_key_value_heads * (text.hidden_size // text.num_attention_heads) * 4
+    learned, fastv = costs["costs"]
+    # 576 vision tokens and the longest question of the batch, padded.
+    (length,) = {cost["kv_bytes_unpruned"] / row / 8 for cost in costs["costs"]}
+    question = length - 576
+    assert question == int(question)
+    assert 5 < question < 40
+    # Two prompts of different lengths: rows that padding frees are not held after a cut.
+    for cost, layers in ((learned, (3 * [55] + 5 * [18])), (fastv, (1 * [576] + 7 * [64]))):
+        assert cost["kv_bytes"] == pytest.approx(row * sum(kept + question for kept in layers), rel=1e-6)
+        assert 0 < cost["selection_ms"] < cost["prefill_ms"]
+    assert {cost["accounting"] for cost in costs["costs"]} == {"mean", "cap"}
+
+
+def fake(method, tokens, accuracies, seed=0, **changes):
+    by_kind = {kind: {"accuracy": value, "n": 10} for kind, value in zip(("color", "count"), accuracies)}
+    result = {"method": method, "name": method, "ratio": tokens / 576, "seed": seed, "level": "standard", "n": 20}
+    result |= {"accuracy": sum(accuracies) / 2, "by_kind": by_kind, "base_sha256": "a", "pruner_sha256": None}
+    result |= {"data": "d", "versions": {"transformers": "5.23.0"}}
+    return result | {"tokens": {"image": 576, "after_cuts": [tokens], "mean": tokens}} | changes
+
+
+def test_the_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(compare_methods, "RESULTS", tmp_path)
+    monkeypatch.setattr(compare_methods.ablations, "RESULTS", tmp_path / "none")
+    runs = [Run("random", "random", 64), Run("divprune", "divprune", 64), Run("fastv, cap", "fastv", 64, cap=64)]
+    for seed, values in enumerate(((0.5, 0.4), (0.6, 0.5))):
+        runs[0].file(seed).write_text(json.dumps(fake("random", 64, values, seed)))
+    runs[1].file(0).write_text(json.dumps(fake("divprune", 64, (0.9, 0.8))))
+    costs = {"batch_size": 8, "repeats": 7, "threads": 1, "device": "cpu", "dtype": "float32"}
+    costs["costs"] = [
+        {"method": "divprune", "tokens": 64, "accounting": "mean", "prefill_ms": 12.34, "prefill_speedup": 2.5}
+        | {"selection_ms": 0.5, "kv_bytes": 81920}
+    ]
+    page = compare_methods.table(runs, fake("none", 576, (1.0, 0.8)), costs)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| 64")]
+    # The best first; RelAcc is a mean of ratios over the kinds.
+    assert rows[0] == ["64", "divprune", "64", "64", "1", "95.0", "90.0", "80.0", "12.3", "2.5", "0.5", "82"]
+    assert rows[1][:8] == ["64", "random", "64", "64", "2", "55.6 (50.0-61.3)", "55.0 (50.0-60.0)", "45.0 (40.0-50.0)"]
+    assert rows[1][8:] == ["not measured"] * 4
+    assert len(rows) == 2
+    assert "Not measured: random at 64, seed 2; fastv, cap at 64, seed 0." in page
+    assert "batch 8, 1 CPU thread(s), float32, median of 7" in page
+
+
+def test_timing_is_undone_and_sees_every_part(model):
+    cuts = METHODS["visionzip"](0.1).cuts(model.model)
+    with compare_methods.timed_selection(cuts, torch.device("cpu")) as (timed, seconds):
+        pixels = torch.randn(1, 3, 192, 192)
+        ids = torch.tensor([[1, *[model.config.image_token_id] * 576, 2]])
+        with torch.no_grad():
+            own = model(input_ids=ids, pixel_values=pixels, schedule=timed).logits
+            other = model(input_ids=ids, pixel_values=pixels, schedule=METHODS["visionzip"](0.1)).logits
+    assert len(seconds) == 3  # score, selection, merge
+    assert torch.equal(own, other)
+
+
+def test_what_was_found():
+    """Every run of the page is there, of one model and the same questions, with a cost."""
+    unpruned = accuracy.read_result(RESULTS.parent / "accuracy" / "standard-none.json")
+    model = LearnPrunerForConditionalGeneration.from_pretrained(compare_methods.EASY_VQA / "learnpruner-tiny-llava")
+    runs = compare_methods.runs_of(model)
+    costs = json.loads(COST.read_text())
+    known = {(cost["method"], cost["tokens"], cost["accounting"]) for cost in costs["costs"]}
+    for run in runs:
+        assert (run.method, run.tokens, "mean" if run.cap is None else "cap") in known
+        for seed in run.seeds:
+            result = accuracy.read_result(run.file(seed))
+            assert accuracy.relative_accuracy(result, unpruned) > 0
+            if run.cap is None:
+                share = 0.8 if run.method == "downsample" else 1
+                assert share * run.tokens - 0.6 <= result["tokens"]["mean"] <= run.tokens + 0.6
+            else:
+                assert result["tokens"]["after_cuts"][-1] == run.cap
+    page = (compare_methods.HERE / "methods" / "RESULTS.md").read_text()
+    assert compare_methods.table(runs, unpruned, costs) in page
