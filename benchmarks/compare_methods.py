@@ -92,6 +92,8 @@ def runs_of(model: PreTrainedModel) -> list[Run]:
         for name in INSIDE
         for tokens in BUDGETS
     ]
+    # What others leave behind their last cut, for those who compare caps.
+    runs += [Run("learnpruner, cap", "learnpruner", tokens, ablations.DEFAULT, cap=tokens) for tokens in (64, 32)]
     weights = {"head_weights": os.path.relpath(HAWK_WEIGHTS)}
     runs += [
         Run("hawk, heads calibrated, its paper's budgets", "hawk", round(share * TOKENS), fields=weights)
@@ -123,7 +125,7 @@ def calibrate_hawk(model: Path, folder: Path) -> None:
 
 @contextmanager
 def timed_selection(cuts: tuple[Cut, ...], device: torch.device) -> Iterator[tuple[tuple[Cut, ...], list[float]]]:
-    """The cuts, and the seconds that their scores, selections and merges take."""
+    """The cuts, and the seconds that their scores, selections and merges take, and what watching does."""
     seconds = []
 
     def timed(function):
@@ -144,8 +146,13 @@ def timed_selection(cuts: tuple[Cut, ...], device: torch.device) -> Iterator[tup
         def __call__(self, seen):
             return timed(self.score)(seen)
 
+        @contextmanager
         def watch(self, seen):
-            return self.score.watch(seen)
+            # What it does before and after the layer; its hooks in between take down what they see, no more.
+            inner = self.score.watch(seen)
+            timed(inner.__enter__)()
+            yield
+            timed(inner.__exit__)(None, None, None)
 
     shared = {id(cut.score): TimedScore(cut.score) for cut in cuts}
     yield (
@@ -231,7 +238,7 @@ def table(runs: list[Run], unpruned: dict, costs: dict | None) -> str:
     """Markdown: a row for each method at each budget, the best first; what has not been measured is named."""
     cost = {(c["method"], c["tokens"], c["accounting"]): c for c in (costs or {"costs": []})["costs"]}
     kinds = sorted(unpruned["by_kind"])
-    head = ["budget", "method", "mean tokens", "after each cut", "runs", "RelAcc", *kinds]
+    head = ["budget", "method", "mean tokens", "left at the end", "after each cut", "runs", "RelAcc", *kinds]
     head += ["prefill, ms", "x stock", "selection, ms", "KV, kB"]
     lines, missing = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
     rows = []
@@ -244,7 +251,8 @@ def table(runs: list[Run], unpruned: dict, costs: dict | None) -> str:
         relative = [accuracy.relative_accuracy(result, unpruned) for result in results]
         tokens = results[0]["tokens"]
         spent = cost.get((run.method, run.tokens, "mean" if run.cap is None else "cap"))
-        cells = [str(run.tokens), run.label, f"{tokens['mean']:.0f}", " -> ".join(map(str, tokens["after_cuts"]))]
+        cells = [str(run.tokens), run.label, f"{tokens['mean']:.0f}", str(tokens["after_cuts"][-1])]
+        cells.append(" -> ".join(map(str, tokens["after_cuts"])))
         cells += [str(len(results)), render_accuracy.spread(relative)]
         cells += [render_accuracy.spread([r["by_kind"][kind]["accuracy"] for r in results]) for kind in kinds]
         names = ("prefill_ms", "prefill_speedup", "selection_ms")
@@ -281,6 +289,8 @@ def main(argv: list[str] | None = None) -> int:
         RESULTS.mkdir(parents=True, exist_ok=True)
         if arguments.runs:
             measure(runs, arguments.base, arguments.runs, arguments.limit, arguments.threads)
+        if arguments.cost and not HAWK_WEIGHTS.exists() and any(run.fields for run in runs):
+            raise ValueError(f"{HAWK_WEIGHTS} is not there yet: measure accuracy first, with --runs.")
         if arguments.cost:
             costs = measure_cost(runs, arguments.pruned, arguments.batch_size, arguments.repeats)
             COST.write_text(json.dumps(costs, indent=1) + "\n")

@@ -27,6 +27,7 @@ class Place:
         score ([`EncoderScore`] for layer 0, else [`DecoderScore`]): What ranks the tokens, and how they are chosen.
         merge, watched: As in [`Cut`].
         fits (`Callable[[int], int]`): The most tokens, up to a number, that the score can keep; any, by default.
+        least (`int`): So many of each image stay, or all where it has fewer.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class Place:
     merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None
     watched: tuple[int, ...] = ()
     fits: Callable[[int], int] = int
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,12 @@ class Method(ABC):
             return ()
         self.check(model)
         places, depth = self.places(model), model.config.text_config.num_hidden_layers
+        layers = [place.layer for place in places]
+        if not layers or layers != sorted(set(layers)) or not 0 <= layers[0] <= layers[-1] < depth:
+            raise ValueError(
+                f"{type(self).__name__} would cut before the layers {layers} of a decoder of {depth}: there must be "
+                f"one at least, and they must ascend, from 0 to {depth - 1}."
+            )
         return tuple(
             Cut(place.layer, partial(self._keep, places, depth, step), place.score, place.merge, place.watched)
             for step, place in enumerate(places)
@@ -82,16 +90,18 @@ class Method(ABC):
 
     def _keep(self, places: tuple[Place, ...], depth: int, step: int, num_tokens: int) -> int:
         layers, weights = [place.layer for place in places], [place.weight for place in places]
-        budget = self.ratio * num_tokens
+        budget, place = self.ratio * num_tokens, places[step]
         if self.accounting == "cap":
-            return places[step].fits(min(num_tokens, max(1, round(budget * weights[step] / weights[-1]))))
-        try:
-            return places[step].fits(spread_budget(num_tokens, budget, layers, weights, depth)[step])
-        except ValueError as error:
-            raise ValueError(
-                f"{type(self).__name__}: {error} Raise its ratio, cut in an earlier layer, or count what the last cut "
-                "leaves: accounting='cap'."
-            ) from error
+            count = round(budget * weights[step] / weights[-1])
+        else:
+            try:
+                count = spread_budget(num_tokens, budget, layers, weights, depth)[step]
+            except ValueError as error:
+                raise ValueError(
+                    f"{type(self).__name__}: {error} Raise its ratio, cut in an earlier layer, or count what the last "
+                    "cut leaves: accounting='cap'."
+                ) from error
+        return place.fits(min(num_tokens, max(place.least, count)))
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:

@@ -17,13 +17,13 @@ class Composed(Method):
     Args:
         first ([`Method`]): One that cuts before the decoder alone.
         second ([`Method`]): One that cuts inside it alone. Ratio and accounting of the two are not looked at.
-        stage_ratio (`float`): Tokens that the first cut leaves, in proportion to those that the next does: the paper's
-            3.
+        stage_ratio (`float`, *optional*): Tokens that the first cut leaves, in proportion to those that the next does.
+            Defaults to the model's `pruner_stage_ratio`.
     """
 
     first: Method = field(default_factory=LearnedStage)
     second: Method = field(default_factory=TextStage)
-    stage_ratio: float = 3.0
+    stage_ratio: float | None = None
 
     def check(self, model: nn.Module) -> None:
         self.first.check(model)
@@ -37,4 +37,5 @@ class Composed(Method):
                 f"{type(self.first).__name__} cuts before the layers {[place.layer for place in first]}, "
                 f"{type(self.second).__name__} before {[place.layer for place in second]}."
             )
-        return (replace(first[0], weight=self.stage_ratio * second[0].weight), *second)
+        stage_ratio = model.config.pruner_stage_ratio if self.stage_ratio is None else self.stage_ratio
+        return (replace(first[0], weight=stage_ratio * second[0].weight), *second)

@@ -17,10 +17,11 @@ class LearnPruner(Method):
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         config = model.config
-        first = Place(0, config.pruner_stage_ratio, LearnedScore(config.pruner_diversity))
+        least = config.pruner_min_tokens
+        first = Place(0, config.pruner_stage_ratio, LearnedScore(config.pruner_diversity), least=least)
         if config.pruner_layer == config.text_config.num_hidden_layers:
             return (first,)
-        return (first, Place(config.pruner_layer, 1, TextAttention(config.pruner_query)))
+        return (first, Place(config.pruner_layer, 1, TextAttention(config.pruner_query), least=least))
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,10 @@ class LearnedStage(LearnPruner):
 @dataclass(frozen=True)
 class TextStage(LearnPruner):
     """LearnPruner's stage 2 alone."""
+
+    def check(self, model: nn.Module) -> None:
+        if model.config.pruner_layer == model.config.text_config.num_hidden_layers:
+            raise ValueError("pruner_layer is the number of layers: this model has no second cut. Set a smaller one.")
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         return super().places(model)[1:]
