@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 PRUNER = "model.pruner."
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs")
+OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "trust_remote_code")
 
 
 def register_key_conversion(cls: type, stock: str) -> None:
