@@ -20,7 +20,6 @@ result = {"deleted": push.deleted, "text": str(push)}
 EVALUATION = ".eval_results/easy-vqa-scenes-standard.yaml"
 # What a push never writes.
 FOREIGN = {
-    "handler.py": b"# of somebody else\n",
     "LICENSE": b"mine\n",
     ".eval_results/community.yaml": b"- of: others\n",
     "results/notes.json": b'{"of": "others"}\n',
@@ -86,6 +85,30 @@ def test_what_is_of_other_weights_goes_and_is_listed(hub, worker, light, full, t
         assert after[name] == content
     # Of the base alone, and so as true as before.
     assert after["results/none.json"] == before["results/none.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("handler.py", "Remove it, or push to another repository"),
+        ("custom_generate/generate.py", "Remove it, or push to another repository"),
+        ("sub/scorer_learnpruner.py", "Remove it, or push to another repository"),
+        ("helper.PY", "Remove it, or push to another repository"),
+        (".gitignore", "leaves out files"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["push", "dry"])
+def test_code_of_others_and_what_drops_files_is_not_pushed_beside(name, message, more, hub, worker, light):
+    if "user/foreign-code" not in hub.repos:
+        hub.create("user/foreign-code")
+    hub.commit("user/foreign-code", {".gitattributes": b"", name: b"*.json\n"})
+    before = hub.writes()
+    answer = worker("result = main(['push', folder, 'user/foreign-code', *more])", folder=light, more=more)
+    assert answer.result == 2
+    (line,) = answer.err.strip().splitlines()[-1:]
+    assert name in line
+    assert message in line
+    assert hub.writes() == before
 
 
 def test_a_result_of_the_same_name_is_replaced(hub, worker, light, full, digests, tmp_path):
