@@ -111,6 +111,7 @@ def verify(
             refuse_weights(names, checkpoint)
             refuse_unknown(names, checkpoint)
             folder = Path(snapshot_download(checkpoint, revision=info.sha, token=token))
+        refuse_weights(names, checkpoint, folder)  # by their content, too
         place = {"revision": info.sha, "token": token}
     code = check_code(folder)
     results = read_results(sorted((folder / RESULTS).glob("*.json")))

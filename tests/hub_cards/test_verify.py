@@ -138,6 +138,9 @@ PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
             "evil",
         ),
         ("config.json", with_code("config.json", ["custom_pipelines"], PIPELINE), FOREIGN),
+        ("config.json", with_code("config.json", ["text_config"], {"_attn_implementation": "evil/kernel"}), "kernel"),
+        ("merges.txt", b"\x80\x02}q\x00.", "merges.txt"),
+        ("model.safetensors.index.json", b'{"weight_map": {"lm_head.weight": "weights.txt"}}', "weights.txt"),
         (
             "processor_config.json",
             with_code("processor_config.json", ["image_processor", "auto_map"], {"AutoImageProcessor": FOREIGN}),
@@ -164,7 +167,7 @@ def test_what_is_not_to_be_trusted_is_refused(name, content, message, hub, worke
     (line,) = answer.err.strip().splitlines()[-1:]
     assert line.startswith("learnpruner: ")
     assert message in line
-    if not name.endswith((".py", ".json", ".md", ".yaml")):
+    if not name.endswith((".py", ".json", ".md", ".yaml", ".txt")):
         # Not even downloaded.
         assert not any("/resolve/" in path for _, path in hub.requests[requests:])
 
