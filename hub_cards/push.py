@@ -6,18 +6,19 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.constants import REGEX_COMMIT_OID
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from learnpruner.auto import LearnPrunerForConditionalGeneration
+from learnpruner.configuration_learnpruner import PrunerConfig
 from learnpruner.hub_learnpruner import HubMixin
 
 from .card import PICTURE, write_card
@@ -41,6 +42,10 @@ from .records import (
 from .repository import RESULTS, There, find, is_own, open_for_push, signed_in, writable
 
 logger = logging.get_logger(__name__)
+
+# Of a configuration: which base a pruner is of, and what decides which tokens it keeps.
+BASE = ("base_model_name_or_path", "base_model_revision")
+PRUNED = tuple(field.name for field in fields(PrunerConfig) if field.name.startswith("pruner_"))
 
 
 @dataclass(frozen=True)
@@ -161,11 +166,15 @@ def push_pruner(
             shutil.copy(picture, folder / PICTURE)
         outdated: set[str] = set()
         if there is not None and there.files:
-            kept, outdated = _results_there(api, there, model, set(records))
+            before = _config_there(api, there)
+            written = json.loads((folder / CONFIG_NAME).read_text())
+            of_base = not merged and _agree(before, written, BASE)
+            kept, outdated = _results_there(api, there, model, set(records), of_base)
             records |= kept
             if training is None:
                 training = _training_there(api, there, model)
-            for name in [f"{RESULTS}/{name}" for name in kept] + [PICTURE] * _picture_stays(api, there, model, folder):
+            stays = _agree(before, written, BASE + PRUNED) and _picture_stays(there, folder)
+            for name in [f"{RESULTS}/{name}" for name in kept] + [PICTURE] * stays:
                 (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copy(_download(api, there, name), folder / name)
         if training is not None:
@@ -208,11 +217,31 @@ def _download(api: HfApi, there: There, name: str) -> Path:
     return Path(api.hf_hub_download(there.repo_id, name, revision=there.commit))
 
 
+def _config_there(api: HfApi, there: There) -> dict:
+    """The configuration in a repository, or nothing where it has none that can be read."""
+    if CONFIG_NAME not in there.files:
+        return {}
+    try:
+        content = json.loads(_download(api, there, CONFIG_NAME).read_text())
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _agree(before: Mapping, written: Mapping, fields: Sequence[str]) -> bool:
+    return all(name in before and before[name] == written[name] for name in fields)
+
+
 def _results_there(
-    api: HfApi, there: There, model: PreTrainedModel, replaced: set[str]
+    api: HfApi, there: There, model: PreTrainedModel, replaced: set[str], of_base: bool
 ) -> tuple[dict[str, dict], set[str]]:
     """Name -> record, of those in a repository that are of the model's weights and settings; and the paths of those
-    that are not. What is no record of this project is neither."""
+    that are not. What is no record of this project is neither.
+
+    Args:
+        of_base (`bool`): Whether the repository is a pruner alone, as it will be, of the very base. That was compared
+            with its records before, and here may be loaded in another dtype, or quantised.
+    """
     records = {}
     for name in there.files:
         file = Path(name)
@@ -223,11 +252,12 @@ def _results_there(
                 logger.warning(f"{name} in {there.repo_id} is no record of benchmarks/, and is left as it is.")
     if not records:
         return {}, set()
-    base, pruner = weights_digest(model), weights_digest(model, pruner=True)
+    weights = {"pruner_sha256": weights_digest(model, pruner=True)}
+    if not of_base:
+        weights["base_sha256"] = weights_digest(model)
 
     def holds(record: Mapping) -> bool:
-        weights = {"base_sha256": base, "pruner_sha256": pruner}
-        if any(record[field] != weights[field] for field in digests_of(record)):
+        if any(record[field] != weights[field] for field in digests_of(record) if field in weights):
             return False
         fields = record.get("fields", {}) if record["pruner_sha256"] else {}
         return all(getattr(model.config, field) == value for field, value in fields.items())
@@ -247,17 +277,13 @@ def _training_there(api: HfApi, there: There, model: PreTrainedModel) -> dict | 
     return record if record["pruner_sha256"] == weights_digest(model, pruner=True) else None
 
 
-def _picture_stays(api: HfApi, there: There, model: PreTrainedModel, folder: Path) -> bool:
-    """Whether the picture in a repository is of the very weights in `folder`, on the same base."""
+def _picture_stays(there: There, folder: Path) -> bool:
+    """Whether there is a picture in a repository to stay, and the weights in `folder` are those that it has."""
     if PICTURE not in there.files or (folder / PICTURE).exists():
         return False
-    before = json.loads(_download(api, there, CONFIG_NAME).read_text()) if CONFIG_NAME in there.files else {}
-    named = ("base_model_name_or_path", "base_model_revision")
-    written = json.loads((folder / CONFIG_NAME).read_text())
     weights = [path for path in folder.iterdir() if OWN_WEIGHTS.fullmatch(path.name)]
     files = [(there.files.get(path.name), CommitOperationAdd(path.name, path)) for path in weights]
-    same = all(file and file.lfs and file.lfs.sha256 == add.upload_info.sha256.hex() for file, add in files)
-    return same and all(before.get(name) == written[name] for name in named)
+    return all(file and file.lfs and file.lfs.sha256 == add.upload_info.sha256.hex() for file, add in files)
 
 
 def check_model(model) -> None:
@@ -324,7 +350,7 @@ def pushed_base(model: PreTrainedModel, merged: bool, token) -> tuple[str | None
             "from_pretrained(..., base_model_name_or_path='user/base') (--base user/base), or push all weights, "
             "merged=True (--merged)."
         )
-    if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+    if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
         revision = extract_commit_hash(cached_file(base, CONFIG_NAME, revision=revision, token=token), None)
         config.base_model_revision = revision
     return base, revision

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.constants import REGEX_COMMIT_OID
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
@@ -148,7 +148,7 @@ def _described(base: str | None, revision: str | None) -> str:
         return "all weights are here"
     if Path(base).is_dir():
         return f"{base}, a folder of this machine"
-    if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+    if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
         return f"{base} at NO FIXED REVISION: who changes the base changes this model, and these results are not of it"
     return f"{base} at {revision}"
 

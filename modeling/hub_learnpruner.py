@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import fields
 
 import torch
-from huggingface_hub.constants import REGEX_COMMIT_OID
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -140,7 +140,7 @@ class HubMixin:
         weights_file = cached_file(path, SAFE_WEIGHTS_NAME, **place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
-            if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+            if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
                 revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})[1]
             if revision is not None:
                 config.base_model_revision = kwargs["revision"] = revision

@@ -17,6 +17,7 @@ from learnpruner.hub_cards import push_pruner
 push = push_pruner(Factory.from_pretrained(folder), repo_id, **options)
 result = {"deleted": push.deleted, "text": str(push)}
 """
+WEIGHTS = "model.safetensors"
 EVALUATION = ".eval_results/easy-vqa-scenes-standard.yaml"
 # What a push never writes.
 FOREIGN = {
@@ -58,6 +59,43 @@ def test_what_is_of_the_same_weights_stays_and_is_on_the_new_card(hub, worker, l
     assert card.data.eval_results == old.data.eval_results
     assert len(card.data.eval_results) == 2
     assert card.text == old.text
+
+
+def test_results_stay_where_the_base_was_loaded_in_another_dtype(hub, worker, light, full, tmp_path):
+    before = hub.files(full)
+    code = PUSH.replace("Factory.from_pretrained(folder)", "Factory.from_pretrained(folder, dtype=torch.bfloat16)")
+    assert worker(code, folder=light, repo_id=full, options={}).result["deleted"] == []
+    after = hub.files(full)
+    for name in (EVALUATION, "kept_tokens.png", "training.json", *(n for n in before if n.startswith("results/"))):
+        assert after[name] == before[name]
+    # Of another pruner, what is of the base alone still stays.
+    deleted = worker(code, folder=doubled(light, tmp_path / "later"), repo_id=full, options={}).result["deleted"]
+    assert {name for name in deleted if name.startswith("results/")} == {
+        f"results/{name}.json" for name in ("half", "tenth", "speed")
+    }
+    # With all weights, the other dtype is of other weights.
+    deleted = worker(code, folder=light, repo_id=full, options={"merged": True}).result["deleted"]
+    assert {"results/none.json", "results/random.json"} <= set(deleted)
+
+
+def test_results_of_another_revision_of_the_base_go(hub, worker, light, full, base_folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(base_folder, moved)
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: value + 1 if "lm_head" in name else value for name, value in weights.items()}, moved / WEIGHTS)
+    commit = hub.publish("user/moved", moved)
+    code = PUSH.replace("(folder)", "(folder, base_model_name_or_path='user/moved', base_model_revision=commit)")
+    deleted = worker(code, folder=light, repo_id=full, commit=commit, options={}).result["deleted"]
+    results = [f"results/{name}.json" for name in ("half", "none", "random", "speed", "tenth")]
+    assert deleted == [EVALUATION, "kept_tokens.png", *results]
+
+
+@pytest.mark.parametrize(
+    "setting", ["pruner_ratio=0.1", "pruner_diversity=0.2", "pruner_query='last'"], ids=["ratio", "diversity", "query"]
+)
+def test_a_picture_at_other_settings_goes(setting, hub, worker, light, full):
+    code = PUSH.replace("(folder)", f"(folder, {setting})")
+    assert "kept_tokens.png" in worker(code, folder=light, repo_id=full, options={}).result["deleted"]
 
 
 def test_what_is_of_other_weights_goes_and_is_listed(hub, worker, light, full, tmp_path):
