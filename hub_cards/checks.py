@@ -136,6 +136,8 @@ def check_code(folder: Path) -> dict[str, str]:
             )
     for path in sorted(folder.rglob("*.json")):
         content = _json(path)
+        if path == folder / CONFIG_NAME and not (isinstance(content, dict) and _is_text(content, "model_type")):
+            raise ValueError(f"{path} is no configuration: it does not say by a text what its model_type is.")
         for reference in _named(content, CODE.__contains__):
             if not _is_of(release, reference):
                 raise ValueError(f"{path} names code that is not this release's: {reference}. Do not run it.")
@@ -191,6 +193,10 @@ def of_release(folder: Path) -> str:
     if written == learnpruner.__version__ or not re.fullmatch(r"\d+[\w.]*", written):
         return ""
     return f" Its configuration was written by {written}: `pip install learnpruner=={written}` to verify it."
+
+
+def _is_text(content: Mapping, name: str) -> bool:
+    return isinstance(content.get(name), str)
 
 
 def _named(content, is_meant: Callable[[str], object], below: bool = False) -> Iterator[str]:

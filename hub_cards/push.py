@@ -9,19 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
+from yaml import YAMLError
 
 from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.configuration_learnpruner import PrunerConfig
 from learnpruner.hub_learnpruner import HubMixin
 
-from .card import PICTURE, write_card
+from .card import PICTURE, README, TAGS, write_card
 from .checks import (
     OWN_WEIGHTS,
     PROCESSOR_FILES,
@@ -119,7 +120,8 @@ def push_pruner(
         picture (`str`, *optional*): PNG of kept tokens, as [`learnpruner.compare.save_picture`] draws it.
         merged (`bool`): All weights, not the pruner's alone.
         max_shard_size, tags: As in `PreTrainedModel.push_to_hub`; shards are for `merged`.
-        license (`str`, *optional*): SPDX identifier, for the card.
+        license (`str`, *optional*): SPDX identifier, for the card. It and `tags` default to those of the card that the
+            repository has.
 
     > Where
 
@@ -173,6 +175,7 @@ def push_pruner(
             records |= kept
             if training is None:
                 training = _training_there(api, there, model)
+            license, tags = _card_there(api, there, license, tags)
             stays = _agree(before, written, BASE + PRUNED) and _picture_stays(there, folder)
             for name in [f"{RESULTS}/{name}" for name in kept] + [PICTURE] * stays:
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -215,6 +218,19 @@ def _found_for_dry_run(api: HfApi, repo_id: str, *options) -> There | None:
 
 def _download(api: HfApi, there: There, name: str) -> Path:
     return Path(api.hf_hub_download(there.repo_id, name, revision=there.commit))
+
+
+def _card_there(api: HfApi, there: There, license: str | None, tags: Sequence[str]) -> tuple[str | None, Sequence[str]]:
+    """License and tags for the new card: what is not given is that of the card in a repository."""
+    if README not in there.files:
+        return license, tags
+    try:
+        data = ModelCard.load(_download(api, there, README)).data
+    except (ValueError, YAMLError) as error:
+        logger.warning(f"License and tags of {there.repo_id} are not kept: its card cannot be read ({error}).")
+        return license, tags
+    own = [tag for tag in data.tags or () if tag not in TAGS]
+    return license or data.license, tags or own
 
 
 def _config_there(api: HfApi, there: There) -> dict:
@@ -300,13 +316,13 @@ def _training_of(model: PreTrainedModel, given: dict | None) -> dict | None:
     warning, where it is of other weights: the model may have been trained further since."""
     record = given
     beside = Path(model.name_or_path) / TRAINING
-    if given is None:
-        record = model._training
-        if record is None and beside.is_file():
-            record = json.loads(beside.read_text())
-    if record is None:
-        return None
     try:
+        if given is None:
+            record = model._training
+            if record is None and beside.is_file():
+                record = read_training(beside)
+        if record is None:
+            return None
         if "pruner_sha256" not in record:
             raise ValueError(f"{TRAINING} does not say of which weights it is (pruner_sha256).")
         check_training(record)
@@ -378,7 +394,13 @@ def _file(where: str, name: str, place: dict) -> str | None:
 
 
 def _check_stock(processor: ProcessorMixin) -> None:
-    """Raises `ValueError` where a processor, or a part of it, is of a class that others do not have."""
+    """Raises `ValueError` for what is no processor, such as a tokenizer alone, and where one, or a part of it, is of a
+    class that others do not have."""
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"{type(processor).__name__} is no processor, which images need, too: pass processor=AutoProcessor..., or "
+            "leave it out for that of the checkpoint or its base."
+        )
     for part in (processor, *(getattr(processor, name) for name in processor.get_attributes())):
         if not type(part).__module__.startswith("transformers."):
             raise ValueError(

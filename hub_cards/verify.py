@@ -16,7 +16,7 @@ from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.compare import build_prompt, load_image, load_processor
 
-from .card import check_card
+from .card import ACCURACY, accuracy_rows, check_card
 from .checks import check_code, hub_reached, list_files, refuse_processor_code, refuse_unknown, refuse_weights
 from .push import RESULTS
 from .records import TRAINING, check_recorded_of, read_results, read_training, weights_digest
@@ -32,6 +32,7 @@ class Verified:
         base (`str`): The base that it names, with its revision; or "all weights are here".
         pruner_sha256 (`str`).
         results (`list[str]`): Recorded results, all of these weights.
+        accuracy (`list[list]`): The rows of those of accuracy, as on the card, by the columns of its table.
         training (`bool`): Whether the training of this pruner is recorded.
         tokens (`tuple[int, ...]`): Vision tokens of one image, then after each cut.
         answer (`str`): What the model said of it.
@@ -42,6 +43,7 @@ class Verified:
     base: str
     pruner_sha256: str
     results: list[str]
+    accuracy: list[list]
     training: bool
     tokens: tuple[int, ...]
     answer: str
@@ -60,7 +62,12 @@ class Verified:
             ("answer", repr(self.answer)),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+        lines = [f"{name:<{width}}  {text}" for name, text in rows]
+        if self.accuracy:
+            table = [list(ACCURACY), *([str(cell) for cell in row] for row in self.accuracy)]
+            widths = [max(map(len, column)) for column in zip(*table)]
+            lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+        return "\n".join(lines)
 
 
 def verify(
@@ -137,6 +144,7 @@ def verify(
         base=_described(base, json.loads((folder / CONFIG_NAME).read_text()).get("base_model_revision")),
         pruner_sha256=weights_digest(model, pruner=True),
         results=list(results),
+        accuracy=accuracy_rows(results),
         training=training is not None,
         tokens=tokens,
         answer=answer,

@@ -229,6 +229,22 @@ def test_a_token_that_may_only_read(hub, worker, light):
     assert hub.writes() == before
 
 
+def test_license_and_tags_stay_until_others_are_given(hub, worker, light):
+    def data(**options):
+        worker(PUSH, folder=light, repo_id="user/tagged", options=options)
+        return ModelCard(hub.files("user/tagged")["README.md"].decode()).data
+
+    first = data(license="mit", tags=["q", "r"])
+    again = data()
+    assert (again.license, again.tags) == (first.license, first.tags) == ("mit", first.tags)
+    assert again.tags[-2:] == ["q", "r"]
+    other = data(license="apache-2.0", tags=["s"])
+    assert (other.license, other.tags) == ("apache-2.0", [*first.tags[:-2], "s"])
+    # A card that cannot be read has none.
+    hub.commit("user/tagged", {**hub.files("user/tagged"), "README.md": b"---\ntags: [\n---\n"})
+    assert data().license is None
+
+
 def test_a_license_is_on_the_card(hub, worker, light):
     command = "result = main(['push', folder, 'user/licensed', '--license', license])"
     assert worker(command, folder=light, license="Apache-2.0").result == 0

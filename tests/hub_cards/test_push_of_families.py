@@ -50,7 +50,13 @@ print("RESULTS" + json.dumps(answer))
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("llava", torch.float32), ("llava", torch.bfloat16), ("llava_next", torch.float32), ("qwen2_vl", torch.float32)],
+    [
+        ("llava", torch.float32),
+        ("llava", torch.bfloat16),
+        ("llava_next", torch.float32),
+        ("qwen2_vl", torch.float32),
+        ("qwen2_5_vl", torch.float32),
+    ],
 )
 def test_a_pruner_comes_back_from_the_hub(family, dtype, hub, worker, base, tmp_path):
     name = f"{family}-{str(dtype).rpartition('.')[2]}".replace("_", "-")
