@@ -5,48 +5,28 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
-from yaml import YAMLError
 
 from learnpruner.auto import LearnPrunerForConditionalGeneration
-from learnpruner.configuration_learnpruner import PrunerConfig
 from learnpruner.hub_learnpruner import HubMixin
 
-from .card import PICTURE, README, TAGS, write_card
-from .checks import (
-    OWN_WEIGHTS,
-    PROCESSOR_FILES,
-    check_code,
-    hub_reached,
-    refuse_processor_code,
-    refuse_weights,
-)
-from .records import (
-    TRAINING,
-    check_recorded_of,
-    check_training,
-    digests_of,
-    read_results,
-    read_training,
-    weights_digest,
-)
+from .card import PICTURE, write_card
+from .checks import PROCESSOR_FILES, check_code, hub_reached, refuse_processor_code, refuse_weights
+from .kept import BASE, PRUNED, agree, card_there, config_there, download, picture_stays, results_there, training_there
+from .records import TRAINING, check_recorded_of, check_training, read_results, read_training
 from .repository import RESULTS, There, find, is_own, open_for_push, signed_in, writable
 
 logger = logging.get_logger(__name__)
-
-# Of a configuration: which base a pruner is of, and what decides which tokens it keeps.
-BASE = ("base_model_name_or_path", "base_model_revision")
-PRUNED = tuple(field.name for field in fields(PrunerConfig) if field.name.startswith("pruner_"))
 
 
 @dataclass(frozen=True)
@@ -138,7 +118,8 @@ def push_pruner(
             take the upload. A repository or branch that was made for it is removed again.
         `ValueError`: for another model, a name that is not allowed, results or code that are not of this model and
             release, a base that others cannot find, without `merged` a base that was changed (by a merged adapter) or
-            is trainable, a processor with code of its own, and a repository that is public or holds other weights.
+            is trainable, a processor with code of its own, and a repository that is public, or holds other weights, code
+            of others or a `.gitignore`.
     """
     check_model(model)
     validate_repo_id(repo_id)
@@ -168,18 +149,18 @@ def push_pruner(
             shutil.copy(picture, folder / PICTURE)
         outdated: set[str] = set()
         if there is not None and there.files:
-            before = _config_there(api, there)
+            before = config_there(api, there)
             written = json.loads((folder / CONFIG_NAME).read_text())
-            of_base = not merged and _agree(before, written, BASE)
-            kept, outdated = _results_there(api, there, model, set(records), of_base)
+            of_base = not merged and agree(before, written, BASE)
+            kept, outdated = results_there(api, there, model, set(records), of_base)
             records |= kept
             if training is None:
-                training = _training_there(api, there, model)
-            license, tags = _card_there(api, there, license, tags)
-            stays = _agree(before, written, BASE + PRUNED) and _picture_stays(there, folder)
+                training = training_there(api, there, model)
+            license, tags = card_there(api, there, license, tags)
+            stays = agree(before, written, BASE + PRUNED) and picture_stays(there, folder)
             for name in [f"{RESULTS}/{name}" for name in kept] + [PICTURE] * stays:
                 (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copy(_download(api, there, name), folder / name)
+                shutil.copy(download(api, there, name), folder / name)
         if training is not None:
             (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
         code = check_code(folder)
@@ -214,92 +195,6 @@ def _found_for_dry_run(api: HfApi, repo_id: str, *options) -> There | None:
         return None
     # Without a token, a private repository looks like none.
     return there if there.commit is not None or signed_in(api.token) else None
-
-
-def _download(api: HfApi, there: There, name: str) -> Path:
-    return Path(api.hf_hub_download(there.repo_id, name, revision=there.commit))
-
-
-def _card_there(api: HfApi, there: There, license: str | None, tags: Sequence[str]) -> tuple[str | None, Sequence[str]]:
-    """License and tags for the new card: what is not given is that of the card in a repository."""
-    if README not in there.files:
-        return license, tags
-    try:
-        data = ModelCard.load(_download(api, there, README)).data
-    except (ValueError, YAMLError) as error:
-        logger.warning(f"License and tags of {there.repo_id} are not kept: its card cannot be read ({error}).")
-        return license, tags
-    own = [tag for tag in data.tags or () if tag not in TAGS]
-    return license or data.license, tags or own
-
-
-def _config_there(api: HfApi, there: There) -> dict:
-    """The configuration in a repository, or nothing where it has none that can be read."""
-    if CONFIG_NAME not in there.files:
-        return {}
-    try:
-        content = json.loads(_download(api, there, CONFIG_NAME).read_text())
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _agree(before: Mapping, written: Mapping, fields: Sequence[str]) -> bool:
-    return all(name in before and before[name] == written[name] for name in fields)
-
-
-def _results_there(
-    api: HfApi, there: There, model: PreTrainedModel, replaced: set[str], of_base: bool
-) -> tuple[dict[str, dict], set[str]]:
-    """Name -> record, of those in a repository that are of the model's weights and settings; and the paths of those
-    that are not. What is no record of this project is neither.
-
-    Args:
-        of_base (`bool`): Whether the repository is a pruner alone, as it will be, of the very base. That was compared
-            with its records before, and here may be loaded in another dtype, or quantised.
-    """
-    records = {}
-    for name in there.files:
-        file = Path(name)
-        if file.parent.as_posix() == RESULTS and file.suffix == ".json" and file.name not in replaced:
-            try:
-                records |= read_results([_download(api, there, name)])
-            except ValueError:
-                logger.warning(f"{name} in {there.repo_id} is no record of benchmarks/, and is left as it is.")
-    if not records:
-        return {}, set()
-    weights = {"pruner_sha256": weights_digest(model, pruner=True)}
-    if not of_base:
-        weights["base_sha256"] = weights_digest(model)
-
-    def holds(record: Mapping) -> bool:
-        if any(record[field] != weights[field] for field in digests_of(record) if field in weights):
-            return False
-        fields = record.get("fields", {}) if record["pruner_sha256"] else {}
-        return all(getattr(model.config, field) == value for field, value in fields.items())
-
-    kept = {name: record for name, record in records.items() if holds(record)}
-    return kept, {f"{RESULTS}/{name}" for name in records if name not in kept}
-
-
-def _training_there(api: HfApi, there: There, model: PreTrainedModel) -> dict | None:
-    """What a repository says of the training, where it is of the model's pruner."""
-    if TRAINING not in there.files:
-        return None
-    try:
-        record = read_training(_download(api, there, TRAINING))
-    except ValueError:
-        return None
-    return record if record["pruner_sha256"] == weights_digest(model, pruner=True) else None
-
-
-def _picture_stays(there: There, folder: Path) -> bool:
-    """Whether there is a picture in a repository to stay, and the weights in `folder` are those that it has."""
-    if PICTURE not in there.files or (folder / PICTURE).exists():
-        return False
-    weights = [path for path in folder.iterdir() if OWN_WEIGHTS.fullmatch(path.name)]
-    files = [(there.files.get(path.name), CommitOperationAdd(path.name, path)) for path in weights]
-    return all(file and file.lfs and file.lfs.sha256 == add.upload_info.sha256.hex() for file, add in files)
 
 
 def check_model(model) -> None:

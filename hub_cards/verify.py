@@ -81,8 +81,9 @@ def verify(
     """Looks at a checkpoint before it is trusted. None of its code is executed. Checked are, in this order:
 
     1. the names of its files, before anything is downloaded: weights are safetensors of the model alone, code is
-       Python, and the rest texts and pictures;
-    2. its code, byte for byte that of the installed release, and that no JSON file names code of another place;
+       Python, and the rest texts and pictures; after the download, that none of them is a pickle by its content;
+    2. its code, byte for byte that of the installed release, and that no JSON file names code, kernels or weights of
+       another place;
     3. its records (`results/*.json`, `training.json`): fields, types and ranges;
     4. its weights: they fit the model, and the records name their sha256;
     5. the numbers of its card: each metric in `README.md` and `.eval_results/`, and each row of the card's tables of
