@@ -118,8 +118,8 @@ def push_pruner(
             take the upload. A repository or branch that was made for it is removed again.
         `ValueError`: for another model, a name that is not allowed, results or code that are not of this model and
             release, a base that others cannot find, without `merged` a base that was changed (by a merged adapter) or
-            is trainable, a processor with code of its own, and a repository that is public, or holds other weights, code
-            of others or a `.gitignore`.
+            is trainable, a processor with code of its own, and a repository that is public, or holds other weights,
+            code of others or a `.gitignore`.
     """
     check_model(model)
     validate_repo_id(repo_id)
