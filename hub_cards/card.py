@@ -29,6 +29,12 @@ README, PICTURE, EVALUATIONS = "README.md", "kept_tokens.png", ".eval_results"
 # What benchmarks/accuracy.py asks; made by it, so no data set of the Hub.
 DATA_SET = "easy-vqa-scenes"
 MISSING = "not measured"
+# Columns of the table of accuracy.
+ACCURACY = (
+    *("scenes", "method", "seed", "ratio", "mean tokens", "after each cut"),
+    *("questions", "accuracy, %", "RelAcc, %"),
+)
+TAGS = ("learnpruner", "token-pruning", "arxiv:2604.23950")
 
 
 def write_card(
@@ -60,7 +66,7 @@ def write_card(
         base_model_relation=("finetune" if merged else "adapter") if base else None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
-        tags=["learnpruner", "token-pruning", "arxiv:2604.23950", *tags],
+        tags=[*TAGS, *tags],
         eval_results=[_eval_result(record) for record in own.values()] or None,
     )
     card = ModelCard.from_template(
@@ -79,6 +85,7 @@ def write_card(
         newest=".".join(map(str, NEWEST_TESTED)),
         version=learnpruner.__version__,
         code=code,
+        columns=ACCURACY,
         accuracy_versions=_versions(_sorted(records).values()),
         picture=PICTURE if (folder / PICTURE).exists() else None,
         **{title.lower(): rows for title, rows in _tables(records, training).items()},
@@ -141,8 +148,9 @@ def _shown_rows(text: str, title: str) -> list[list[str]]:
 
 
 def _own(records: Mapping[str, dict]) -> dict[str, dict]:
-    """The accuracy of this pruner, which alone is this repository's: other methods are in the table."""
-    return {name: r for name, r in _sorted(records).items() if r["pruner_sha256"]}
+    """The accuracy of this pruner by both its cuts, which alone is this repository's: other methods, one of which takes
+    its first cut alone, are in the table."""
+    return {name: record for name, record in _sorted(records).items() if record["method"] == "learnpruner"}
 
 
 def _sorted(records: Mapping[str, dict]) -> dict[str, dict]:
@@ -155,7 +163,7 @@ def _sorted(records: Mapping[str, dict]) -> dict[str, dict]:
 def _tables(records: Mapping[str, dict], training: Mapping | None) -> dict[str, list[list]]:
     """Section of the card -> rows of its table."""
     return {
-        "Accuracy": _accuracy_rows(list(_sorted(records).values())),
+        "Accuracy": accuracy_rows(records),
         "Speed": [_speed_row(record) for record in records.values() if is_speed(record)],
         "Training": _training_rows(training or {}),
     }
@@ -169,7 +177,9 @@ def percent(value: float | None) -> str:
     return MISSING if value is None else f"{100 * value:.2f}"
 
 
-def _accuracy_rows(accuracy: list[dict]) -> list[list]:
+def accuracy_rows(records: Mapping[str, dict]) -> list[list]:
+    """A row of `ACCURACY` for each record of accuracy, from many tokens to few."""
+    accuracy = list(_sorted(records).values())
     unpruned = {(record["level"], record["data"]): record for record in accuracy if record["method"] == "none"}
     rows = []
     for record in accuracy:

@@ -4,7 +4,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
@@ -29,8 +29,10 @@ KNOWN = re.compile(
 # Beside a download or a clone; nothing is loaded from there.
 NOT_READ = (".cache", ".git")
 
-# Keys of configurations that name code, and the file that names another model to open in place of this one.
+# Keys of configurations that name code, those whose value may name a repository of kernels to run, and the file that
+# names another model to open in place of this one.
 CODE = {"auto_map", "custom_pipelines", "custom_generate"}
+KERNEL = re.compile(r".*_implementation(_internal)?")
 ADAPTER = "adapter_config.json"
 PROCESSOR_FILES = (PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME)
 
@@ -63,8 +65,7 @@ def refuse_weights(names: Iterable[str], where: str, folder: Path | None = None)
     Args:
         names: Paths of the files, relative to the checkpoint.
         where (`str`): What the message calls the checkpoint.
-        folder (`Path`, *optional*): Where the files are. Then those of an unknown kind are opened, too: a pickle may
-            have any name.
+        folder (`Path`, *optional*): Where the files are. Then they are opened, too: a pickle may have any name.
     """
     paths = sorted(map(PurePosixPath, names))
 
@@ -78,7 +79,9 @@ def refuse_weights(names: Iterable[str], where: str, folder: Path | None = None)
 
     pickles = set(of(PICKLES))
     if folder is not None:
-        pickles |= {str(path) for path in paths if not _is_known(path) and PICKLED.match(_start(folder / path))}
+        # safetensors begin with a length, which may be any bytes, and open as nothing else.
+        others = (path for path in paths if not OWN_WEIGHTS.fullmatch(str(path)))
+        pickles |= {str(path) for path in others if PICKLED.match(_start(folder / path))}
     if pickles:
         raise ValueError(
             f"{where} has pickled files, which run code when they are opened: {', '.join(sorted(pickles))}. Remove "
@@ -116,7 +119,8 @@ def check_code(folder: Path) -> dict[str, str]:
     """Name -> sha256 of the code files that opening the checkpoint in `folder` executes.
 
     Raises:
-        `ValueError`: where one is not, byte for byte, a file of this release, or code of another place is named.
+        `ValueError`: where one is not, byte for byte, a file of this release, and where a JSON file names code or
+            kernels of another place, or weights that are not `model.safetensors` and its shards.
     """
     release = _release()
     refuse_processor_code(str(folder))
@@ -131,9 +135,18 @@ def check_code(folder: Path) -> dict[str, str]:
                 "run it; the weights open without it by LearnPrunerForConditionalGeneration.from_pretrained."
             )
     for path in sorted(folder.rglob("*.json")):
-        for reference in _named_code(_json(path)):
+        content = _json(path)
+        if path == folder / CONFIG_NAME and not (isinstance(content, dict) and _is_text(content, "model_type")):
+            raise ValueError(f"{path} is no configuration: it does not say by a text what its model_type is.")
+        for reference in _named(content, CODE.__contains__):
             if not _is_of(release, reference):
                 raise ValueError(f"{path} names code that is not this release's: {reference}. Do not run it.")
+        for reference in _named(content, KERNEL.fullmatch):
+            if "/" in reference:
+                raise ValueError(f"{path} names kernels of another repository to run: {reference}. Remove that.")
+        for reference in _named(content, "weight_map".__eq__):
+            if not OWN_WEIGHTS.fullmatch(reference):
+                raise ValueError(f"{path} names weights that are not this model's: {reference}. Do not open it.")
     return found
 
 
@@ -150,7 +163,7 @@ def refuse_processor_code(where: str, **place) -> None:
     """
     for name in (*PROCESSOR_FILES, "tokenizer_config.json"):
         path = cached_file(where, name, _raise_exceptions_for_missing_entries=False, **place)
-        for reference in _named_code(_json(Path(path))) if path else ():
+        for reference in _named(_json(Path(path)), CODE.__contains__) if path else ():
             if not _is_of(_release(), reference):
                 raise ValueError(
                     f"The processor at {where} runs code of its own, {reference} by its {name}, which is not run here "
@@ -182,16 +195,20 @@ def of_release(folder: Path) -> str:
     return f" Its configuration was written by {written}: `pip install learnpruner=={written}` to verify it."
 
 
-def _named_code(content, named: bool = False) -> Iterator[str]:
-    """All strings of a JSON value below the keys under which transformers looks for code, however deep they are:
-    processors have configurations within their own."""
+def _is_text(content: Mapping, name: str) -> bool:
+    return isinstance(content.get(name), str)
+
+
+def _named(content, is_meant: Callable[[str], object], below: bool = False) -> Iterator[str]:
+    """All strings of a JSON value below the keys that are meant, however deep they are: processors and models have
+    configurations within their own."""
     if isinstance(content, dict):
         for name, value in content.items():
-            yield from _named_code(value, named or name in CODE)
+            yield from _named(value, is_meant, below or bool(is_meant(name)))
     elif isinstance(content, list):
         for value in content:
-            yield from _named_code(value, named)
-    elif named and isinstance(content, str):
+            yield from _named(value, is_meant, below)
+    elif below and isinstance(content, str):
         yield content
 
 

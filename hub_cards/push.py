@@ -5,13 +5,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.constants import REGEX_COMMIT_OID
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME, cached_file, logging
@@ -21,23 +21,9 @@ from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.hub_learnpruner import HubMixin
 
 from .card import PICTURE, write_card
-from .checks import (
-    OWN_WEIGHTS,
-    PROCESSOR_FILES,
-    check_code,
-    hub_reached,
-    refuse_processor_code,
-    refuse_weights,
-)
-from .records import (
-    TRAINING,
-    check_recorded_of,
-    check_training,
-    digests_of,
-    read_results,
-    read_training,
-    weights_digest,
-)
+from .checks import PROCESSOR_FILES, check_code, hub_reached, refuse_processor_code, refuse_weights
+from .kept import BASE, PRUNED, agree, card_there, config_there, download, picture_stays, results_there, training_there
+from .records import TRAINING, check_recorded_of, check_training, read_results, read_training
 from .repository import RESULTS, There, find, is_own, open_for_push, signed_in, writable
 
 logger = logging.get_logger(__name__)
@@ -114,7 +100,8 @@ def push_pruner(
         picture (`str`, *optional*): PNG of kept tokens, as [`learnpruner.compare.save_picture`] draws it.
         merged (`bool`): All weights, not the pruner's alone.
         max_shard_size, tags: As in `PreTrainedModel.push_to_hub`; shards are for `merged`.
-        license (`str`, *optional*): SPDX identifier, for the card.
+        license (`str`, *optional*): SPDX identifier, for the card. It and `tags` default to those of the card that the
+            repository has.
 
     > Where
 
@@ -131,7 +118,8 @@ def push_pruner(
             take the upload. A repository or branch that was made for it is removed again.
         `ValueError`: for another model, a name that is not allowed, results or code that are not of this model and
             release, a base that others cannot find, without `merged` a base that was changed (by a merged adapter) or
-            is trainable, a processor with code of its own, and a repository that is public or holds other weights.
+            is trainable, a processor with code of its own, and a repository that is public, or holds other weights,
+            code of others or a `.gitignore`.
     """
     check_model(model)
     validate_repo_id(repo_id)
@@ -161,13 +149,18 @@ def push_pruner(
             shutil.copy(picture, folder / PICTURE)
         outdated: set[str] = set()
         if there is not None and there.files:
-            kept, outdated = _results_there(api, there, model, set(records))
+            before = config_there(api, there)
+            written = json.loads((folder / CONFIG_NAME).read_text())
+            of_base = not merged and agree(before, written, BASE)
+            kept, outdated = results_there(api, there, model, set(records), of_base)
             records |= kept
             if training is None:
-                training = _training_there(api, there, model)
-            for name in [f"{RESULTS}/{name}" for name in kept] + [PICTURE] * _picture_stays(api, there, model, folder):
+                training = training_there(api, there, model)
+            license, tags = card_there(api, there, license, tags)
+            stays = agree(before, written, BASE + PRUNED) and picture_stays(there, folder)
+            for name in [f"{RESULTS}/{name}" for name in kept] + [PICTURE] * stays:
                 (folder / name).parent.mkdir(exist_ok=True)
-                shutil.copy(_download(api, there, name), folder / name)
+                shutil.copy(download(api, there, name), folder / name)
         if training is not None:
             (folder / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
         code = check_code(folder)
@@ -204,62 +197,6 @@ def _found_for_dry_run(api: HfApi, repo_id: str, *options) -> There | None:
     return there if there.commit is not None or signed_in(api.token) else None
 
 
-def _download(api: HfApi, there: There, name: str) -> Path:
-    return Path(api.hf_hub_download(there.repo_id, name, revision=there.commit))
-
-
-def _results_there(
-    api: HfApi, there: There, model: PreTrainedModel, replaced: set[str]
-) -> tuple[dict[str, dict], set[str]]:
-    """Name -> record, of those in a repository that are of the model's weights and settings; and the paths of those
-    that are not. What is no record of this project is neither."""
-    records = {}
-    for name in there.files:
-        file = Path(name)
-        if file.parent.as_posix() == RESULTS and file.suffix == ".json" and file.name not in replaced:
-            try:
-                records |= read_results([_download(api, there, name)])
-            except ValueError:
-                logger.warning(f"{name} in {there.repo_id} is no record of benchmarks/, and is left as it is.")
-    if not records:
-        return {}, set()
-    base, pruner = weights_digest(model), weights_digest(model, pruner=True)
-
-    def holds(record: Mapping) -> bool:
-        weights = {"base_sha256": base, "pruner_sha256": pruner}
-        if any(record[field] != weights[field] for field in digests_of(record)):
-            return False
-        fields = record.get("fields", {}) if record["pruner_sha256"] else {}
-        return all(getattr(model.config, field) == value for field, value in fields.items())
-
-    kept = {name: record for name, record in records.items() if holds(record)}
-    return kept, {f"{RESULTS}/{name}" for name in records if name not in kept}
-
-
-def _training_there(api: HfApi, there: There, model: PreTrainedModel) -> dict | None:
-    """What a repository says of the training, where it is of the model's pruner."""
-    if TRAINING not in there.files:
-        return None
-    try:
-        record = read_training(_download(api, there, TRAINING))
-    except ValueError:
-        return None
-    return record if record["pruner_sha256"] == weights_digest(model, pruner=True) else None
-
-
-def _picture_stays(api: HfApi, there: There, model: PreTrainedModel, folder: Path) -> bool:
-    """Whether the picture in a repository is of the very weights in `folder`, on the same base."""
-    if PICTURE not in there.files or (folder / PICTURE).exists():
-        return False
-    before = json.loads(_download(api, there, CONFIG_NAME).read_text()) if CONFIG_NAME in there.files else {}
-    named = ("base_model_name_or_path", "base_model_revision")
-    written = json.loads((folder / CONFIG_NAME).read_text())
-    weights = [path for path in folder.iterdir() if OWN_WEIGHTS.fullmatch(path.name)]
-    files = [(there.files.get(path.name), CommitOperationAdd(path.name, path)) for path in weights]
-    same = all(file and file.lfs and file.lfs.sha256 == add.upload_info.sha256.hex() for file, add in files)
-    return same and all(before.get(name) == written[name] for name in named)
-
-
 def check_model(model) -> None:
     if not isinstance(model, HubMixin):
         raise ValueError(f"{type(model).__name__} is no model of LearnPrunerForConditionalGeneration.")
@@ -274,13 +211,13 @@ def _training_of(model: PreTrainedModel, given: dict | None) -> dict | None:
     warning, where it is of other weights: the model may have been trained further since."""
     record = given
     beside = Path(model.name_or_path) / TRAINING
-    if given is None:
-        record = model._training
-        if record is None and beside.is_file():
-            record = json.loads(beside.read_text())
-    if record is None:
-        return None
     try:
+        if given is None:
+            record = model._training
+            if record is None and beside.is_file():
+                record = read_training(beside)
+        if record is None:
+            return None
         if "pruner_sha256" not in record:
             raise ValueError(f"{TRAINING} does not say of which weights it is (pruner_sha256).")
         check_training(record)
@@ -324,7 +261,7 @@ def pushed_base(model: PreTrainedModel, merged: bool, token) -> tuple[str | None
             "from_pretrained(..., base_model_name_or_path='user/base') (--base user/base), or push all weights, "
             "merged=True (--merged)."
         )
-    if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+    if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
         revision = extract_commit_hash(cached_file(base, CONFIG_NAME, revision=revision, token=token), None)
         config.base_model_revision = revision
     return base, revision
@@ -352,7 +289,13 @@ def _file(where: str, name: str, place: dict) -> str | None:
 
 
 def _check_stock(processor: ProcessorMixin) -> None:
-    """Raises `ValueError` where a processor, or a part of it, is of a class that others do not have."""
+    """Raises `ValueError` for what is no processor, such as a tokenizer alone, and where one, or a part of it, is of a
+    class that others do not have."""
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(
+            f"{type(processor).__name__} is no processor, which images need, too: pass processor=AutoProcessor..., or "
+            "leave it out for that of the checkpoint or its base."
+        )
     for part in (processor, *(getattr(processor, name) for name in processor.get_attributes())):
         if not type(part).__module__.startswith("transformers."):
             raise ValueError(

@@ -173,10 +173,12 @@ def read_results(paths: Iterable[Path]) -> dict[str, dict]:
     """Name of the file -> result, of accuracy or of speed.
 
     Raises:
-        `ValueError`: where a file is neither, or two are of one name.
+        `ValueError`: where a file is neither, or not called `.json`, or two are of one name.
     """
     results = {}
     for path in paths:
+        if path.suffix != ".json":
+            raise ValueError(f"{path} is not called .json, as results are in a repository: rename it.")
         if path.name in results:
             raise ValueError(f"Two results are called {path.name}: rename one.")
         try:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
 from huggingface_hub import HfApi, RepoFile, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -73,7 +74,8 @@ def find(api: HfApi, repo_id: str, revision: str | None, private: bool | None, c
     """What is there.
 
     Raises:
-        `ValueError`: where it is public and is to be private, and where it holds pickles or other weights.
+        `ValueError`: where it is public and is to be private, and where it holds pickles, other weights or code of
+            others, which would run with the pruner's, or a `.gitignore`.
     """
     try:
         info = api.model_info(repo_id)
@@ -92,6 +94,15 @@ def find(api: HfApi, repo_id: str, revision: str | None, private: bool | None, c
     tree = api.list_repo_tree(repo_id, recursive=True, revision=info.sha)
     files = {file.path: file for file in tree if isinstance(file, RepoFile)}
     refuse_weights(files, repo_id)
+    if code := sorted(n for n in files if n.lower().endswith(".py") and not is_own(n)):
+        raise ValueError(
+            f"{repo_id} has code that is not this project's, and that may run where the pruner is opened: "
+            f"{', '.join(code)}. Remove it, or push to another repository."
+        )
+    if ".gitignore" in (PurePosixPath(name).name for name in files):
+        raise ValueError(
+            f"{repo_id} has a .gitignore, by which the Hub leaves out files of a push without a word: remove it."
+        )
     return There(repo_id, revision, info.sha, files, new_branch)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.constants import REGEX_COMMIT_OID
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from PIL import Image
 from transformers import AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
@@ -16,7 +16,7 @@ from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.compare import build_prompt, load_image, load_processor
 
-from .card import check_card
+from .card import ACCURACY, accuracy_rows, check_card
 from .checks import check_code, hub_reached, list_files, refuse_processor_code, refuse_unknown, refuse_weights
 from .push import RESULTS
 from .records import TRAINING, check_recorded_of, read_results, read_training, weights_digest
@@ -32,6 +32,7 @@ class Verified:
         base (`str`): The base that it names, with its revision; or "all weights are here".
         pruner_sha256 (`str`).
         results (`list[str]`): Recorded results, all of these weights.
+        accuracy (`list[list]`): The rows of those of accuracy, as on the card, by the columns of its table.
         training (`bool`): Whether the training of this pruner is recorded.
         tokens (`tuple[int, ...]`): Vision tokens of one image, then after each cut.
         answer (`str`): What the model said of it.
@@ -42,6 +43,7 @@ class Verified:
     base: str
     pruner_sha256: str
     results: list[str]
+    accuracy: list[list]
     training: bool
     tokens: tuple[int, ...]
     answer: str
@@ -60,7 +62,12 @@ class Verified:
             ("answer", repr(self.answer)),
         ]
         width = max(len(name) for name, _ in rows)
-        return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+        lines = [f"{name:<{width}}  {text}" for name, text in rows]
+        if self.accuracy:
+            table = [list(ACCURACY), *([str(cell) for cell in row] for row in self.accuracy)]
+            widths = [max(map(len, column)) for column in zip(*table)]
+            lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+        return "\n".join(lines)
 
 
 def verify(
@@ -74,8 +81,9 @@ def verify(
     """Looks at a checkpoint before it is trusted. None of its code is executed. Checked are, in this order:
 
     1. the names of its files, before anything is downloaded: weights are safetensors of the model alone, code is
-       Python, and the rest texts and pictures;
-    2. its code, byte for byte that of the installed release, and that no JSON file names code of another place;
+       Python, and the rest texts and pictures; after the download, that none of them is a pickle by its content;
+    2. its code, byte for byte that of the installed release, and that no JSON file names code, kernels or weights of
+       another place;
     3. its records (`results/*.json`, `training.json`): fields, types and ranges;
     4. its weights: they fit the model, and the records name their sha256;
     5. the numbers of its card: each metric in `README.md` and `.eval_results/`, and each row of the card's tables of
@@ -111,6 +119,7 @@ def verify(
             refuse_weights(names, checkpoint)
             refuse_unknown(names, checkpoint)
             folder = Path(snapshot_download(checkpoint, revision=info.sha, token=token))
+        refuse_weights(names, checkpoint, folder)  # by their content, too
         place = {"revision": info.sha, "token": token}
     code = check_code(folder)
     results = read_results(sorted((folder / RESULTS).glob("*.json")))
@@ -136,6 +145,7 @@ def verify(
         base=_described(base, json.loads((folder / CONFIG_NAME).read_text()).get("base_model_revision")),
         pruner_sha256=weights_digest(model, pruner=True),
         results=list(results),
+        accuracy=accuracy_rows(results),
         training=training is not None,
         tokens=tokens,
         answer=answer,
@@ -147,7 +157,7 @@ def _described(base: str | None, revision: str | None) -> str:
         return "all weights are here"
     if Path(base).is_dir():
         return f"{base}, a folder of this machine"
-    if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+    if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
         return f"{base} at NO FIXED REVISION: who changes the base changes this model, and these results are not of it"
     return f"{base} at {revision}"
 

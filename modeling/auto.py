@@ -40,7 +40,7 @@ def pruned_class(pretrained_model_name_or_path, **place) -> type:
         for model_type in (family.config_class.base_model_type, family.config_class.model_type)
     }
     model_type = config.get("model_type")
-    if model_type not in classes:
+    if not isinstance(model_type, str) or model_type not in classes:
         raise ValueError(
             f"{pretrained_model_name_or_path} is of type {model_type!r}; LearnPruner supports {sorted(classes)}."
         )

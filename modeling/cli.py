@@ -6,6 +6,7 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 
@@ -195,7 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         arguments.run(arguments)
-    except (OSError, ValueError, ImportError, RuntimeError, FloatingPointError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, ImportError, RuntimeError, FloatingPointError),
+        *(SafetensorError, StrictDataclassError),  # of weights, and of a configuration's fields
+    ) as error:
         # Messages of transformers run over several lines.
         print(f"learnpruner: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

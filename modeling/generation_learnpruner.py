@@ -83,7 +83,7 @@ class PrunedModelMixin:
     stock_arguments: tuple[str, ...]
     pixel_arguments: tuple[str, ...]
     grid_arguments: tuple[str, ...]
-    feature_arguments: tuple[str, ...]
+    feature_arguments: tuple[str, ...] = ()
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:

@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import fields
 
 import torch
-from huggingface_hub.constants import REGEX_COMMIT_OID
+from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedConfig
@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 PRUNER = "model.pruner."
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs")
+OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "trust_remote_code")
 
 
 def register_key_conversion(cls: type, stock: str) -> None:
@@ -140,7 +140,7 @@ class HubMixin:
         weights_file = cached_file(path, SAFE_WEIGHTS_NAME, **place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
-            if not REGEX_COMMIT_OID.fullmatch(revision or ""):
+            if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
                 revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})[1]
             if revision is not None:
                 config.base_model_revision = kwargs["revision"] = revision

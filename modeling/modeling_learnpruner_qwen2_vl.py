@@ -18,7 +18,6 @@ from .guards_learnpruner import OR_NO_PRUNING
 from .hub_learnpruner import HubMixin, register_key_conversion
 from .layout_learnpruner import PromptLayout
 
-# What a conversation on one cache can do, and a processor call of all its turns cannot.
 NEXT_TURN = (
     "For a new image in a later turn on one cache, encode it first: pass mm_encoder_outputs of the new images alone "
     "(model.model.get_image_features(..., return_dict=True)), grids and mm_token_type_ids of the whole conversation."
@@ -40,7 +39,6 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
     )
     pixel_arguments = ("pixel_values", "pixel_values_videos")
     grid_arguments = ("image_grid_thw", "video_grid_thw")
-    feature_arguments = ()
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:

@@ -91,6 +91,22 @@ def test_metrics_of_both_kinds(full, tmp_path):
     assert [(entry.value, entry.task_id) for entry in entries] == [(value, "standard") for value in own.values()]
 
 
+def test_the_first_cut_alone_is_in_the_table_and_no_metric_of_the_pruner(model, tmp_path):
+    half = records("b", "p")["half.json"]
+    alone = {**half, "method": "stage_1", "name": "stage_1", "accuracy": 0.5015}
+    card = rendered(tmp_path / "card", model, {"half.json": half, "alone.json": alone})
+    assert [result.metric_value for result in card.data.eval_results] == [half["accuracy"]]
+    assert "0.5015" not in (tmp_path / "card" / ".eval_results" / "easy-vqa-scenes-standard.yaml").read_text()
+    assert [row[1] for row in table(card, "Accuracy")] == ["learnpruner", "stage_1"]
+
+
+@pytest.mark.parametrize(("ratio", "shown"), [(0.4, "40.0"), (1 / 9, "11.1")])
+def test_the_ratio_is_the_configurations(model, tmp_path, monkeypatch, ratio, shown):
+    monkeypatch.setattr(model.config, "pruner_ratio", ratio)
+    card = rendered(tmp_path / "card", model, {})
+    assert f"the model answers from {shown} % of its vision tokens" in card.text
+
+
 def test_speed(full):
     recorded, card = full
     ((ratio, device, settings, *speeds),) = table(card, "Speed")
@@ -197,6 +213,12 @@ def test_files_that_are_no_results_are_refused(content, tmp_path):
     (tmp_path / "odd.json").write_text(content)
     with pytest.raises(ValueError, match=r"odd\.json is not a result of benchmarks/"):
         read_results([tmp_path / "odd.json"])
+
+
+def test_a_result_that_a_repository_would_not_find_is_refused(tmp_path):
+    (path,) = write(tmp_path, {"half.out": records("b", "p")["half.json"]})
+    with pytest.raises(ValueError, match=r"half\.out is not called \.json"):
+        read_results([Path(path)])
 
 
 def test_two_results_of_one_name_are_refused(tmp_path):

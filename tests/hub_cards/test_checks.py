@@ -77,6 +77,55 @@ def test_pickles_are_found_under_any_name(content, tmp_path):
         refuse_weights(["notes", "weights"], "here", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["weights.txt", "model.png", "vocab.json", "LICENSE"])
+def test_pickles_are_found_under_the_names_of_texts_and_pictures(name, tmp_path):
+    (tmp_path / name).write_bytes(saved({}))
+    with pytest.raises(ValueError, match=rf"pickled files.*: {re.escape(name)}\. Remove"):
+        refuse_weights([name], "here", tmp_path)
+
+
+def test_safetensors_may_begin_with_any_length(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x02\0\0\0\0\0\0{")
+    refuse_weights(["model.safetensors"], "here", tmp_path)
+
+
+@pytest.mark.parametrize("target", ["weights.txt", "../model.safetensors", "x.safetensors", "model.safetensors.bin"])
+def test_an_index_names_the_models_own_weights_alone(target, checkpoint):
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}))
+    check_code(checkpoint)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"lm_head.weight": target}}))
+    with pytest.raises(ValueError, match=rf"index\.json names weights that are not this model's: {re.escape(target)}"):
+        check_code(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        ["attn_implementation"],
+        ["_attn_implementation"],
+        ["_attn_implementation_internal"],
+        ["_experts_implementation"],
+        ["text_config", "_attn_implementation"],
+        ["attn_implementation", "text_config"],
+    ],
+)
+def test_kernels_of_another_repository_are_refused(place, checkpoint):
+    written = json.loads((checkpoint / "config.json").read_text())
+    for value in ("sdpa", "evil/kernel", "flash|evil/kernel@main:run"):
+        content = json.loads(json.dumps(written))
+        inner = content
+        for key in place[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[place[-1]] = value
+        (checkpoint / "config.json").write_text(json.dumps(content))
+        if value == "sdpa":
+            check_code(checkpoint)
+            continue
+        with pytest.raises(ValueError, match=rf"names kernels of another repository to run: {re.escape(value)}"):
+            check_code(checkpoint)
+
+
 def test_links_may_not_leave_a_folder(tmp_path):
     folder, outside = tmp_path / "folder", tmp_path / "outside"
     for place in (folder, outside):

@@ -287,7 +287,7 @@ def test_a_failed_upload_leaves_no_half_repository(step, hub, worker, light):
     assert hub.repos["user/stays"]["refs"] == before
 
 
-def bad_folder(light, tmp_path, kind):
+def bad_folder(light, base, tmp_path, kind):
     folder = tmp_path / kind
     shutil.copytree(light, folder)
     if kind == "pickled":
@@ -301,11 +301,22 @@ def bad_folder(light, tmp_path, kind):
         (folder / "helper.py").write_text("")
     elif kind == "other_model":
         save_file({"model.pruner.other": torch.zeros(1)}, folder / "model.safetensors")
+    elif kind == "no_config":
+        (folder / "config.json").write_text("[]")
     elif kind == "local_base":
-        config = json.loads((folder / "config.json").read_text())
-        config |= {"base_model_name_or_path": str(tmp_path), "base_model_revision": None}
-        (folder / "config.json").write_text(json.dumps(config))
+        changed_config(folder, base_model_name_or_path=str(base), base_model_revision=None)
+    elif kind == "no_type":
+        changed_config(folder, model_type=[])
+    elif kind == "no_name":
+        changed_config(folder, base_model_name_or_path=3)
+    elif kind == "no_number":
+        changed_config(folder, pruner_diversity="a tenth")
     return folder
+
+
+def changed_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
 @pytest.mark.parametrize(
@@ -316,11 +327,17 @@ def bad_folder(light, tmp_path, kind):
         ("tampered", "scorer_learnpruner.py"),
         ("other_code", "helper.py"),
         ("other_model", "does not fit"),
+        ("local_base", "a folder that nobody else has"),
+        ("no_config", "config.json is no configuration"),
+        ("no_type", "config.json is no configuration"),
+        ("no_name", "base_model_name_or_path"),
+        ("no_number", "pruner_diversity"),
     ],
 )
-def test_bad_folders_are_refused(kind, message, hub, worker, light, tmp_path):
+def test_bad_folders_are_refused(kind, message, hub, worker, light, base_folder, tmp_path):
     before = hub.writes()
-    answer = worker("result = main(['push', folder, 'user/bad'])", folder=bad_folder(light, tmp_path, kind))
+    folder = bad_folder(light, base_folder, tmp_path, kind)
+    answer = worker("result = main(['push', folder, 'user/bad'])", folder=folder)
     assert answer.result == 2
     (line,) = answer.err.strip().splitlines()[-1:]
     assert line.startswith("learnpruner: ")
@@ -336,16 +353,17 @@ def test_bad_folders_are_refused(kind, message, hub, worker, light, tmp_path):
         (["user/bad name"], True, "user/bad name"),
         (["someone/else"], True, "no rights"),
         (["user/bad", "--results", "nowhere.json"], True, "nowhere.json"),
+        (["user/bad", "--results", __file__], True, "is not called .json"),
         (["user/bad", "--picture", "nowhere.png"], True, "nowhere.png"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, token, message, hub, worker, light):
-    token = "hf_of_user" if token is True else token
+    token, before = "hf_of_user" if token is True else token, hub.writes()
     answer = worker("result = main(['push', folder, *arguments])", token=token, folder=light, arguments=arguments)
     assert answer.result == 2
     (line,) = answer.err.strip().splitlines()
     assert message in line
-    assert not {"user/bad", "someone/else"} & set(hub.repos)
+    assert hub.writes() == before
 
 
 def test_a_checkpoint_that_is_not_there(hub, worker):
@@ -388,6 +406,42 @@ def test_training_of_other_weights_is_refused(hub, worker, light):
     answer = worker(PUSH, check=False, folder=light, repo_id="user/bad", options=options)
     assert "other weights" in answer.error
     assert "user/bad" not in hub.repos
+
+
+@pytest.mark.parametrize("content", ["3", "[]"])
+def test_a_training_that_is_none_is_left_out_with_a_warning(content, hub, worker, light, tmp_path):
+    shutil.copytree(light, tmp_path / "odd")
+    (tmp_path / "odd" / "training.json").write_text(content)
+    answer = worker("result = main(['push', folder, 'user/odd', '--dry-run'])", folder=tmp_path / "odd")
+    assert answer.result == 0, answer.err
+    assert "training.json" not in answer.out
+    answer = worker("result = main(['verify', folder])", folder=tmp_path / "odd")
+    assert answer.result == 2
+    assert "training.json is not a record of `learnpruner train`" in answer.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("call", ["push_to_hub=True, repo_id='user/saved'", "True, None, True, repo_id='user/saved'"])
+def test_saving_does_not_push_beside_the_push(call, hub, worker, light, tmp_path):
+    code = f"""
+from learnpruner import LearnPrunerForConditionalGeneration as Factory
+Factory.from_pretrained(light).save_pretrained(folder, {call})
+"""
+    before = hub.writes()
+    answer = worker(code, check=False, light=light, folder=tmp_path / "saved")
+    assert "model.push_to_hub(repo_id)" in (answer.error or "")
+    assert hub.writes() == before
+
+
+def test_a_tokenizer_is_no_processor(hub, worker, light):
+    code = """
+from transformers import AutoTokenizer
+from learnpruner import LearnPrunerForConditionalGeneration as Factory
+Factory.from_pretrained(light).push_to_hub("user/tokenized", processor=AutoTokenizer.from_pretrained("user/base"))
+"""
+    answer = worker(code, check=False, light=light)
+    assert answer.error.startswith("ValueError")
+    assert "is no processor" in answer.error
+    assert "user/tokenized" not in hub.repos
 
 
 def test_weights_that_are_in_the_way(hub, worker, light):

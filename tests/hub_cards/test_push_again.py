@@ -17,10 +17,10 @@ from learnpruner.hub_cards import push_pruner
 push = push_pruner(Factory.from_pretrained(folder), repo_id, **options)
 result = {"deleted": push.deleted, "text": str(push)}
 """
+WEIGHTS = "model.safetensors"
 EVALUATION = ".eval_results/easy-vqa-scenes-standard.yaml"
 # What a push never writes.
 FOREIGN = {
-    "handler.py": b"# of somebody else\n",
     "LICENSE": b"mine\n",
     ".eval_results/community.yaml": b"- of: others\n",
     "results/notes.json": b'{"of": "others"}\n',
@@ -61,6 +61,43 @@ def test_what_is_of_the_same_weights_stays_and_is_on_the_new_card(hub, worker, l
     assert card.text == old.text
 
 
+def test_results_stay_where_the_base_was_loaded_in_another_dtype(hub, worker, light, full, tmp_path):
+    before = hub.files(full)
+    code = PUSH.replace("Factory.from_pretrained(folder)", "Factory.from_pretrained(folder, dtype=torch.bfloat16)")
+    assert worker(code, folder=light, repo_id=full, options={}).result["deleted"] == []
+    after = hub.files(full)
+    for name in (EVALUATION, "kept_tokens.png", "training.json", *(n for n in before if n.startswith("results/"))):
+        assert after[name] == before[name]
+    # Of another pruner, what is of the base alone still stays.
+    deleted = worker(code, folder=doubled(light, tmp_path / "later"), repo_id=full, options={}).result["deleted"]
+    assert {name for name in deleted if name.startswith("results/")} == {
+        f"results/{name}.json" for name in ("half", "tenth", "speed")
+    }
+    # With all weights, the other dtype is of other weights.
+    deleted = worker(code, folder=light, repo_id=full, options={"merged": True}).result["deleted"]
+    assert {"results/none.json", "results/random.json"} <= set(deleted)
+
+
+def test_results_of_another_revision_of_the_base_go(hub, worker, light, full, base_folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(base_folder, moved)
+    weights = load_file(moved / "model.safetensors")
+    save_file({name: value + 1 if "lm_head" in name else value for name, value in weights.items()}, moved / WEIGHTS)
+    commit = hub.publish("user/moved", moved)
+    code = PUSH.replace("(folder)", "(folder, base_model_name_or_path='user/moved', base_model_revision=commit)")
+    deleted = worker(code, folder=light, repo_id=full, commit=commit, options={}).result["deleted"]
+    results = [f"results/{name}.json" for name in ("half", "none", "random", "speed", "tenth")]
+    assert deleted == [EVALUATION, "kept_tokens.png", *results]
+
+
+@pytest.mark.parametrize(
+    "setting", ["pruner_ratio=0.1", "pruner_diversity=0.2", "pruner_query='last'"], ids=["ratio", "diversity", "query"]
+)
+def test_a_picture_at_other_settings_goes(setting, hub, worker, light, full):
+    code = PUSH.replace("(folder)", f"(folder, {setting})")
+    assert "kept_tokens.png" in worker(code, folder=light, repo_id=full, options={}).result["deleted"]
+
+
 def test_what_is_of_other_weights_goes_and_is_listed(hub, worker, light, full, tmp_path):
     before = hub.files(full)
     # Left by earlier pushes: of all weights, and by another release with another processor.
@@ -86,6 +123,30 @@ def test_what_is_of_other_weights_goes_and_is_listed(hub, worker, light, full, t
         assert after[name] == content
     # Of the base alone, and so as true as before.
     assert after["results/none.json"] == before["results/none.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("handler.py", "Remove it, or push to another repository"),
+        ("custom_generate/generate.py", "Remove it, or push to another repository"),
+        ("sub/scorer_learnpruner.py", "Remove it, or push to another repository"),
+        ("helper.PY", "Remove it, or push to another repository"),
+        (".gitignore", "leaves out files"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["push", "dry"])
+def test_code_of_others_and_what_drops_files_is_not_pushed_beside(name, message, more, hub, worker, light):
+    if "user/foreign-code" not in hub.repos:
+        hub.create("user/foreign-code")
+    hub.commit("user/foreign-code", {".gitattributes": b"", name: b"*.json\n"})
+    before = hub.writes()
+    answer = worker("result = main(['push', folder, 'user/foreign-code', *more])", folder=light, more=more)
+    assert answer.result == 2
+    (line,) = answer.err.strip().splitlines()[-1:]
+    assert name in line
+    assert message in line
+    assert hub.writes() == before
 
 
 def test_a_result_of_the_same_name_is_replaced(hub, worker, light, full, digests, tmp_path):
@@ -166,6 +227,22 @@ def test_a_token_that_may_only_read(hub, worker, light):
     assert answer.result == 2
     assert "no rights but to read" in answer.err
     assert hub.writes() == before
+
+
+def test_license_and_tags_stay_until_others_are_given(hub, worker, light):
+    def data(**options):
+        worker(PUSH, folder=light, repo_id="user/tagged", options=options)
+        return ModelCard(hub.files("user/tagged")["README.md"].decode()).data
+
+    first = data(license="mit", tags=["q", "r"])
+    again = data()
+    assert (again.license, again.tags) == (first.license, first.tags) == ("mit", first.tags)
+    assert again.tags[-2:] == ["q", "r"]
+    other = data(license="apache-2.0", tags=["s"])
+    assert (other.license, other.tags) == ("apache-2.0", [*first.tags[:-2], "s"])
+    # A card that cannot be read has none.
+    hub.commit("user/tagged", {**hub.files("user/tagged"), "README.md": b"---\ntags: [\n---\n"})
+    assert data().license is None
 
 
 def test_a_license_is_on_the_card(hub, worker, light):

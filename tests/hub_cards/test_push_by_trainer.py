@@ -1,8 +1,12 @@
 """Trainers that push: nothing is made before the training, and what is pushed is what the model pushes."""
 
+import json
+
 import pytest
+from safetensors.torch import load
 
 from fake_hub import READ_TOKEN
+from recorded import digest
 
 # A stock model that trains its pruner, and data for it.
 SETUP = """
@@ -21,7 +25,9 @@ def pruner_trainer(**settings):
     return PrunerTrainer(model, arguments, PrunerCollator(processor), samples)
 def stock_trainer(**settings):
     arguments = TrainingArguments(**{**common, "save_steps": 1, **settings})
-    return Trainer(model, arguments, PrunerCollator(processor), samples, callbacks=[PrunerHubCallback()])
+    return Trainer(model, arguments, PrunerCollator(processor), samples, callbacks=[PrunerHubCallback(**options)],
+        processing_class=given)
+given, options = None, {}
 """
 
 
@@ -56,10 +62,47 @@ def test_the_stock_trainers_own_push_is_stopped(run, hub):
         ("stock_trainer(hub_model_id=None)", "hub_model_id"),
         ("stock_trainer(hub_strategy='checkpoint')", "pickles"),
         ("model.config.base_model_name_or_path = folder; stock_trainer()", "nobody else"),
+        ("stock_trainer(hub_private_repo=True)", "is public"),
+        ("stock_trainer()", "handler.py"),
+        (f"options = {{'token': {READ_TOKEN!r}}}; stock_trainer()", "no rights but to read"),
     ],
 )
-def test_a_stock_trainer_that_could_not_push_is_not_made(code, message, run):
-    assert message in run(code, "user/unmade", check=False).error
+def test_a_stock_trainer_that_could_not_push_is_not_made(code, message, run, hub):
+    if "user/unmade" not in hub.repos:
+        hub.create("user/unmade")
+        hub.commit("user/unmade", {"handler.py": b""})
+    assert message in (run(code, "user/unmade", check=False).error or "")
+
+
+def test_a_tokenizer_of_a_stock_trainer_is_not_pushed_as_a_processor(run, hub):
+    run("given = processor.tokenizer; stock_trainer().train()", "user/of-tokenizer")
+    assert hub.files("user/of-tokenizer")["processor_config.json"] == hub.files("user/base")["processor_config.json"]
+
+
+def test_a_pruner_that_was_trained_further_is_pushed_again(run, hub):
+    code = "trainer = pruner_trainer(learning_rate=0.01); trainer.train(); trainer.push_to_hub(license='mit')"
+    run(code, "user/trained-twice")
+    first = hub.files("user/trained-twice")
+    code = """
+model = Factory.from_pretrained(repo_id)
+trainer = pruner_trainer(learning_rate=0.01, max_steps=3)
+trainer.train()
+result = trainer.push_to_hub().oid
+"""
+    commit = run(code, "user/trained-twice").result
+    second = hub.files("user/trained-twice")
+    assert hub.repos["user/trained-twice"]["refs"]["main"] == commit
+    assert set(second) == set(first)
+    steps = [json.loads(files["training.json"])["steps"] for files in (first, second)]
+    digests = [digest(load(files["model.safetensors"])) for files in (first, second)]
+    assert steps == [2, 3]
+    assert digests[0] != digests[1]
+    for files, sha256, count in zip((first, second), digests, steps):
+        card = files["README.md"].decode()
+        assert json.loads(files["training.json"])["pruner_sha256"] == sha256
+        assert f"sha256 `{sha256}`" in card
+        assert f"| steps | {count} |" in card
+        assert "license: mit" in card
 
 
 def test_no_repository_is_made_before_the_push(run, hub):

@@ -50,7 +50,13 @@ print("RESULTS" + json.dumps(answer))
 @pytest.mark.core
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("llava", torch.float32), ("llava", torch.bfloat16), ("llava_next", torch.float32), ("qwen2_vl", torch.float32)],
+    [
+        ("llava", torch.float32),
+        ("llava", torch.bfloat16),
+        ("llava_next", torch.float32),
+        ("qwen2_vl", torch.float32),
+        ("qwen2_5_vl", torch.float32),
+    ],
 )
 def test_a_pruner_comes_back_from_the_hub(family, dtype, hub, worker, base, tmp_path):
     name = f"{family}-{str(dtype).rpartition('.')[2]}".replace("_", "-")
@@ -77,9 +83,9 @@ def test_a_pruner_comes_back_from_the_hub(family, dtype, hub, worker, base, tmp_
     assert code
 
 
-def at_no_revision(light, folder):
+def at_revision(light, folder, revision):
     shutil.copytree(light, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"base_model_revision": None}
+    config = json.loads((folder / "config.json").read_text()) | {"base_model_revision": revision}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -87,10 +93,29 @@ def at_no_revision(light, folder):
 def test_the_base_is_pinned_where_it_was_loaded(hub, worker, light, base_folder, tmp_path):
     code = "from learnpruner import LearnPrunerForConditionalGeneration as Factory; import builtins\n"
     loaded = hub.publish("user/base", base_folder)
-    worker(code + "builtins.kept = Factory.from_pretrained(folder)", folder=at_no_revision(light, tmp_path / "free"))
+    worker(code + "builtins.kept = Factory.from_pretrained(folder)", folder=at_revision(light, tmp_path / "free", None))
     assert hub.publish("user/base", base_folder) != loaded  # it has moved since
     worker("import builtins; builtins.kept.push_to_hub('user/pinned')")
     assert json.loads(hub.files("user/pinned")["config.json"])["base_model_revision"] == loaded
+
+
+def test_a_branch_that_looks_like_a_commit_is_pinned(hub, worker, light, base_folder, tmp_path):
+    """Hexadecimal digits, but not 40 of them."""
+    commit = hub.publish("user/base", base_folder)
+    hub.repos["user/base"]["refs"]["facade"] = commit
+    folder = at_revision(light, tmp_path / "branch", "facade")
+    code = """
+from learnpruner import LearnPrunerForConditionalGeneration as Factory
+from learnpruner.hub_cards.push import pushed_base
+model = Factory.from_pretrained(folder)
+result = [model.config.base_model_revision]
+model.config.base_model_revision = "facade"
+result += [pushed_base(model, False, None)[1]]
+assert main(["verify", folder]) == 0
+"""
+    answer = worker(code, folder=folder)
+    assert answer.result == [commit, commit]
+    assert "user/base at NO FIXED REVISION" in answer.out
 
 
 def test_another_base_has_a_revision_of_its_own(hub, worker, light, base_folder):

@@ -3,6 +3,7 @@
 import os
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -127,3 +128,9 @@ def test_the_screenshot_in_the_docs_is_of_this_page(address, screenshot, tmp_pat
     assert taken.width == kept.width
     # Other fonts, other line breaks.
     assert taken.height == pytest.approx(kept.height, rel=0.1)
+    taken, kept, upside_down = (
+        np.asarray(picture.convert("L").resize((64, 64)), float)
+        for picture in (taken, kept, kept.transpose(Image.Transpose.FLIP_TOP_BOTTOM))
+    )
+    # Another page would be as far from it as this page is from itself upside down.
+    assert np.abs(taken - kept).mean() < np.abs(taken - upside_down).mean() / 3

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from learnpruner.budget_learnpruner import keep_counts
 
 from fake_hub import TOKEN, environment
-from recorded import training_record
+from recorded import records, training_record
 from tiny_models import LAYERS, PATCHES
 
 EASY_VQA = Path(__file__).parents[2] / "examples" / "easy_vqa"
@@ -44,7 +44,8 @@ def test_a_repository_is_verified(hub, worker, published, light, digests, base):
     writes = hub.writes()
     answer = worker("result = main(['verify', name, '--ratio', '0.4'])", name=published, token=None)
     assert answer.result == 0, answer.err
-    rows = dict(re.split(r"  +", line, maxsplit=1) for line in answer.out.splitlines())
+    found, table = answer.out.split("\n\n")
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in found.splitlines())
     for path in light.glob("*.py"):
         assert "as in learnpruner" in rows[path.name]
     assert rows["checkpoint"] == f"{published} at {hub.repos[published]['refs']['main']}"
@@ -55,12 +56,24 @@ def test_a_repository_is_verified(hub, worker, published, light, digests, base):
     first, second = keep_counts(PATCHES, 0.4, num_layers=LAYERS, pruner_layer=2, stage_ratio=3.0)
     assert rows["vision tokens"] == f"{PATCHES} -> {first} -> {second}"
     assert hub.writes() == writes
+    header, *lines = (re.split(r"  +", line) for line in table.splitlines())
+    recorded = records(*digests)
+    kinds = recorded["none.json"]["by_kind"]
+    assert header[5:] == ["after each cut", "questions", "accuracy, %", "RelAcc, %"]
+    for line, name in zip(lines, ("none", "half", "random", "tenth"), strict=True):
+        record = recorded[f"{name}.json"]
+        shares = [kind["accuracy"] / kinds[which]["accuracy"] for which, kind in record["by_kind"].items()]
+        cuts = " -> ".join(map(str, record["tokens"]["after_cuts"])) or "no cut"
+        accuracy, relative = (f"{100 * value:.2f}" for value in (record["accuracy"], sum(shares) / len(shares)))
+        assert line[1] == record["name"]
+        assert line[5:] == [cuts, "2000", accuracy, relative]
 
 
 def test_a_folder_and_a_revision_are_verified(hub, worker, published, light, changed):
     answer = worker("result = main(['verify', str(folder)])", folder=light, token=None)
     assert answer.result == 0, answer.err
     assert "none recorded" in answer.out
+    assert "RelAcc" not in answer.out
     good = hub.repos[published]["refs"]["main"]
     changed("pytorch_model.bin", b"pickle")
     code = "result = [main(['verify', name, *more]) for more in ([], ['--revision', good])]"
@@ -138,6 +151,9 @@ PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
             "evil",
         ),
         ("config.json", with_code("config.json", ["custom_pipelines"], PIPELINE), FOREIGN),
+        ("config.json", with_code("config.json", ["text_config"], {"_attn_implementation": "evil/kernel"}), "kernel"),
+        ("merges.txt", b"\x80\x02}q\x00.", "merges.txt"),
+        ("model.safetensors.index.json", b'{"weight_map": {"lm_head.weight": "weights.txt"}}', "weights.txt"),
         (
             "processor_config.json",
             with_code("processor_config.json", ["image_processor", "auto_map"], {"AutoImageProcessor": FOREIGN}),
@@ -164,7 +180,7 @@ def test_what_is_not_to_be_trusted_is_refused(name, content, message, hub, worke
     (line,) = answer.err.strip().splitlines()[-1:]
     assert line.startswith("learnpruner: ")
     assert message in line
-    if not name.endswith((".py", ".json", ".md", ".yaml")):
+    if not name.endswith((".py", ".json", ".md", ".yaml", ".txt")):
         # Not even downloaded.
         assert not any("/resolve/" in path for _, path in hub.requests[requests:])
 

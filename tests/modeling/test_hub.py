@@ -257,6 +257,21 @@ def test_pruner_only_checkpoint(family, stock_folder, tmp_path):
     assert torch.equal(merged(**inputs).logits, model(**inputs).logits)
 
 
+def test_code_of_the_base_is_not_run_by_trust_in_the_pruner(stock_folder, tmp_path):
+    (stock_folder / "custom_generate").mkdir()
+    code = f"open({str(tmp_path / 'has_run')!r}, 'w')\ndef generate(model, **kwargs): return 'of the base'\n"
+    (stock_folder / "custom_generate" / "generate.py").write_text(code)
+    model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only()
+    model.save_pretrained(tmp_path / "light")
+    loaded = LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "light", trust_remote_code=True)
+    assert "generate" not in vars(loaded)
+    assert not (tmp_path / "has_run").exists()
+    # Where the stock checkpoint itself is opened, it is what the caller trusts, or not.
+    assert "generate" not in vars(LearnPrunerForConditionalGeneration.from_pretrained(stock_folder))
+    trusted = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder, trust_remote_code=True)
+    assert trusted.generate() == "of the base"
+
+
 def test_pruner_only_checkpoint_whose_base_is_gone(stock_folder, tmp_path):
     model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only().eval()
     model.save_pretrained(tmp_path / "light")
