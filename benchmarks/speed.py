@@ -38,7 +38,7 @@ import transformers
 from transformers import PreTrainedModel
 
 import learnpruner
-from learnpruner.budget_learnpruner import mean_tokens
+from learnpruner.accounting import mean_tokens
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.cuts_learnpruner import learnpruner_schedule
 from learnpruner.hub_cards.records import read_result, weights_digest
