@@ -98,18 +98,18 @@ class Measurement:
         self.parts = StockParts(stock, inputs, self.spans["pruned"])
 
     def contestants(self) -> dict[str, Callable[[], dict[str, float]]]:
-        """By name, what a round runs, in this order."""
+        """By name, what a round runs, in this order: what is set against another stands next to it."""
         new_tokens = self.point.new_tokens
         return {
             "stock": self._stock_prefill,
             "pruned": self._pruned_prefill,
+            "parts": self.parts.times,
+            "cuts": self._cut_times,
             "stock answer": lambda: generation_times(self.stock, self.inputs, new_tokens),
+            "ratio one answer": lambda: generation_times(self.pruned, self.inputs, new_tokens, pruner_ratio=1.0),
             "pruned answer": lambda: generation_times(
                 self.pruned, self.inputs, new_tokens, pruner_ratio=self.point.ratio
             ),
-            "ratio one answer": lambda: generation_times(self.pruned, self.inputs, new_tokens, pruner_ratio=1.0),
-            "parts": self.parts.times,
-            "cuts": self._cut_times,
         }
 
     def _stock_prefill(self) -> dict[str, float]:
