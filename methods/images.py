@@ -172,19 +172,25 @@ def _unpadded_grid(config, side: int, size: list[int], tokens: int) -> list[tupl
     return [(height, tokens // height - 1)]
 
 
-def coordinates(images: EncodedImages) -> torch.Tensor:
-    """The middle of each patch, x and y in its picture as shares of its width and height: `(images, tokens, 2)`."""
+def places(images: EncodedImages) -> torch.Tensor:
+    """Where each patch stands: the number of its grid in its image, and the middle of it, x and y in its picture as
+    shares of its width and height: `(images, tokens, 3)`."""
     parts = []
     for every, size in zip(grids(images), images.sizes):
         structured = len(every) == 2 and sum(rows * columns for rows, columns in every) != size
-        places = []
+        found = []
         for number, (rows, columns) in enumerate(every):
             y, x = torch.meshgrid(
                 (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
             )
-            grid = torch.stack([x, y], dim=-1)
+            grid = torch.stack([torch.full_like(x, number), x, y], dim=-1)
             if structured and number:
-                grid = torch.cat([grid, grid.new_full((rows, 1, 2), torch.nan)], dim=1)  # its newlines
-            places.append(grid.flatten(0, 1))
-        parts.append(torch.cat(places))
+                grid = torch.cat([grid, grid.new_full((rows, 1, 3), torch.nan)], dim=1)  # its newlines
+            found.append(grid.flatten(0, 1))
+        parts.append(torch.cat(found))
     return padded(parts).to(images.features.device)
+
+
+def coordinates(images: EncodedImages) -> torch.Tensor:
+    """The middle of each patch, x and y in its picture as shares of its width and height: `(images, tokens, 2)`."""
+    return places(images)[..., 1:]

@@ -1,18 +1,21 @@
 """Baselines against what a person would draw."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from learnpruner import Cut
-from learnpruner.methods import METHODS
+from learnpruner.methods import METHODS, baselines
 from learnpruner.methods.base import TopKImages
 from learnpruner.methods.baselines import box_scores, grid_marks, mean_of_nearest, random_scores
-from learnpruner.methods.images import coordinates, embeddings, grids
+from learnpruner.methods.images import coordinates, embeddings, grids, places
 
 from scenes import scene_dataset
-from tiny_models import LLAVA, build_inputs, samples_of, tiny_pair
+from largest import Largest
+from tiny_models import IMAGE, LLAVA, PATCH, PINPOINTS, QWEN, SIDE, VIDEO, build_inputs, samples_of, tiny_pair
 
 
 @pytest.mark.parametrize("count", [1, 7, 32, 55, 100, 288, 550, 576])
@@ -116,14 +119,18 @@ def test_pool_is_a_mean_of_the_nearest(family):
     spy = Spy()
     pruned(**build_inputs(family, samples_of("mixed", family)), schedule=(Cut(0, lambda tokens: tokens - 1, spy),))
     images, chosen = spy.images, spy.select(spy(spy.images), spy.images, [5] * len(spy.images.sizes))
-    merged, states, places = mean_of_nearest(images, chosen), embeddings(images), coordinates(images)
+    merged, states, where = mean_of_nearest(images, chosen), embeddings(images), places(images)
     for row, size in enumerate(images.sizes):
-        patches = [token for token in range(size) if not places[row, token].isnan().any()]
+        patches = [token for token in range(size) if not where[row, token].isnan().any()]
         keepers = [token for token in patches if chosen[row, token]]
         groups = {token: [] for token in keepers}
         for token in patches:
-            distances = [math.dist(places[row, token].tolist(), places[row, keeper].tolist()) for keeper in keepers]
-            nearest = min(distances)
+            # Other grids are out of reach.
+            (grid, *own), others = where[row, token].tolist(), where[row, keepers].tolist()
+            distances = [math.dist(own, other[1:]) if other[0] == grid else math.inf for other in others]
+            nearest = min(distances, default=math.inf)
+            if nearest == math.inf:
+                continue
             # The first of those that are equally near.
             groups[keepers[[d < nearest + 1e-5 for d in distances].index(True)]].append(token)
         for keeper, members in groups.items():
@@ -131,3 +138,91 @@ def test_pool_is_a_mean_of_the_nearest(family):
             assert (merged[row, keeper] - mean).abs().max() < 1e-5
         others = [token for token in range(size) if token not in keepers]
         assert torch.equal(merged[row, others], states[row, others])
+
+
+def views(family, part):
+    """Of an image or a whole video: its grids, each `{token: (row, column)}` and its numbers of rows and columns."""
+    side = SIDE // PATCH
+    if family in QWEN:
+        *groups, height, width = part
+        shapes = [(height // PATCH, width // PATCH)] * (groups[0] if groups else 1)
+        newline = False
+    else:
+        rows, columns = get_anyres_image_grid_shape(part, PINPOINTS, SIDE)
+        shapes = [(side, side), tuple(unpad_image(torch.zeros(1, rows * side, columns * side), part).shape[1:])]
+        newline = True
+    found, token = [], 0
+    for number, (rows, columns) in enumerate(shapes):
+        grid = {}
+        for row in range(rows):
+            for column in range(columns):
+                grid[token] = (row, column)
+                token += 1
+            token += newline and number > 0
+        found.append((grid, rows, columns))
+    return found, token
+
+
+def decoder_inputs(model, **arguments):
+    """What a model gives its decoder, and what it returns."""
+    seen = []
+    with model.model.language_model.register_forward_pre_hook(
+        lambda *of: seen.append(of[2]["inputs_embeds"]), with_kwargs=True
+    ):
+        outputs = model(**arguments)
+    return seen[0], outputs
+
+
+WHOLE_VIDEO = [[2, (4, 32, 32), 6], [3, (3, 24, 40), 1, (32, 32), 4]]
+
+
+@pytest.mark.parametrize("rows_at_a_time", [5, 256])
+@pytest.mark.parametrize("ratio", [0.1, 0.25, 0.6])
+@pytest.mark.parametrize(("family", "batch"), [("llava_next", "mixed"), ("qwen2_vl", WHOLE_VIDEO)])
+def test_pool_averages_each_view_by_itself(family, batch, ratio, rows_at_a_time, monkeypatch):
+    """What the decoder is given, where a place of the picture has a patch in several grids. Exact arithmetic."""
+    monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", rows_at_a_time)
+    stock, pruned = tiny_pair(family)
+    pruned.config.pruner_per_frame = False
+    samples = samples_of(batch, family) if isinstance(batch, str) else batch
+    inputs = build_inputs(family, samples)
+    own, _ = decoder_inputs(stock, **inputs)
+    merged, outputs = decoder_inputs(pruned, **inputs, schedule=METHODS["pool"](ratio))
+    vision = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
+    shared = 0
+    for row, sample in enumerate(samples):
+        columns = vision[row].nonzero().flatten().tolist()
+        for part in sample:
+            if isinstance(part, int):
+                continue
+            found, size = views(family, part)
+            at, columns = columns[:size], columns[size:]
+            kept = {token for token in range(size) if outputs.kept_mask[0][row, at[token]]}
+            for grid, rows, width in found:
+                keepers = sorted(kept & grid.keys())
+                members = {keeper: [] for keeper in keepers}
+                for token, (r, c) in grid.items():
+                    distance = {
+                        keeper: Fraction(r - grid[keeper][0], rows) ** 2 + Fraction(c - grid[keeper][1], width) ** 2
+                        for keeper in keepers
+                    }
+                    if keepers:
+                        members[min(keepers, key=lambda keeper: (distance[keeper], keeper))].append(token)
+                for keeper, group in members.items():
+                    assert keeper in group
+                    mean = torch.stack([own[row, at[token]] for token in group]).mean(0)
+                    assert (merged[row, at[keeper]] - mean).abs().max() < 1e-5
+            middles = [(r / rows, c / width) for grid, rows, width in found for t, (r, c) in grid.items() if t in kept]
+            shared += len(middles) - len(set(middles))
+        assert not columns
+    if ratio > 0.1:
+        assert shared  # patches of one place
+
+
+def test_pool_forms_no_square_of_the_tokens(monkeypatch):
+    monkeypatch.setattr(baselines, "ROWS_AT_A_TIME", 2)
+    monkeypatch.setattr(baselines, "embeddings", lambda images: torch.ones(1, 300, 4))
+    monkeypatch.setattr(baselines, "places", lambda images: torch.ones(1, 300, 3).cumsum(1))
+    with Largest() as largest:
+        mean_of_nearest(None, torch.ones(1, 300, dtype=torch.bool))
+    assert largest.numel <= 300 * 6
