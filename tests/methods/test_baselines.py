@@ -13,8 +13,8 @@ from learnpruner.methods.base import TopKImages
 from learnpruner.methods.baselines import box_scores, grid_marks, mean_of_nearest, random_scores
 from learnpruner.methods.images import coordinates, embeddings, grids, places
 
-from scenes import scene_dataset
 from largest import Largest
+from scenes import scene_dataset
 from tiny_models import IMAGE, LLAVA, PATCH, PINPOINTS, QWEN, SIDE, VIDEO, build_inputs, samples_of, tiny_pair
 
 
