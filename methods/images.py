@@ -43,12 +43,17 @@ def text(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
     return embeds[owners], rows[owners]
 
 
-def clip_encoder(model: nn.Module, method: str) -> CLIPEncoder:
+def clip_encoder(
+    model: nn.Module, method: str, layer: int | list[int] | None = None, strategy: str | None = None
+) -> CLIPEncoder:
     """The encoder of a LLaVA's CLIP tower.
 
+    Args:
+        layer, strategy: A call's `vision_feature_layer` and `vision_feature_select_strategy`; the model's, by default.
+
     Raises:
-        `ValueError`: where the tower is another, without the [CLS] token that `method` reads, or the model does not
-            read one layer of it, counted from the end.
+        `ValueError`: where the tower is another, without the [CLS] token that `method` reads, the projector does not
+            read one layer of it, counted from the end, or reads [CLS], too.
     """
     towers = [module for module in model.modules() if isinstance(module, CLIPEncoder)]
     if not towers:
@@ -56,9 +61,19 @@ def clip_encoder(model: nn.Module, method: str) -> CLIPEncoder:
             f"{method} reads CLIP's [CLS] token, and the tower of {type(model).__name__} has none: take a method that "
             "reads the decoder or the projected tokens."
         )
-    layer = model.config.vision_feature_layer
-    if not (isinstance(layer, int) and layer < 0):
-        raise ValueError(f"{method} reads one layer of the tower counted from the end; the model reads {layer}.")
+    layer = model.config.vision_feature_layer if layer is None else layer
+    depth = len(towers[0].layers)
+    if not (isinstance(layer, int) and -depth <= layer < 0):
+        raise ValueError(
+            f"{method} reads one layer of the tower counted from the end, -1 to -{depth}, and vision_feature_layer is "
+            f"{layer}: count it so, or take a method that does not read the tower."
+        )
+    strategy = strategy or model.config.vision_feature_select_strategy
+    if strategy != "default":
+        raise ValueError(
+            f"{method} ranks patches alone, and with vision_feature_select_strategy={strategy!r} tokens include [CLS]: "
+            "take 'default', or a method that does not read the tower."
+        )
     return towers[0]
 
 
@@ -88,7 +103,8 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
         `tuple`: `(images, tokens)` float32, mean over the heads, and `(images, tokens, head_dim)`, mean over the heads.
         NaN at structure.
     """
-    encoder, number = clip_encoder(images.model, "This method"), images.arguments["vision_feature_layer"]
+    number, strategy = (images.arguments[f"vision_feature_{name}"] for name in ("layer", "select_strategy"))
+    encoder = clip_encoder(images.model, "This method", number, strategy)
     number = images.model.config.vision_feature_layer if number is None else number
     states = images.arguments["mm_encoder_outputs"]["image"].hidden_states
     if states[number - 1] is None:
@@ -100,10 +116,11 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
     block = encoder.layers[number]
     inputs, attention = block.layer_norm1(states[number - 1]), block.self_attn
     heads = (len(inputs), -1, attention.num_heads, attention.head_dim)
-    query = attention.q_proj(inputs[:, :1]).view(heads).transpose(1, 2)
-    keys = attention.k_proj(inputs).view(heads).transpose(1, 2)
-    paid = (query @ keys.mT * attention.scale).float().softmax(-1).mean(1).mT
-    values = lay_out(images, torch.cat([paid, keys.mean(1).float()], dim=-1))
+    query = attention.q_proj(inputs[:, :1]).float().view(heads).transpose(1, 2)
+    keys = attention.k_proj(inputs).float().view(heads).transpose(1, 2)
+    with torch.autocast(query.device.type, enabled=False):
+        paid = (query @ keys.mT * attention.scale).softmax(-1).mean(1).mT
+    values = lay_out(images, torch.cat([paid, keys.mean(1)], dim=-1))
     return values[..., 0], values[..., 1:]
 
 
@@ -128,7 +145,11 @@ class _EveryLevel:
 
 def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
     """Rows and columns of each image's grids of patches, in the order of its tokens: LLaVA has one, LLaVA-NeXT a second
-    of its crops, Qwen one for each group of frames of a part."""
+    of its crops, Qwen one for each group of frames of a part.
+
+    Raises:
+        `ValueError`: where the tokens of a LLaVA's image are no square.
+    """
     config, layout = images.model.config, images.layout
     if layout.grids.keys() & {"image_grid_thw", "video_grid_thw"}:
         return _qwen_grids(images)
@@ -138,6 +159,13 @@ def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
             [(side, side), *_unpadded_grid(config, side, size, tokens - side * side)]
             for size, tokens in zip(layout.grids["image_sizes"], images.sizes)
         ]
+    for tokens in images.sizes:
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(
+                f"An image's {tokens} tokens are no square of patches, so that their places are unknown: give the "
+                "model square images and vision_feature_select_strategy='default', or take a method that reads no "
+                "places."
+            )
     return [[(math.isqrt(tokens), math.isqrt(tokens))] for tokens in images.sizes]
 
 

@@ -65,7 +65,8 @@ class VisPrunerScore(ReadsEncoder):
         structure = images.features.isnan().any(-1)
         left = images.present & ~important & ~structure
         directions = F.normalize(images.features.float().nan_to_num(), dim=-1)
-        similarity = directions @ directions.mT
+        with torch.autocast(directions.device.type, enabled=False):
+            similarity = directions @ directions.mT
         goal = torch.tensor(diverse, device=scores.device)
         for most in _rounds([size - first for size, first in zip(images.sizes, by_attention)], diverse):
             left = _without_duplicates(left, similarity, goal, most)
