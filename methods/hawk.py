@@ -78,15 +78,16 @@ class HawkScore(TopKImages):
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         layer = images.model.language_model.layers[0]
         attention = layer.self_attn
-        structure = images.features.isnan().any(-1) | ~images.present
-        embeds, rows = text(images)
-        tokens = embeddings(images).masked_fill(structure.unsqueeze(-1), 0)
-        queries = attention.q_proj(layer.input_layernorm(embeds))
+        # With a device map, the layer may be elsewhere than the encoder, and the prompt than both.
+        device, samples = attention.q_proj.weight.device, text(images)
+        structure = (images.features.isnan().any(-1) | ~images.present).to(device)
+        tokens = embeddings(images).to(device).masked_fill(structure.unsqueeze(-1), 0)
+        queries = attention.q_proj(layer.input_layernorm(torch.cat(samples).to(device))).float()
         keys = attention.k_proj(layer.input_layernorm(tokens))
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             # The mean of products is the product with the mean.
-            rows = rows.unsqueeze(-1)
-            query = queries.float().masked_fill(~rows, 0).sum(1) / rows.sum(1).clamp(min=1)
+            parts = queries.split([len(rows) for rows in samples])
+            query = torch.stack([part.sum(0) / max(1, len(part)) for part in parts])[images.owners]
             query = query.unflatten(-1, (-1, attention.head_dim))
             keys = keys.float().unflatten(-1, (-1, attention.head_dim))
             keys = keys.repeat_interleave(query.shape[1] // keys.shape[2], dim=2)

@@ -30,17 +30,16 @@ def embeddings(images: EncodedImages) -> torch.Tensor:
     return padded(list(torch.cat(every).split(images.sizes)))
 
 
-def text(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each image's prompt: embeddings `(images, sequence, hidden)`, and which rows are its text, `(images, sequence)`
-    bool. Padding, and rows that must not rank, are left out."""
+def text(images: EncodedImages) -> list[torch.Tensor]:
+    """Of each sample of the batch, the embeddings of its prompt's text, `(rows, hidden)`. Padding, and rows that must
+    not rank, are left out."""
     embeds, layout = images.arguments["inputs_embeds"], images.layout
     if embeds is None:
         embeds = images.model.get_input_embeddings()(images.arguments["input_ids"])
-    rows = layout.kinds == 0
+    rows = (layout.kinds == 0).to(embeds.device)
     for mask in (layout.valid, images.query_mask):
-        rows = rows if mask is None else rows & mask
-    owners = torch.tensor(images.owners, device=embeds.device)
-    return embeds[owners], rows[owners]
+        rows = rows if mask is None else rows & mask.to(embeds.device)
+    return list(embeds[rows].split(rows.sum(1).tolist()))
 
 
 def clip_encoder(
