@@ -169,19 +169,18 @@ def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
 
 
 def _qwen_grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
-    merge, found = images.model.config.vision_config.spatial_merge_size, []
-    for name in ("image_grid_thw", "video_grid_thw"):
-        for frames, height, width in images.layout.grids.get(name, []):
-            found.append((frames, height // merge, width // merge))
-    # A conversation may give the grids of earlier turns, too; parts are whole images, or groups of frames.
-    parts, rest = [], list(images.sizes)
-    for frames, rows, columns in reversed(found):
-        while frames and rest:
-            count = rest[-1] // (rows * columns)
-            parts.append([(rows, columns)] * count)
-            rest.pop()
-            frames -= count
-    return parts[::-1]
+    config, parts = images.model.config, []
+    for modality in MODALITIES:
+        outputs = images.arguments["mm_encoder_outputs"].get(modality)
+        if outputs is None:
+            continue
+        # A continued conversation may give the grids of all its images; the encoded ones are the last.
+        for frames, height, width in images.layout.grids[f"{modality}_grid_thw"][-len(outputs.pooler_output) :]:
+            grid = tuple(side // config.vision_config.spatial_merge_size for side in (height, width))
+            # Parts are whole images and videos, or groups of a video's frames.
+            split = modality == "video" and config.pruner_per_frame
+            parts += [[grid]] * frames if split else [[grid] * frames]
+    return parts
 
 
 def _unpadded_grid(config, side: int, size: list[int], tokens: int) -> list[tuple[int, int]]:

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from learnpruner import Cut
 from learnpruner.methods import METHODS
+from learnpruner.methods.base import TopKImages
+from learnpruner.methods.images import grids
 
 from tiny_models import IMAGE, build_inputs, samples_of, tiny_config, tiny_pair
 
@@ -66,3 +69,56 @@ def test_methods_that_read_no_places_take_cls():
     for name in ("random", "divprune", "hawk", "fastv"):
         kept = pruned(**inputs, schedule=METHODS[name](0.7)).kept_mask[0]
         assert kept.sum() < inputs["input_ids"].shape[1]
+
+
+class Spy(TopKImages):
+    """Keeps by chance, and what it saw."""
+
+    def __call__(self, images):
+        self.images = images
+        return torch.rand(images.present.shape)
+
+
+@pytest.mark.parametrize("per_frame", [True, False])
+def test_grids_are_those_of_what_is_encoded(per_frame):
+    """Of what a conversation gave, the videos and images of this call."""
+    _, pruned = tiny_pair("qwen2_vl", pruner_per_frame=per_frame)
+    video, image, other = (2, 24, 32), (16, 32), (32, 32)
+    earlier = torch.tensor([[1, 12, 8]])
+    spy = Spy()
+    schedule = (Cut(0, lambda tokens: tokens - 1, spy),)
+    for sample, given, expected in (
+        # After a video, an image; after an image, a video.
+        ([2, other, 3], {"video_grid_thw": torch.tensor([[2, 4, 8]])}, [[(4, 4)]]),
+        ([2, video, 3], {"image_grid_thw": earlier}, [[(3, 4)]] * 2 if per_frame else [[(3, 4)] * 2]),
+        ([image, 2, video, 1, other, 3], {}, [[(2, 4)], [(4, 4)], *([[(3, 4)]] * 2 if per_frame else [[(3, 4)] * 2])]),
+    ):
+        pruned(**build_inputs("qwen2_vl", [sample]), **given, schedule=schedule)
+        assert grids(spy.images) == expected
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_a_later_turn_has_the_grids_of_its_own(modality):
+    _, pruned = tiny_pair("qwen2_vl")
+    parts = [(16, 32), (2, 24, 32)] if modality == "video" else [(2, 32, 32), (32, 32)]
+    inputs = build_inputs("qwen2_vl", [[2, parts[0], 3, (2, 24, 24), 1, (16, 24), 2, parts[1], 4]])
+    encode = pruned.model.get_image_features if modality == "image" else pruned.model.get_video_features
+    pixels = "pixel_values" if modality == "image" else "pixel_values_videos"
+    grid = inputs[f"{modality}_grid_thw"]
+    with torch.no_grad():
+        encoded = encode(inputs[pixels][-int(grid[-1].prod()) :], grid[-1:], return_dict=True)
+    spy, start = Spy(), inputs["input_ids"].shape[1] - 4 - encoded.pooler_output[0].shape[0]
+    positions, _ = pruned.model.get_rope_index(
+        inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], inputs["video_grid_thw"]
+    )
+    pruned(
+        input_ids=inputs["input_ids"][:, start:],
+        attention_mask=inputs["attention_mask"][:, start:],
+        mm_token_type_ids=inputs["mm_token_type_ids"],
+        position_ids=positions[..., start:],
+        image_grid_thw=inputs["image_grid_thw"],
+        video_grid_thw=inputs["video_grid_thw"],
+        mm_encoder_outputs={modality: encoded},
+        schedule=(Cut(0, lambda tokens: tokens - 1, spy),),
+    )
+    assert grids(spy.images) == ([[(4, 4)]] if modality == "image" else [[(3, 4)]] * 2)
