@@ -23,11 +23,17 @@ class Random(Method):
     """Keeps tokens by chance.
 
     Args:
-        seed (`int`, `str` or a sequence of them): Of every image, or of each image of the call. The draw depends on it
-            and on the number of tokens alone, so that batches make no difference.
+        seed (`int`, `str`, or a list or tuple of them): Of every image, or of each image of the call. The draw depends
+            on it and on the number of tokens alone, so that batches make no difference.
     """
 
-    seed: int | str | Sequence[int | str] = 0
+    seed: int | str | list[int | str] | tuple[int | str, ...] = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        seeds = self.seed if isinstance(self.seed, list | tuple) else [self.seed]
+        if not all(isinstance(seed, int | str) for seed in seeds):
+            raise ValueError(f"random: seed is a whole number, a text, or a list of them, got {self.seed!r}.")
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         return (Place(0, 1, RandomScore(self.seed)),)
@@ -35,7 +41,7 @@ class Random(Method):
 
 @dataclass(frozen=True)
 class RandomScore(TopKImages):
-    seed: int | str | Sequence[int | str]
+    seed: int | str | list[int | str] | tuple[int | str, ...]
 
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         seeds = [self.seed] * len(images.sizes) if isinstance(self.seed, int | str) else self.seed
@@ -166,6 +172,9 @@ class BoxScore(TopKImages):
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         if len(self.boxes) != len(images.sizes):
             raise ValueError(f"oracle_boxes: {len(images.sizes)} images in the call, and boxes of {len(self.boxes)}.")
+        for number, boxes in enumerate(self.boxes):
+            if not len(boxes):
+                raise ValueError(f"oracle_boxes: image {number} has no box: give it one, or take another method.")
         width, height = self.picture
         x, y = (coordinates(images) * torch.tensor([width, height], device=images.features.device)).unbind(-1)
         rows = [
@@ -184,11 +193,12 @@ def box_patches(x: torch.Tensor, y: torch.Tensor, boxes: Sequence) -> torch.Tens
     the patch nearest its own middle counts as inside.
 
     Args:
-        x, y (`torch.Tensor` of shape `(tokens,)`): The patches' middles, in the units of the boxes.
+        x, y (`torch.Tensor` of shape `(tokens,)`): The patches' middles, in the units of the boxes; NaN at structure,
+            which is in no box.
         boxes: Left, top, right, bottom of each object.
     """
     inside = [
-        (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.min())
+        (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.nan_to_num(torch.inf).min())
         for (left, top, right, bottom), distance in zip(boxes, _distances(x, y, boxes))
     ]
     return torch.stack(inside)
@@ -199,7 +209,7 @@ def _distances(x: torch.Tensor, y: torch.Tensor, boxes: Sequence) -> list[torch.
 
 
 def box_scores(x: torch.Tensor, y: torch.Tensor, boxes: Sequence) -> torch.Tensor:
-    """Scores of [`OracleBoxes`], `(tokens,)` float32."""
+    """Scores of [`OracleBoxes`], `(tokens,)` float32; NaN at structure."""
     scores = torch.full_like(x, -torch.inf)
     for inside, distance in zip(box_patches(x, y, boxes), _distances(x, y, boxes)):
         turn = distance.masked_fill(~inside, torch.inf).argsort(stable=True).argsort()

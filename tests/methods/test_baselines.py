@@ -226,3 +226,60 @@ def test_pool_forms_no_square_of_the_tokens(monkeypatch):
     with Largest() as largest:
         mean_of_nearest(None, torch.ones(1, 300, dtype=torch.bool))
     assert largest.numel <= 300 * 6
+
+
+@pytest.mark.parametrize("seed", [1.5, None, [1, 2.0], [None]])
+def test_seeds_are_checked_when_made(seed):
+    with pytest.raises(ValueError, match="seed is a whole number, a text, or a list"):
+        METHODS["random"](0.5, seed=seed)
+
+
+def test_an_image_without_boxes_is_refused():
+    _, pruned = tiny_pair("llava")
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    with pytest.raises(ValueError, match="oracle_boxes: image 1 has no box"):
+        pruned(**inputs, schedule=METHODS["oracle_boxes"](0.5, boxes=[[(1, 1, 9, 9)], []], picture=(32, 32)))
+
+
+def test_a_small_box_has_a_patch_of_its_own_beside_newlines():
+    """Between four patches, of two views of the picture: it holds no patch's middle."""
+    nan = math.nan
+    x = torch.tensor([8, 24, 8, 24, 4, 12, 20, 28, nan, 4, 12, 20, 28, nan])
+    y = torch.tensor([8, 8, 24, 24, 8, 8, 8, 8, nan, 24, 24, 24, 24, nan])
+    boxes = [(21, 10, 22, 11), (0, 0, 16, 16)]
+    inside = baselines.box_patches(x, y, boxes)
+    # By hand: (20, 8) is 1.5 and 2.5 from the middle of the first box.
+    assert inside[0].nonzero().flatten().tolist() == [6]
+    assert inside[1].nonzero().flatten().tolist() == [0, 4, 5]
+    scores = box_scores(x, y, boxes)
+    assert torch.equal(scores.isnan(), x.isnan())
+    # One of each object, and the patches of boxes before all others.
+    order = scores.nan_to_num(-torch.inf).argsort(descending=True, stable=True).tolist()
+    assert set(order[:2]) == {0, 6}
+    assert set(order[:4]) == {0, 4, 5, 6}
+    assert set(order[-2:]) == {8, 13}
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.45, 0.8, 0.97])
+def test_uniform_gives_each_view_its_share_and_newlines_what_is_left(ratio):
+    family = "llava_next"
+    _, pruned = tiny_pair(family)
+    samples = samples_of("mixed", family)
+    inputs = build_inputs(family, samples)
+    kept_mask = pruned(**inputs, schedule=METHODS["uniform"](ratio)).kept_mask[0]
+    for row, sample in enumerate(samples):
+        columns = (inputs["input_ids"][row] == IMAGE).nonzero().flatten().tolist()
+        for part in sample:
+            if isinstance(part, int):
+                continue
+            found, size = views(family, part)
+            at, columns = columns[:size], columns[size:]
+            kept = {token for token in range(size) if kept_mask[row, at[token]]}
+            count, patches = max(1, round(ratio * size)), sum(len(grid) for grid, _, _ in found)
+            assert len(kept) == count
+            of_grids = [len(kept & grid.keys()) for grid, _, _ in found]
+            assert sum(of_grids) == min(count, patches)
+            for own, (grid, _, _) in zip(of_grids, found):
+                # Within one of its exact share, as far as it has patches.
+                assert abs(own - min(Fraction(count * len(grid), patches), len(grid))) < 1
+        assert not columns
