@@ -2,8 +2,10 @@
 """HAWK (arXiv 2604.07812): the question's first-layer queries on the image, heads weighed by what they are worth."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -34,7 +36,8 @@ class Hawk(Method):
             over the image's tokens first.
         head_weights (`Sequence[float]`, or `str` or `Path`, *optional*): w, one for each head of the first layer, or
             the file that `learnpruner calibrate-hawk` wrote. By default all weigh the same. The weights that the
-            authors measured for Qwen2.5-VL-7B are not part of this.
+            authors measured for Qwen2.5-VL-7B are not part of this. That a file was measured on the model's own base
+            (its `base_sha256`) is not checked: only the number of heads is.
     """
 
     variant: str = "paper"
@@ -49,6 +52,8 @@ class Hawk(Method):
             object.__setattr__(self, "head_weights", read_weights(Path(weights)))
         elif weights is not None:
             object.__setattr__(self, "head_weights", tuple(weights))
+        if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in self.head_weights or ()):
+            raise ValueError(f"hawk: head_weights are finite numbers, got {self.head_weights}.")
 
     def check(self, model: nn.Module) -> None:
         heads = model.config.text_config.num_attention_heads

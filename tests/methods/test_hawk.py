@@ -112,6 +112,10 @@ def test_bad_settings(tmp_path):
         METHODS["hawk"](head_weights=tmp_path / "other.json")
     with pytest.raises(OSError, match=r"none.json"):
         METHODS["hawk"](head_weights=str(tmp_path / "none.json"))
+    (tmp_path / "nan.json").write_text('{"weights": [1, NaN, 0, 0]}')
+    for weights in ([1, math.nan, 0, 0], [math.inf] * 4, ["a"] * 4, [None] * 4, tmp_path / "nan.json"):
+        with pytest.raises(ValueError, match="head_weights are finite numbers"):
+            METHODS["hawk"](head_weights=weights)
     with pytest.raises(ValueError, match="4 heads, and 3"):
         METHODS["hawk"](0.4, head_weights=(1, 2, 3)).cuts(pruned.model)
 
