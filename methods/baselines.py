@@ -12,7 +12,10 @@ from torch import nn
 from learnpruner.cuts_learnpruner import EncodedImages
 
 from .base import Method, Place, TopKImages
-from .images import coordinates, embeddings, grids, padded
+from .images import coordinates, embeddings, grids, padded, places
+
+# Rows of distances formed at a time: bounds the memory of a large image.
+ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,17 @@ class Random(Method):
     """Keeps tokens by chance.
 
     Args:
-        seed (`int`, `str` or a sequence of them): Of every image, or of each image of the call. The draw depends on it
-            and on the number of tokens alone, so that batches make no difference.
+        seed (`int`, `str`, or a list or tuple of them): Of every image, or of each image of the call. The draw depends
+            on it and on the number of tokens alone, so that batches make no difference.
     """
 
-    seed: int | str | Sequence[int | str] = 0
+    seed: int | str | list[int | str] | tuple[int | str, ...] = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        seeds = self.seed if isinstance(self.seed, list | tuple) else [self.seed]
+        if not all(isinstance(seed, int | str) for seed in seeds):
+            raise ValueError(f"random: seed is a whole number, a text, or a list of them, got {self.seed!r}.")
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         return (Place(0, 1, RandomScore(self.seed)),)
@@ -32,7 +41,7 @@ class Random(Method):
 
 @dataclass(frozen=True)
 class RandomScore(TopKImages):
-    seed: int | str | Sequence[int | str]
+    seed: int | str | list[int | str] | tuple[int | str, ...]
 
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         seeds = [self.seed] * len(images.sizes) if isinstance(self.seed, int | str) else self.seed
@@ -105,26 +114,37 @@ def _with_newlines(marks: torch.Tensor, every: list[tuple[int, int]], size: int,
 
 @dataclass(frozen=True)
 class Pool(Method):
-    """Keeps a grid, each patch of it the mean of those that are nearer to it than to others, after the projector."""
+    """Keeps a grid, each patch of it the mean of those that are nearer to it than to others, after the projector. Each
+    group of frames, and each of LLaVA-NeXT's two views of an image, is averaged by itself."""
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         return (Place(0, 1, UniformScore(), merge=mean_of_nearest),)
 
 
 def mean_of_nearest(images: EncodedImages, chosen: torch.Tensor) -> torch.Tensor:
-    """Embeddings `(images, tokens, hidden)` with each chosen patch the mean of the patches whose middle is nearest to
-    its own; ties go to the first."""
-    states, places = embeddings(images), coordinates(images)
-    patches = ~places.isnan().any(-1)
-    distance = (places.unsqueeze(2) - places.unsqueeze(1)).square().sum(-1)
-    # Patches of one distance tie, whatever their rounding.
-    distance = (1e6 * distance.nan_to_num()).round()
-    distance = distance.masked_fill(~(chosen & patches).unsqueeze(1), torch.inf)
-    nearest = distance.argmin(-1)
-    member = torch.nn.functional.one_hot(nearest, chosen.shape[1]).float() * patches.unsqueeze(-1)
-    sums = member.mT @ states.float().nan_to_num()
-    means = sums / member.sum(1).clamp(min=1).unsqueeze(-1)
-    return torch.where((chosen & patches).unsqueeze(-1), means.to(states.dtype), states)
+    """Embeddings `(images, tokens, hidden)` with each chosen patch the mean of the patches of its grid whose middle is
+    nearest to its own; ties go to the first. A grid is a group of frames, or one of LLaVA-NeXT's two views; where none
+    of its patches is chosen, they are in no mean."""
+    states, (grid, x, y) = embeddings(images), places(images).unbind(-1)
+    patches = ~grid.isnan()
+    chosen, nearest, distances = chosen & patches, [], []
+    for start in range(0, chosen.shape[1], ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        distance = (x[:, rows, None] - x[:, None]).square() + (y[:, rows, None] - y[:, None]).square()
+        # Patches of one distance tie, whatever their rounding.
+        distance = (1e6 * distance).round()
+        same = chosen.unsqueeze(1) & (grid[:, rows, None] == grid[:, None])
+        least = distance.masked_fill(~same, torch.inf).min(-1)
+        nearest.append(least.indices)
+        distances.append(least.values)
+    columns = torch.arange(chosen.shape[1], device=chosen.device)
+    nearest = torch.where(chosen, columns, torch.cat(nearest, dim=1))
+    member = (torch.cat(distances, dim=1) < torch.inf).float().unsqueeze(-1)
+    flat = (nearest + len(columns) * torch.arange(len(chosen), device=chosen.device).unsqueeze(1)).flatten()
+    values = torch.cat([states.float().nan_to_num() * member, member], dim=-1).flatten(0, 1)
+    sums = torch.zeros_like(values).index_add(0, flat, values).view(*chosen.shape, -1)
+    means = sums[..., :-1] / sums[..., -1:].clamp(min=1)
+    return torch.where(chosen.unsqueeze(-1), means.to(states.dtype), states)
 
 
 @dataclass(frozen=True)
@@ -152,6 +172,9 @@ class BoxScore(TopKImages):
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         if len(self.boxes) != len(images.sizes):
             raise ValueError(f"oracle_boxes: {len(images.sizes)} images in the call, and boxes of {len(self.boxes)}.")
+        for number, boxes in enumerate(self.boxes):
+            if not len(boxes):
+                raise ValueError(f"oracle_boxes: image {number} has no box: give it one, or take another method.")
         width, height = self.picture
         x, y = (coordinates(images) * torch.tensor([width, height], device=images.features.device)).unbind(-1)
         rows = [
@@ -170,11 +193,12 @@ def box_patches(x: torch.Tensor, y: torch.Tensor, boxes: Sequence) -> torch.Tens
     the patch nearest its own middle counts as inside.
 
     Args:
-        x, y (`torch.Tensor` of shape `(tokens,)`): The patches' middles, in the units of the boxes.
+        x, y (`torch.Tensor` of shape `(tokens,)`): The patches' middles, in the units of the boxes; NaN at structure,
+            which is in no box.
         boxes: Left, top, right, bottom of each object.
     """
     inside = [
-        (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.min())
+        (x >= left) & (x < right) & (y >= top) & (y < bottom) | (distance == distance.nan_to_num(torch.inf).min())
         for (left, top, right, bottom), distance in zip(boxes, _distances(x, y, boxes))
     ]
     return torch.stack(inside)
@@ -185,7 +209,7 @@ def _distances(x: torch.Tensor, y: torch.Tensor, boxes: Sequence) -> list[torch.
 
 
 def box_scores(x: torch.Tensor, y: torch.Tensor, boxes: Sequence) -> torch.Tensor:
-    """Scores of [`OracleBoxes`], `(tokens,)` float32."""
+    """Scores of [`OracleBoxes`], `(tokens,)` float32; NaN at structure."""
     scores = torch.full_like(x, -torch.inf)
     for inside, distance in zip(box_patches(x, y, boxes), _distances(x, y, boxes)):
         turn = distance.masked_fill(~inside, torch.inf).argsort(stable=True).argsort()

@@ -11,8 +11,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from learnpruner.cuts_learnpruner import DecoderState
 from learnpruner.scorer_learnpruner import rank
 
-from .base import Method, Place, scaled_layer
-from .decoder import text_behind
+from .base import Method, Place
+from .decoder import cut_layer, text_behind
 
 # Of each kind: vision tokens, and rows of text.
 PIVOTS = 4
@@ -35,14 +35,13 @@ class DART(Method):
     The score recorded is ||k_i||_1, which ranks pivots alone.
 
     Args:
-        layer (`int`, *optional*): K. Defaults to the paper's 2 of 32, at the same depth of the model.
+        layer (`int`, *optional*): K, at least 1. Defaults to the paper's 2 of 32, at the same depth of the model.
     """
 
     layer: int | None = None
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
-        layer = scaled_layer(2, model) if self.layer is None else self.layer
-        return (Place(layer, 1, PivotScore()),)
+        return (Place(cut_layer("dart", self.layer, 2, model), 1, PivotScore()),)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,19 @@ from learnpruner.cuts_learnpruner import DecoderState, TextAttention
 from .base import scaled_layer
 
 
+def cut_layer(method: str, layer: int | None, default: int, model: nn.Module) -> int:
+    """The layer before which a method cuts: as set, or what a paper names for a decoder of 32, at the same depth.
+
+    Raises:
+        `ValueError`: where it is no layer behind the decoder's first.
+    """
+    depth = model.config.text_config.num_hidden_layers
+    layer = scaled_layer(default, model) if layer is None else layer
+    if not (isinstance(layer, int) and 0 < layer < depth):
+        raise ValueError(f"{method}: layer is one from 1 to {depth - 1} of this decoder's {depth}, got {layer!r}.")
+    return layer
+
+
 def scaled_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
     """Layers that a paper names for a decoder of 32, at the same depths of this one as far as they stay different.
 

@@ -39,7 +39,8 @@ class DivPruneScore:
         directions, patches = _directions(images)
         nearest = []
         for start in range(0, directions.shape[1], ROWS_AT_A_TIME):
-            distance = 1 - directions[:, start : start + ROWS_AT_A_TIME] @ directions.mT
+            with torch.autocast(directions.device.type, enabled=False):
+                distance = 1 - directions[:, start : start + ROWS_AT_A_TIME] @ directions.mT
             own = torch.ones_like(distance, dtype=torch.bool).tril(start).triu(start)
             nearest.append(distance.masked_fill(own | ~patches.unsqueeze(1), torch.inf).amin(-1))
         # The only patch of an image has no neighbour; no two are farther from each other than 2.
@@ -57,7 +58,8 @@ class DivPruneScore:
             chosen[rows, pick] |= turn < wanted
             # Structure that must stay is far from nothing.
             patch = patches[rows, pick].unsqueeze(1)
-            distance = 1 - torch.einsum("rcd,rd->rc", directions, directions[rows, pick])
+            with torch.autocast(directions.device.type, enabled=False):
+                distance = 1 - torch.einsum("rcd,rd->rc", directions, directions[rows, pick])
             nearer = torch.where(begun.unsqueeze(1), torch.minimum(far, distance), distance)
             far = torch.where(patch & patches, nearer, far)
             begun = begun | patch.squeeze(1)

@@ -7,7 +7,8 @@ from torch import nn
 
 from learnpruner.cuts_learnpruner import TextAttention
 
-from .base import Method, Place, scaled_layer
+from .base import Method, Place
+from .decoder import cut_layer
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,10 @@ class FastV(Method):
     that no attention map is made. Positions are kept, as in the paper's code; layers from K on hold the short cache.
 
     Args:
-        layer (`int`, *optional*): K. Defaults to the paper's 2 of 32, at the same depth of the model.
+        layer (`int`, *optional*): K, at least 1. Defaults to the paper's 2 of 32, at the same depth of the model.
     """
 
     layer: int | None = None
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
-        layer = scaled_layer(2, model) if self.layer is None else self.layer
-        return (Place(layer, 1, TextAttention("last")),)
+        return (Place(cut_layer("fastv", self.layer, 2, model), 1, TextAttention("last")),)

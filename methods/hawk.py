@@ -2,8 +2,10 @@
 """HAWK (arXiv 2604.07812): the question's first-layer queries on the image, heads weighed by what they are worth."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -34,7 +36,8 @@ class Hawk(Method):
             over the image's tokens first.
         head_weights (`Sequence[float]`, or `str` or `Path`, *optional*): w, one for each head of the first layer, or
             the file that `learnpruner calibrate-hawk` wrote. By default all weigh the same. The weights that the
-            authors measured for Qwen2.5-VL-7B are not part of this.
+            authors measured for Qwen2.5-VL-7B are not part of this. That a file was measured on the model's own base
+            (its `base_sha256`) is not checked: only the number of heads is.
     """
 
     variant: str = "paper"
@@ -49,6 +52,8 @@ class Hawk(Method):
             object.__setattr__(self, "head_weights", read_weights(Path(weights)))
         elif weights is not None:
             object.__setattr__(self, "head_weights", tuple(weights))
+        if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in self.head_weights or ()):
+            raise ValueError(f"hawk: head_weights are finite numbers, got {self.head_weights}.")
 
     def check(self, model: nn.Module) -> None:
         heads = model.config.text_config.num_attention_heads
@@ -78,15 +83,16 @@ class HawkScore(TopKImages):
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         layer = images.model.language_model.layers[0]
         attention = layer.self_attn
-        structure = images.features.isnan().any(-1) | ~images.present
-        embeds, rows = text(images)
-        tokens = embeddings(images).masked_fill(structure.unsqueeze(-1), 0)
-        queries = attention.q_proj(layer.input_layernorm(embeds))
+        # With a device map, the layer may be elsewhere than the encoder, and the prompt than both.
+        device, samples = attention.q_proj.weight.device, text(images)
+        structure = (images.features.isnan().any(-1) | ~images.present).to(device)
+        tokens = embeddings(images).to(device).masked_fill(structure.unsqueeze(-1), 0)
+        queries = attention.q_proj(layer.input_layernorm(torch.cat(samples).to(device))).float()
         keys = attention.k_proj(layer.input_layernorm(tokens))
-        with torch.autocast(queries.device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False):
             # The mean of products is the product with the mean.
-            rows = rows.unsqueeze(-1)
-            query = queries.float().masked_fill(~rows, 0).sum(1) / rows.sum(1).clamp(min=1)
+            parts = queries.split([len(rows) for rows in samples])
+            query = torch.stack([part.sum(0) / max(1, len(part)) for part in parts])[images.owners]
             query = query.unflatten(-1, (-1, attention.head_dim))
             keys = keys.float().unflatten(-1, (-1, attention.head_dim))
             keys = keys.repeat_interleave(query.shape[1] // keys.shape[2], dim=2)

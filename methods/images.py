@@ -30,25 +30,29 @@ def embeddings(images: EncodedImages) -> torch.Tensor:
     return padded(list(torch.cat(every).split(images.sizes)))
 
 
-def text(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each image's prompt: embeddings `(images, sequence, hidden)`, and which rows are its text, `(images, sequence)`
-    bool. Padding, and rows that must not rank, are left out."""
+def text(images: EncodedImages) -> list[torch.Tensor]:
+    """Of each sample of the batch, the embeddings of its prompt's text, `(rows, hidden)`. Padding, and rows that must
+    not rank, are left out."""
     embeds, layout = images.arguments["inputs_embeds"], images.layout
     if embeds is None:
         embeds = images.model.get_input_embeddings()(images.arguments["input_ids"])
-    rows = layout.kinds == 0
+    rows = (layout.kinds == 0).to(embeds.device)
     for mask in (layout.valid, images.query_mask):
-        rows = rows if mask is None else rows & mask
-    owners = torch.tensor(images.owners, device=embeds.device)
-    return embeds[owners], rows[owners]
+        rows = rows if mask is None else rows & mask.to(embeds.device)
+    return list(embeds[rows].split(rows.sum(1).tolist()))
 
 
-def clip_encoder(model: nn.Module, method: str) -> CLIPEncoder:
+def clip_encoder(
+    model: nn.Module, method: str, layer: int | list[int] | None = None, strategy: str | None = None
+) -> CLIPEncoder:
     """The encoder of a LLaVA's CLIP tower.
 
+    Args:
+        layer, strategy: A call's `vision_feature_layer` and `vision_feature_select_strategy`; the model's, by default.
+
     Raises:
-        `ValueError`: where the tower is another, without the [CLS] token that `method` reads, or the model does not
-            read one layer of it, counted from the end.
+        `ValueError`: where the tower is another, without the [CLS] token that `method` reads, the projector does not
+            read one layer of it, counted from the end, or reads [CLS], too.
     """
     towers = [module for module in model.modules() if isinstance(module, CLIPEncoder)]
     if not towers:
@@ -56,9 +60,19 @@ def clip_encoder(model: nn.Module, method: str) -> CLIPEncoder:
             f"{method} reads CLIP's [CLS] token, and the tower of {type(model).__name__} has none: take a method that "
             "reads the decoder or the projected tokens."
         )
-    layer = model.config.vision_feature_layer
-    if not (isinstance(layer, int) and layer < 0):
-        raise ValueError(f"{method} reads one layer of the tower counted from the end; the model reads {layer}.")
+    layer = model.config.vision_feature_layer if layer is None else layer
+    depth = len(towers[0].layers)
+    if not (isinstance(layer, int) and -depth <= layer < 0):
+        raise ValueError(
+            f"{method} reads one layer of the tower counted from the end, -1 to -{depth}, and vision_feature_layer is "
+            f"{layer}: count it so, or take a method that does not read the tower."
+        )
+    strategy = strategy or model.config.vision_feature_select_strategy
+    if strategy != "default":
+        raise ValueError(
+            f"{method} ranks patches alone, and with vision_feature_select_strategy={strategy!r} tokens include [CLS]: "
+            "take 'default', or a method that does not read the tower."
+        )
     return towers[0]
 
 
@@ -88,7 +102,8 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
         `tuple`: `(images, tokens)` float32, mean over the heads, and `(images, tokens, head_dim)`, mean over the heads.
         NaN at structure.
     """
-    encoder, number = clip_encoder(images.model, "This method"), images.arguments["vision_feature_layer"]
+    number, strategy = (images.arguments[f"vision_feature_{name}"] for name in ("layer", "select_strategy"))
+    encoder = clip_encoder(images.model, "This method", number, strategy)
     number = images.model.config.vision_feature_layer if number is None else number
     states = images.arguments["mm_encoder_outputs"]["image"].hidden_states
     if states[number - 1] is None:
@@ -100,10 +115,11 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
     block = encoder.layers[number]
     inputs, attention = block.layer_norm1(states[number - 1]), block.self_attn
     heads = (len(inputs), -1, attention.num_heads, attention.head_dim)
-    query = attention.q_proj(inputs[:, :1]).view(heads).transpose(1, 2)
-    keys = attention.k_proj(inputs).view(heads).transpose(1, 2)
-    paid = (query @ keys.mT * attention.scale).float().softmax(-1).mean(1).mT
-    values = lay_out(images, torch.cat([paid, keys.mean(1).float()], dim=-1))
+    query = attention.q_proj(inputs[:, :1]).float().view(heads).transpose(1, 2)
+    keys = attention.k_proj(inputs).float().view(heads).transpose(1, 2)
+    with torch.autocast(query.device.type, enabled=False):
+        paid = (query @ keys.mT * attention.scale).softmax(-1).mean(1).mT
+    values = lay_out(images, torch.cat([paid, keys.mean(1)], dim=-1))
     return values[..., 0], values[..., 1:]
 
 
@@ -128,7 +144,11 @@ class _EveryLevel:
 
 def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
     """Rows and columns of each image's grids of patches, in the order of its tokens: LLaVA has one, LLaVA-NeXT a second
-    of its crops, Qwen one for each group of frames of a part."""
+    of its crops, Qwen one for each group of frames of a part.
+
+    Raises:
+        `ValueError`: where the tokens of a LLaVA's image are no square.
+    """
     config, layout = images.model.config, images.layout
     if layout.grids.keys() & {"image_grid_thw", "video_grid_thw"}:
         return _qwen_grids(images)
@@ -138,23 +158,29 @@ def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
             [(side, side), *_unpadded_grid(config, side, size, tokens - side * side)]
             for size, tokens in zip(layout.grids["image_sizes"], images.sizes)
         ]
+    for tokens in images.sizes:
+        if math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(
+                f"An image's {tokens} tokens are no square of patches, so that their places are unknown: give the "
+                "model square images and vision_feature_select_strategy='default', or take a method that reads no "
+                "places."
+            )
     return [[(math.isqrt(tokens), math.isqrt(tokens))] for tokens in images.sizes]
 
 
 def _qwen_grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
-    merge, found = images.model.config.vision_config.spatial_merge_size, []
-    for name in ("image_grid_thw", "video_grid_thw"):
-        for frames, height, width in images.layout.grids.get(name, []):
-            found.append((frames, height // merge, width // merge))
-    # A conversation may give the grids of earlier turns, too; parts are whole images, or groups of frames.
-    parts, rest = [], list(images.sizes)
-    for frames, rows, columns in reversed(found):
-        while frames and rest:
-            count = rest[-1] // (rows * columns)
-            parts.append([(rows, columns)] * count)
-            rest.pop()
-            frames -= count
-    return parts[::-1]
+    config, parts = images.model.config, []
+    for modality in MODALITIES:
+        outputs = images.arguments["mm_encoder_outputs"].get(modality)
+        if outputs is None:
+            continue
+        # A continued conversation may give the grids of all its images; the encoded ones are the last.
+        for frames, height, width in images.layout.grids[f"{modality}_grid_thw"][-len(outputs.pooler_output) :]:
+            grid = tuple(side // config.vision_config.spatial_merge_size for side in (height, width))
+            # Parts are whole images and videos, or groups of a video's frames.
+            split = modality == "video" and config.pruner_per_frame
+            parts += [[grid]] * frames if split else [[grid] * frames]
+    return parts
 
 
 def _unpadded_grid(config, side: int, size: list[int], tokens: int) -> list[tuple[int, int]]:
@@ -172,19 +198,25 @@ def _unpadded_grid(config, side: int, size: list[int], tokens: int) -> list[tupl
     return [(height, tokens // height - 1)]
 
 
-def coordinates(images: EncodedImages) -> torch.Tensor:
-    """The middle of each patch, x and y in its picture as shares of its width and height: `(images, tokens, 2)`."""
+def places(images: EncodedImages) -> torch.Tensor:
+    """Where each patch stands: the number of its grid in its image, and the middle of it, x and y in its picture as
+    shares of its width and height: `(images, tokens, 3)`."""
     parts = []
     for every, size in zip(grids(images), images.sizes):
         structured = len(every) == 2 and sum(rows * columns for rows, columns in every) != size
-        places = []
+        found = []
         for number, (rows, columns) in enumerate(every):
             y, x = torch.meshgrid(
                 (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
             )
-            grid = torch.stack([x, y], dim=-1)
+            grid = torch.stack([torch.full_like(x, number), x, y], dim=-1)
             if structured and number:
-                grid = torch.cat([grid, grid.new_full((rows, 1, 2), torch.nan)], dim=1)  # its newlines
-            places.append(grid.flatten(0, 1))
-        parts.append(torch.cat(places))
+                grid = torch.cat([grid, grid.new_full((rows, 1, 3), torch.nan)], dim=1)  # its newlines
+            found.append(grid.flatten(0, 1))
+        parts.append(torch.cat(found))
     return padded(parts).to(images.features.device)
+
+
+def coordinates(images: EncodedImages) -> torch.Tensor:
+    """The middle of each patch, x and y in its picture as shares of its width and height: `(images, tokens, 2)`."""
+    return places(images)[..., 1:]

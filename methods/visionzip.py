@@ -91,12 +91,13 @@ class VisionZipScore(ReadsEncoder):
         if not self.places.shape[1]:
             return states
         directions = F.normalize(self.keys.nan_to_num(), dim=-1)
-        similarity = directions @ _rows(directions, self.places).mT
-        nearest = similarity.masked_fill(~self.real.unsqueeze(1), -torch.inf).argmax(-1)
         left = images.present & ~chosen & ~images.features.isnan().any(-1)
-        member = F.one_hot(nearest, self.places.shape[1]).float() * left.unsqueeze(-1)
         features = images.features.float().nan_to_num()
-        means = member.mT @ features / member.sum(1).clamp(min=1).unsqueeze(-1)
+        with torch.autocast(features.device.type, enabled=False):
+            similarity = directions @ _rows(directions, self.places).mT
+            nearest = similarity.masked_fill(~self.real.unsqueeze(1), -torch.inf).argmax(-1)
+            member = F.one_hot(nearest, self.places.shape[1]).float() * left.unsqueeze(-1)
+            means = member.mT @ features / member.sum(1).clamp(min=1).unsqueeze(-1)
         merged = (_rows(features, self.places) + means).to(images.features.dtype)
         projected = images.model.multi_modal_projector(merged).to(states.dtype)
         # What is no target gets its own value back.

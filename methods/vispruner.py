@@ -64,37 +64,24 @@ class VisPrunerScore(ReadsEncoder):
         important = top_k(scores, images.present, torch.tensor(by_attention, device=scores.device))
         structure = images.features.isnan().any(-1)
         left = images.present & ~important & ~structure
-        directions = F.normalize(images.features.float().nan_to_num(), dim=-1)
-        similarity = directions @ directions.mT
-        goal = torch.tensor(diverse, device=scores.device)
-        for most in _rounds([size - first for size, first in zip(images.sizes, by_attention)], diverse):
-            left = _without_duplicates(left, similarity, goal, most)
+        # One image at a time: of its patches all pairs are compared.
+        for row, features in enumerate(images.features):
+            patches = left[row].nonzero().squeeze(1)
+            left[row] = torch.zeros_like(left[row]).scatter(0, _distinct(patches, features, diverse[row]), True)
         # Structure fills what patches leave of the budget.
         counts = torch.tensor(counts, device=scores.device)
         return top_k((important | left).float(), images.present, counts)
 
 
-def _rounds(sizes: list[int], goals: list[int]) -> list[int]:
-    """For each round, how many tokens the image that has most has at most: from sizes alone, structure counted."""
-    rounds = []
-    while any(size > goal for size, goal in zip(sizes, goals)):
-        rounds.append(max(sizes))
-        sizes = [size - _removed(size, goal) for size, goal in zip(sizes, goals)]
-    return rounds
-
-
-def _removed(size: int, goal: int) -> int:
-    return max(0, min(REMOVED_AT_A_TIME, size - goal, (size + 1) // 2))
-
-
-def _without_duplicates(left: torch.Tensor, similarity: torch.Tensor, goal: torch.Tensor, most: int) -> torch.Tensor:
-    """One round. `left` is `(images, tokens)` bool, `goal` `(images,)`, and no image has more than `most` left."""
-    order = left.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    even, odd = order[:, 0::2], order[:, 1::2]
-    both = even.unsqueeze(2) * similarity.shape[1] + odd.unsqueeze(1)
-    pairs = similarity.flatten(1).gather(1, both.flatten(1)).view(both.shape)
-    redundant = F.pad(pairs.masked_fill(~left.gather(1, odd).unsqueeze(1), -torch.inf), (1, 0), value=-torch.inf)
-    size = left.sum(1)
-    removed = torch.minimum((size - goal).clamp(min=0, max=REMOVED_AT_A_TIME), (size + 1) // 2)
-    gone = top_k(redundant.amax(-1), left.gather(1, even), removed)
-    return left & ~torch.zeros_like(left).scatter(1, even, gone)
+def _distinct(left: torch.Tensor, features: torch.Tensor, goal: int) -> torch.Tensor:
+    """`goal` of the places `left` of an image's patches, ascending, int64: without near duplicates."""
+    directions = F.normalize(features.float().nan_to_num(), dim=-1)
+    with torch.autocast(directions.device.type, enabled=False):
+        similarity = directions @ directions.mT
+    while len(left) > goal > 0:
+        even, odd = left[0::2], left[1::2]
+        redundant = similarity.take(even.unsqueeze(1) * len(similarity) + odd).amax(1)
+        removed = min(REMOVED_AT_A_TIME, len(left) - goal)
+        stay = even[redundant.argsort(descending=True, stable=True)[removed:]]
+        left = torch.cat([stay, odd]).sort().values
+    return left[:goal]

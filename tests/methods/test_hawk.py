@@ -6,8 +6,11 @@ import math
 import pytest
 import torch
 
+from learnpruner import Cut
 from learnpruner.methods import METHODS
+from learnpruner.methods.base import TopKImages
 
+from largest import Largest
 from tiny_models import FAMILIES, build_inputs, image_tokens, samples_of, tiny_pair, with_videos
 
 WEIGHTS = (0.1, 0.5, 0.0, 0.4)
@@ -109,5 +112,46 @@ def test_bad_settings(tmp_path):
         METHODS["hawk"](head_weights=tmp_path / "other.json")
     with pytest.raises(OSError, match=r"none.json"):
         METHODS["hawk"](head_weights=str(tmp_path / "none.json"))
+    (tmp_path / "nan.json").write_text('{"weights": [1, NaN, 0, 0]}')
+    for weights in ([1, math.nan, 0, 0], [math.inf] * 4, ["a"] * 4, [None] * 4, tmp_path / "nan.json"):
+        with pytest.raises(ValueError, match="head_weights are finite numbers"):
+            METHODS["hawk"](head_weights=weights)
     with pytest.raises(ValueError, match="4 heads, and 3"):
         METHODS["hawk"](0.4, head_weights=(1, 2, 3)).cuts(pruned.model)
+
+
+class Measured(TopKImages):
+    """A score that says how much it took."""
+
+    def __init__(self, score):
+        self.score = score
+
+    def __call__(self, images):
+        with Largest() as largest:
+            scores = self.score(images)
+        self.numel = largest.numel
+        return scores
+
+
+def test_memory_is_linear_in_the_images():
+    _, pruned = tiny_pair("llava")
+    (cut,) = METHODS["hawk"](0.1).cuts(pruned.model)
+    taken = []
+    for count in (8, 16):
+        score = Measured(cut.score)
+        with torch.no_grad():
+            pruned(**build_inputs("llava", [[1, *[(32, 32)] * count, 2, 3]]), schedule=(Cut(0, cut.keep, score),))
+        taken.append(score.numel)
+    assert taken[1] <= 2.1 * taken[0]
+
+
+def test_only_text_is_copied_and_asked():
+    """The rows that the first layer's queries are made of."""
+    _, pruned = tiny_pair("qwen2_vl")
+    inputs = build_inputs("qwen2_vl", samples_of("mixed", "qwen2_vl"))
+    seen = []
+    attention = pruned.model.language_model.layers[0].self_attn
+    attention.q_proj.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[:-1].numel()))
+    pruned(**inputs, schedule=METHODS["hawk"](0.4))
+    text = inputs["attention_mask"].bool() & (inputs["input_ids"] != pruned.config.image_token_id)
+    assert seen[0] == text.sum()

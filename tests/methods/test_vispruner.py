@@ -1,5 +1,7 @@
 """VisPruner's choice against one image at a time, in plain loops."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -7,6 +9,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from learnpruner.methods import METHODS
 
+from largest import Largest
 from tiny_models import PATCH, PATCHES, PINPOINTS, SIDE, build_inputs, samples_of, tiny_pair
 
 GRID = SIDE // PATCH
@@ -89,3 +92,16 @@ def test_the_choice_is_the_formulas(family, batch, ratio, share):
 def test_the_share_is_checked():
     with pytest.raises(ValueError, match="important is a share"):
         METHODS["vispruner"](important=1.5)
+
+
+@pytest.mark.parametrize("patches", [96, 64])
+def test_memory_is_that_of_one_image(patches):
+    """A square of its tokens, whatever the number of images."""
+    features, scores = torch.randn(5, 96, 4), torch.rand(5, 96)
+    present = torch.arange(96) < torch.tensor([96] + [patches] * 4).unsqueeze(1)
+    images = SimpleNamespace(features=features, present=present, sizes=present.sum(1).tolist())
+    (cut,) = METHODS["vispruner"](0.1).places(None)
+    with Largest() as largest:
+        chosen = cut.score.select(scores, images, [9] * 5)
+    assert chosen.sum(1).tolist() == [9] * 5
+    assert largest.numel <= 96 * 96
