@@ -124,7 +124,7 @@ def _interval(result: dict, name: str, digits: int = 2) -> str:
 
 
 def _seconds(result: dict, who: str, what: str) -> str:
-    times = result["times"][who]
+    times = result["seconds"][who]
     return f"{1000 * times[what]['median']:.0f}" if what in times else ""
 
 
@@ -202,7 +202,7 @@ def sweeps(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
     for result in results:
         preset, batch, text, _, backend = _settings(result)
         place = f"{preset}, batch {batch}, {text} text tokens, {backend}, {result['device']}"
-        seconds = result["times"]["pruned"]["prefill"]["median"]
+        seconds = result["seconds"]["pruned"]["prefill"]["median"]
         groups[place].append((result["tokens"]["mean"], 1000 * seconds))
     return {place: sorted(points) for place, points in groups.items() if len({tokens for tokens, _ in points}) > 2}
 

@@ -184,7 +184,7 @@ def figures(samples: dict[str, dict[str, list[float]]], new_tokens: int) -> dict
     return {
         **{name: _digits(ratio["median"]) for name, ratio in ratios.items()},
         "intervals": _rounded(ratios),
-        "times": _rounded(seconds),
+        "seconds": _rounded(seconds),
         "samples": _rounded(samples),
     }
 

@@ -66,7 +66,7 @@ SETTING = Kind(
     "a number, a line of text, a list of numbers, or null",
     lambda value: value is None or PLAIN.holds(value) or (isinstance(value, list) and all(map(_is_number, value))),
 )
-# Stands for every name of a mapping.
+# Stands for every name of a mapping. A name that ends in ? may be missing.
 EACH = ""
 WEIGHTS = {"base_sha256": DIGEST, "pruner_sha256": DIGEST}
 VERSIONS = {"transformers": LINE, EACH: LINE}
@@ -83,6 +83,8 @@ ACCURACY_FIELDS = {
     "by_kind": {EACH: {"accuracy": SHARE, "n": COUNT}},
     **WEIGHTS,
     "tokens": {"image": COUNT, "after_cuts": COUNTS, "mean": AMOUNT},
+    "fields?": {EACH: PLAIN},
+    "relative_accuracy?": AMOUNT,
 }
 SPEED_FIELDS = {
     **dict.fromkeys(SPEEDS, SPEED),
@@ -92,14 +94,10 @@ SPEED_FIELDS = {
     "versions": VERSIONS,
     **WEIGHTS,
 }
-TRAINING_FIELDS = {"pruner_sha256": DIGEST}
-# Fields that a record may lack.
-OPTIONAL = {
-    "fields": {EACH: PLAIN},
-    "relative_accuracy": AMOUNT,
-    "metrics": {},
-    **dict.fromkeys(SETTINGS, SETTING),
-    **dict.fromkeys(COST, AMOUNT),
+TRAINING_FIELDS = {
+    "pruner_sha256": DIGEST,
+    "metrics?": {f"{name}?": AMOUNT for name in COST},
+    **{f"{name}?": SETTING for name in SETTINGS},
 }
 
 
@@ -135,10 +133,10 @@ def _check(value, schema: Kind | Mapping, name: str = "it") -> None:
         return
     if not isinstance(value, dict) or not value:
         raise ValueError(f"{name} is {reprlib.repr(value)}, and should be a mapping with entries")
-    if missing := sorted(set(schema) - {EACH} - set(value)):
+    if missing := sorted(field for field in set(schema) - {EACH} - set(value) if not field.endswith("?")):
         raise ValueError(f"{name} lacks {missing}")
     for field, inner in value.items():
-        kind = schema.get(field, schema.get(EACH, OPTIONAL.get(field)))
+        kind = schema.get(field, schema.get(f"{field}?", schema.get(EACH)))
         if kind is not None:
             _check(inner, kind, f"{name}.{field}".removeprefix("it."))
 

@@ -29,7 +29,7 @@ RATIOS = {
 RECORD = {
     **RATIOS,
     "intervals": {name: figure(value) for name, value in RATIOS.items()},
-    "times": {
+    "seconds": {
         "stock": {"prefill": figure(6.3), "token": figure(0.2), "decoder_prefill": figure(5.1)},
         "pruned": {"prefill": figure(2.0), "decoder_prefill": figure(0.8)},
         "stock answer": {"time_to_first_token": figure(6.4), "decode_token": figure(0.21), "end_to_end": figure(8.0)},
@@ -65,7 +65,7 @@ RECORD = {
 def variant(mean, seconds):
     other = copy.deepcopy(RECORD)
     other["tokens"]["mean"], other["ratio"] = mean, mean / 576
-    other["times"]["pruned"]["prefill"] = figure(seconds)
+    other["seconds"]["pruned"]["prefill"] = figure(seconds)
     return other
 
 

@@ -216,8 +216,8 @@ def test_ceilings():
     assert found["end_to_end_share_of_ceiling"] == 1.0
     assert found["overhead_at_ratio_one"] == 1.05
     assert found["scoring_and_selection_share"] == 0.1
-    assert found["times"]["stock"]["decoder_prefill"]["median"] == 11.0
-    assert found["times"]["pruned"]["decoder_prefill"]["median"] == 4.0
+    assert found["seconds"]["stock"]["decoder_prefill"]["median"] == 11.0
+    assert found["seconds"]["pruned"]["decoder_prefill"]["median"] == 4.0
 
 
 def test_a_slow_round_moves_no_ratio():
