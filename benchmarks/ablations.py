@@ -67,6 +67,7 @@ class Asked:
     fields: dict = field(default_factory=dict, hash=False)
     # Tokens behind the last cut, whatever the mean is, in place of a mean of `tokens`.
     cap: int | None = None
+    level: str = "standard"
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -160,7 +161,7 @@ def ask(asked: Asked, seed: int, model: Path, limit: int) -> None:
     command = ["--model", str(model), "--method", asked.method, "--name", asked.label, "--seed", str(seed)]
     accounting, tokens = ("mean", asked.tokens) if asked.cap is None else ("cap", asked.cap)
     command += ["--ratio", f"{tokens}/{TOKENS}", "--accounting", accounting, "--limit", str(limit)]
-    command += ["--output", f"{path}.part"]
+    command += ["--level", asked.level, "--output", f"{path}.part"]
     command += [part for name, value in asked.fields.items() for part in ("--set", f"{name}={value}")]
     if accuracy.main([*command, "--threads", str(torch.get_num_threads())]) != 0:
         raise RuntimeError(f"{asked.label} was not measured; its message stands above.")

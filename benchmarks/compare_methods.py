@@ -58,10 +58,12 @@ class Run(Asked):
     """One method at one budget. `tokens` is a mean over the layers, or with `cap` what the last cut leaves."""
 
     def file(self, seed: int) -> Path:
-        if self.cap is None and not self.fields and (known := super().file(seed)).exists():
+        level = "" if self.level == "standard" else f"{self.level}-"
+        plain = self.cap is None and not self.fields and not level
+        if plain and (known := super().file(seed)).exists():
             return known
         accounting = "" if self.cap is None else "-cap"
-        return RESULTS / f"{self.method}-{self.tokens}{accounting}-{seed}.json"
+        return RESULTS / f"{level}{self.method}-{self.tokens}{accounting}-{seed}.json"
 
 
 def reachable(method: str, tokens: int, model: PreTrainedModel) -> bool:
@@ -94,6 +96,11 @@ def runs_of(model: PreTrainedModel) -> list[Run]:
     ]
     # What others leave behind their last cut, for those who compare caps.
     runs += [Run("learnpruner, cap", "learnpruner", tokens, ablations.DEFAULT, cap=tokens) for tokens in (64, 32)]
+    # Where the best are close, on scenes of more and smaller objects.
+    runs += [
+        Run(name, name, 32, ablations.DEFAULT if name == "learnpruner" else None, level="hard")
+        for name in ("cls_attention", "visionzip", "divprune", "vispruner", "oracle_boxes", "learnpruner")
+    ]
     weights = {"head_weights": os.path.relpath(HAWK_WEIGHTS)}
     runs += [
         Run("hawk, heads calibrated, its paper's budgets", "hawk", round(share * TOKENS), fields=weights)
@@ -234,32 +241,45 @@ def measure_cost(runs: list[Run], model_path: Path, batch_size: int, repeats: in
     }
 
 
-def table(runs: list[Run], unpruned: dict, costs: dict | None) -> str:
-    """Markdown: a row for each method at each budget, the best first; what has not been measured is named."""
+def read_unpruned() -> dict[str, dict]:
+    """Level of the scenes -> what `make accuracy` has of the unpruned model."""
+    folder = RESULTS.parent / "accuracy"
+    return {level: accuracy.read_result(folder / f"{level}-none.json") for level in ("standard", "hard")}
+
+
+def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str:
+    """Markdown: a row for each method at each budget, the best first; what has not been measured is named.
+
+    Args:
+        unpruned: Level of the scenes -> the unpruned run.
+    """
     cost = {(c["method"], c["tokens"], c["accounting"]): c for c in (costs or {"costs": []})["costs"]}
-    kinds = sorted(unpruned["by_kind"])
-    head = ["budget", "method", "mean tokens", "left at the end", "after each cut", "runs", "RelAcc", *kinds]
+    kinds = sorted(unpruned["standard"]["by_kind"])
+    head = ["scenes", "budget", "method", "mean tokens", "left at the end", "after each cut", "runs", "RelAcc", *kinds]
     head += ["prefill, ms", "x stock", "selection, ms", "KV, kB"]
     lines, missing = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
     rows = []
     for run in runs:
         files = [run.file(seed) for seed in run.seeds if run.file(seed).exists()]
-        missing += [f"{run.label} at {run.tokens}, seed {s}" for s in run.seeds if not run.file(s).exists()]
+        missing += [
+            f"{run.label} at {run.tokens} ({run.level}), seed {s}" for s in run.seeds if not run.file(s).exists()
+        ]
         if not files:
             continue
         results = [accuracy.read_result(file) for file in files]
-        relative = [accuracy.relative_accuracy(result, unpruned) for result in results]
+        relative = [accuracy.relative_accuracy(result, unpruned[run.level]) for result in results]
         tokens = results[0]["tokens"]
         spent = cost.get((run.method, run.tokens, "mean" if run.cap is None else "cap"))
-        cells = [str(run.tokens), run.label, f"{tokens['mean']:.0f}", str(tokens["after_cuts"][-1])]
+        cells = [run.level, str(run.tokens), run.label, f"{tokens['mean']:.0f}", str(tokens["after_cuts"][-1])]
         cells.append(" -> ".join(map(str, tokens["after_cuts"])))
         cells += [str(len(results)), render_accuracy.spread(relative)]
         cells += [render_accuracy.spread([r["by_kind"][kind]["accuracy"] for r in results]) for kind in kinds]
         names = ("prefill_ms", "prefill_speedup", "selection_ms")
         cells += [f"{spent[name]:.3g}" for name in names] if spent else [render_accuracy.MISSING] * 3
         cells.append(f"{spent['kv_bytes'] / 1e3:.0f}" if spent else render_accuracy.MISSING)
-        rows.append((-run.tokens, run.cap is not None, -sum(relative) / len(relative), cells))
-    lines += ["| " + " | ".join(cells) + " |" for *_, cells in sorted(rows, key=lambda row: row[:3])]
+        order = (run.level != "standard", -run.tokens, run.cap is not None, -sum(relative) / len(relative))
+        rows.append((order, cells))
+    lines += ["| " + " | ".join(cells) + " |" for _, cells in sorted(rows)]
     if costs:
         what = f"{costs['threads']} CPU thread(s)" if costs["device"] == "cpu" else costs["device"]
         lines += ["", f"Cost: batch {costs['batch_size']}, {what}, {costs['dtype']}, median of {costs['repeats']}."]
@@ -279,7 +299,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=positive, default=8, help="of --cost")
     parser.add_argument("--repeats", type=positive, default=7, help="of --cost")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
-    parser.add_argument("--unpruned", type=Path, default=RESULTS.parent / "accuracy" / "standard-none.json")
     parser.add_argument("--into", type=Path, help="Markdown file with the marks <!-- methods -->")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -296,7 +315,7 @@ def main(argv: list[str] | None = None) -> int:
             COST.write_text(json.dumps(costs, indent=1) + "\n")
         if arguments.into:
             costs = json.loads(COST.read_text()) if COST.exists() else None
-            text = table(runs, accuracy.read_result(arguments.unpruned), costs)
+            text = table(runs, read_unpruned(), costs)
             arguments.into.write_text(render_accuracy.fill(arguments.into.read_text(), "methods", text))
     except (ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         print(f"compare_methods: {error}", file=sys.stderr)

@@ -10,7 +10,7 @@ from learnpruner.methods import METHODS
 
 import accuracy
 import compare_methods
-from compare_methods import BUDGETS, COST, RESULTS, Run
+from compare_methods import BUDGETS, COST, Run
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,27 @@ def test_the_table(monkeypatch, tmp_path):
         {"method": "divprune", "tokens": 64, "accounting": "mean", "prefill_ms": 12.34, "prefill_speedup": 2.5}
         | {"selection_ms": 0.5, "kv_bytes": 81920}
     ]
-    page = compare_methods.table(runs, fake("none", 576, (1.0, 0.8)), costs)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| 64")]
+    page = compare_methods.table(runs, {"standard": fake("none", 576, (1.0, 0.8))}, costs)
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| standard")
+    ]
     # The best first; RelAcc is a mean of ratios over the kinds.
-    assert rows[0] == ["64", "divprune", "64", "64", "64", "1", "95.0", "90.0", "80.0", "12.3", "2.5", "0.5", "82"]
+    assert rows[0] == [
+        "standard",
+        "64",
+        "divprune",
+        "64",
+        "64",
+        "64",
+        "1",
+        "95.0",
+        "90.0",
+        "80.0",
+        "12.3",
+        "2.5",
+        "0.5",
+        "82",
+    ]
     assert rows[1][:9] == [
         "64",
         "random",
@@ -106,9 +123,9 @@ def test_the_table(monkeypatch, tmp_path):
         "55.0 (50.0-60.0)",
         "45.0 (40.0-50.0)",
     ]
-    assert rows[1][9:] == ["not measured"] * 4
+    assert rows[1][10:] == ["not measured"] * 4
     assert len(rows) == 2
-    assert "Not measured: random at 64, seed 2; fastv, cap at 64, seed 0." in page
+    assert "Not measured: random at 64 (standard), seed 2; fastv, cap at 64 (standard), seed 0." in page
     assert "batch 8, 1 CPU thread(s), float32, median of 7" in page
 
 
@@ -131,7 +148,7 @@ def test_timing_sees_every_part(name, parts, model):
 
 def test_what_was_found():
     """Every run of the page is there, of one model and the same questions, with a cost."""
-    unpruned = accuracy.read_result(RESULTS.parent / "accuracy" / "standard-none.json")
+    unpruned = compare_methods.read_unpruned()
     model = LearnPrunerForConditionalGeneration.from_pretrained(compare_methods.EASY_VQA / "learnpruner-tiny-llava")
     runs = compare_methods.runs_of(model)
     costs = json.loads(COST.read_text())
@@ -140,7 +157,7 @@ def test_what_was_found():
         assert (run.method, run.tokens, "mean" if run.cap is None else "cap") in known
         for seed in run.seeds:
             result = accuracy.read_result(run.file(seed))
-            assert accuracy.relative_accuracy(result, unpruned) > 0
+            assert accuracy.relative_accuracy(result, unpruned[run.level]) > 0
             if run.cap is None:
                 share = 0.8 if run.method == "downsample" else 1
                 assert share * run.tokens - 0.6 <= result["tokens"]["mean"] <= run.tokens + 0.6
