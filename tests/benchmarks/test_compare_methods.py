@@ -92,37 +92,13 @@ def test_the_table(monkeypatch, tmp_path):
         | {"selection_ms": 0.5, "kv_bytes": 81920}
     ]
     page = compare_methods.table(runs, {"standard": fake("none", 576, (1.0, 0.8))}, costs)
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| standard")
-    ]
+    lines = [line for line in page.splitlines() if line.startswith("| standard")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     # The best first; RelAcc is a mean of ratios over the kinds.
-    assert rows[0] == [
-        "standard",
-        "64",
-        "divprune",
-        "64",
-        "64",
-        "64",
-        "1",
-        "95.0",
-        "90.0",
-        "80.0",
-        "12.3",
-        "2.5",
-        "0.5",
-        "82",
-    ]
-    assert rows[1][:9] == [
-        "64",
-        "random",
-        "64",
-        "64",
-        "64",
-        "2",
-        "55.6 (50.0-61.3)",
-        "55.0 (50.0-60.0)",
-        "45.0 (40.0-50.0)",
-    ]
+    assert rows[0][:7] == ["standard", "64", "divprune", "64", "64", "64", "1"]
+    assert rows[0][7:] == ["95.0", "90.0", "80.0", "12.3", "2.5", "0.5", "82"]
+    assert rows[1][:7] == ["standard", "64", "random", "64", "64", "64", "2"]
+    assert rows[1][7:10] == ["55.6 (50.0-61.3)", "55.0 (50.0-60.0)", "45.0 (40.0-50.0)"]
     assert rows[1][10:] == ["not measured"] * 4
     assert len(rows) == 2
     assert "Not measured: random at 64 (standard), seed 2; fastv, cap at 64 (standard), seed 0." in page
