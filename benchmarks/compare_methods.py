@@ -95,11 +95,11 @@ def runs_of(model: PreTrainedModel) -> list[Run]:
         for tokens in BUDGETS
     ]
     # What others leave behind their last cut, for those who compare caps.
-    runs += [Run("learnpruner, cap", "learnpruner", tokens, ablations.DEFAULT, cap=tokens) for tokens in (64, 32)]
+    runs.append(Run("learnpruner, cap", "learnpruner", 64, ablations.DEFAULT, cap=64))
     # Where the best are close, on scenes of more and smaller objects.
     runs += [
         Run(name, name, 32, ablations.DEFAULT if name == "learnpruner" else None, level="hard")
-        for name in ("cls_attention", "visionzip", "divprune", "vispruner", "oracle_boxes", "learnpruner")
+        for name in ("visionzip", "divprune", "vispruner", "learnpruner")
     ]
     weights = {"head_weights": os.path.relpath(HAWK_WEIGHTS)}
     runs += [
