@@ -147,7 +147,7 @@ def test_what_was_found():
     # What the page says of it.
     for tokens in (64, 32):
         at = {name: value for (name, of, level), value in relative.items() if (of, level) == (tokens, "standard")}
-        best = max(at.values())
+        best = max(value for name, value in at.items() if "cap" not in name)  # caps have more tokens on average
         assert at["learnpruner"] > best - 0.005
         assert at["divprune"] > best - 0.005
         assert at["vispruner"] > best - 0.005
