@@ -16,10 +16,10 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,6 +41,7 @@ import accuracy
 import render_accuracy
 from ablations import EASY_VQA, TOKENS, Asked
 from scenes import scene_dataset
+from speed_measure import cache_bytes, timed
 
 RESULTS = Path(__file__).parent / "results" / "methods"
 COST = RESULTS / "cost.json"
@@ -135,45 +136,37 @@ def timed_selection(cuts: tuple[Cut, ...], device: torch.device) -> Iterator[tup
     """The cuts, and the seconds that their scores, selections and merges take, and what watching does."""
     seconds = []
 
-    def timed(function):
+    def clocked(function):
         def run(*arguments):
-            _synchronize(device)
-            start = time.perf_counter()
-            result = function(*arguments)
-            _synchronize(device)
-            seconds.append(time.perf_counter() - start)
+            spent, result = timed(lambda: function(*arguments), device)
+            seconds.append(spent)
             return result
 
         return run
 
     class TimedScore:
         def __init__(self, score):
-            self.score, self.select = score, timed(score.select)
+            self.score, self.select = score, clocked(score.select)
 
         def __call__(self, seen):
-            return timed(self.score)(seen)
+            return clocked(self.score)(seen)
 
         @contextmanager
         def watch(self, seen):
             # What it does before and after the layer; its hooks in between take down what they see, no more.
             inner = self.score.watch(seen)
-            timed(inner.__enter__)()
+            clocked(inner.__enter__)()
             yield
-            timed(inner.__exit__)(None, None, None)
+            clocked(inner.__exit__)(None, None, None)
 
     shared = {id(cut.score): TimedScore(cut.score) for cut in cuts}
     yield (
         tuple(
-            replace(cut, score=shared[id(cut.score)], merge=None if cut.merge is None else timed(cut.merge))
+            replace(cut, score=shared[id(cut.score)], merge=None if cut.merge is None else clocked(cut.merge))
             for cut in cuts
         ),
         seconds,
     )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -191,11 +184,9 @@ def measure_cost(runs: list[Run], model_path: Path, batch_size: int, repeats: in
     ).to(model.device)
 
     def prefill(schedule) -> tuple[float, int]:
-        _synchronize(model.device)
-        start = time.perf_counter()
-        cache = model(**inputs, schedule=schedule, logits_to_keep=1, use_cache=True).past_key_values
-        _synchronize(model.device)
-        return time.perf_counter() - start, sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+        call = partial(model, **inputs, schedule=schedule, logits_to_keep=1, use_cache=True)
+        seconds, outputs = timed(call, model.device)
+        return seconds, cache_bytes(outputs.past_key_values)
 
     unique = {(run.method, run.tokens, run.cap): run for run in runs}
     found = []

@@ -158,6 +158,19 @@ def image_tokens(family, *size):
     return PATCHES + unpadded.shape[1] * (unpadded.shape[2] + 1)
 
 
+def tokens_of(family, size):
+    """Crop and patch of each token of an image of a LLaVA; `None` for a newline."""
+    tokens = [(0, patch) for patch in range(PATCHES)]
+    if family == "llava":
+        return tokens
+    grid = SIDE // PATCH
+    rows, columns = get_anyres_image_grid_shape(size, PINPOINTS, SIDE)
+    places = torch.arange(rows * columns * PATCHES).view(rows, columns, grid, grid).transpose(1, 2)
+    for line in unpad_image(places.reshape(1, rows * grid, columns * grid), size)[0].tolist():
+        tokens += [(1 + place // PATCHES, place % PATCHES) for place in line] + [None]
+    return tokens
+
+
 def build_inputs(family, samples, seed=0, side="left", dtype=torch.float32):
     """Model inputs for samples given as lists: an int is that many text tokens, a pair an image (height, width), three
     numbers a video (groups of frames, height, width).

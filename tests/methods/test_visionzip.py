@@ -3,13 +3,10 @@
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
-from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from learnpruner.methods import METHODS
 
-from tiny_models import PATCH, PATCHES, PINPOINTS, SIDE, build_inputs, samples_of, tiny_pair
-
-GRID = SIDE // PATCH
+from tiny_models import PATCHES, build_inputs, samples_of, tiny_pair, tokens_of
 
 
 def tower(stock, pixels):
@@ -24,18 +21,6 @@ def tower(stock, pixels):
     vision.set_attn_implementation(before)
     keys = seen[0].view(len(pixels), 1 + PATCHES, block.num_heads, block.head_dim)
     return outputs.attentions[-2][:, :, 0, 1:].sum(1), keys[:, 1:], outputs.hidden_states[-2][:, 1:]
-
-
-def tokens_of(family, size):
-    """Crop and patch of each token of an image; `None` for a newline."""
-    tokens = [(0, patch) for patch in range(PATCHES)]
-    if family == "llava":
-        return tokens
-    rows, columns = get_anyres_image_grid_shape(size, PINPOINTS, SIDE)
-    places = torch.arange(rows * columns * PATCHES).view(rows, columns, GRID, GRID).transpose(1, 2)
-    for line in unpad_image(places.reshape(1, rows * GRID, columns * GRID), size)[0].tolist():
-        tokens += [(1 + place // PATCHES, place % PATCHES) for place in line] + [None]
-    return tokens
 
 
 def reference(paid, keys, features, count, share, must=None):
