@@ -38,7 +38,8 @@ def timed(call: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 def interleave(
     contestants: dict[str, Callable[[], dict[str, float]]], rounds: int, warmup: int, label: str
 ) -> dict[str, dict[str, list[float]]]:
-    """Runs all contestants in turn, A B C A B C, so that what slows the machine for a while slows them alike.
+    """Runs all contestants in turn, so that what slows the machine for a while slows them alike, and every other round
+    in the reverse order, A B C, C B A, so that one that becomes slower (or faster) all the time favours nobody.
 
     Args:
         contestants: Name -> call that returns named seconds.
@@ -49,8 +50,8 @@ def interleave(
     """
     samples = {name: defaultdict(list) for name in contestants}
     for number in tqdm(range(warmup + rounds), desc=label, unit="round"):
-        for name, call in contestants.items():
-            for quantity, value in call().items():
+        for name in list(contestants) if number % 2 == 0 else reversed(contestants):
+            for quantity, value in contestants[name]().items():
                 if number >= warmup:
                     samples[name][quantity].append(value)
     return {name: dict(quantities) for name, quantities in samples.items()}
