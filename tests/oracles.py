@@ -6,6 +6,7 @@ by an attention function registered with transformers. `first_cut` and `second_c
 
 import contextlib
 import math
+from functools import cache
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -75,16 +76,17 @@ def first_cut(pruner, features, count, diversity):
     by_score = max(1, count - round(diversity * count))
     order = sorted(scores, key=lambda i: (-scores[i], i)) + structure
     chosen = order[:by_score]
+
+    @cache
+    def similarity(i, j):
+        return torch.nn.functional.cosine_similarity(features[i].double(), features[j].double(), dim=0).item()
+
     while len(chosen) < count:
         best, best_similarity = None, None
         for i in scores:
             if i in chosen:
                 continue
-            similarities = [
-                torch.nn.functional.cosine_similarity(features[i].double(), features[j].double(), dim=0).item()
-                for j in chosen
-                if features[j] is not None
-            ]
+            similarities = [similarity(i, j) for j in chosen if features[j] is not None]
             if best is None or max(similarities) < best_similarity:
                 best, best_similarity = i, max(similarities)
         chosen.append(best if best is not None else next(i for i in structure if i not in chosen))

@@ -47,14 +47,13 @@ print("RESULTS" + json.dumps(answer))
 """
 
 
-@pytest.mark.core
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [
-        ("llava", torch.float32),
+        pytest.param("llava", torch.float32, marks=pytest.mark.core),
         ("llava", torch.bfloat16),
         ("llava_next", torch.float32),
-        ("qwen2_vl", torch.float32),
+        pytest.param("qwen2_vl", torch.float32, marks=pytest.mark.core),
         ("qwen2_5_vl", torch.float32),
     ],
 )

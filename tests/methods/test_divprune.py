@@ -1,5 +1,7 @@
 """DivPrune's choice against one image at a time, in plain loops."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -12,6 +14,7 @@ from tiny_models import FAMILIES, build_inputs, image_tokens, samples_of, tiny_p
 def reference(tokens, structure, count, must=None):
     """Indices kept of one image. `tokens` is a list of projected vectors."""
 
+    @cache
     def distance(i, j):
         return 1 - cosine_similarity(tokens[i], tokens[j], dim=0).item()
 
