@@ -49,9 +49,10 @@ class Bar:
     def holds(self, value: float) -> bool:
         return value >= self.at_least if self.at_most is None else value <= self.at_most
 
-    def worst(self, results: list[dict]) -> float | None:
-        found = [result[self.figure] for result in results if self._fits(result)]
-        return (min if self.at_most is None else max)(found, default=None)
+    def worst(self, results: list[dict]) -> dict | None:
+        """The result with the worst figure."""
+        found = [result for result in results if self._fits(result)]
+        return (min if self.at_most is None else max)(found, key=lambda result: result[self.figure], default=None)
 
     def _fits(self, result: dict) -> bool:
         settings, tokens = result["settings"], result["tokens"]
@@ -89,8 +90,10 @@ BARS = (
 def bar_table(results: list[dict]) -> str:
     rows = []
     for bar in BARS:
-        value = bar.worst(results)
-        verdict = [MISSING, ""] if value is None else [f"{value:g}", "met" if bar.holds(value) else "missed"]
+        result, verdict = bar.worst(results), [MISSING, ""]
+        if result is not None:
+            met = bar.holds(result[bar.figure])
+            verdict = [_interval(result, bar.figure, digits=4), "met" if met else "missed"]
         rows.append([*bar.cells, *verdict])
     return _table(["of", "bar", "measured", ""], rows)
 

@@ -109,18 +109,19 @@ def test_bars():
     reached = "cpu-small, 32 of 576 tokens, batch 4"
     ceiling, overhead = (reached, "prefill_share_of_ceiling >= 0.9"), (reached, "overhead_at_ratio_one <= 1.01")
     next_prefill = ("llava-next-7b, 160 of 2928 tokens, batch 8 or more", "prefill_speedup >= 6")
-    assert found(RECORD)[ceiling] == ["0.927", "met"]
-    assert found(RECORD)[overhead] == ["1.002", "met"]
+    assert found(RECORD)[ceiling] == ["0.9270 (0.8343-1.1124)", "met"]
+    assert found(RECORD)[overhead] == ["1.0020 (0.9018-1.2024)", "met"]
     assert found(RECORD)[next_prefill] == ["not measured", ""]
     # The worst counts.
-    assert found(RECORD, {**RECORD, "prefill_share_of_ceiling": 0.89})[ceiling] == ["0.89", "missed"]
-    assert found(RECORD, {**RECORD, "overhead_at_ratio_one": 1.02})[overhead] == ["1.02", "missed"]
+    worse = found(RECORD, {**RECORD, "prefill_share_of_ceiling": 0.89, "overhead_at_ratio_one": 1.02})
+    assert [worse[bar][0].split()[0] for bar in (ceiling, overhead)] == ["0.8900", "1.0200"]
+    assert [worse[bar][1] for bar in (ceiling, overhead)] == ["missed", "missed"]
     # Other settings, or another machine, are another measurement.
     gpu = copy.deepcopy(RECORD)
     gpu["settings"] |= {"preset": "llava-next-7b", "batch_size": 8, "new_tokens": 2}
     gpu |= {"prefill_speedup": 6.5, "device": "NVIDIA H100 80GB HBM3"}
     gpu["tokens"] |= {"image": 2928, "mean": 160.2}
-    assert found(gpu)[next_prefill] == ["6.5", "met"]
+    assert found(gpu)[next_prefill] == ["6.5000 (2.8350-3.7800)", "met"]
     assert found({**gpu, "device": "NVIDIA A100"})[next_prefill] == ["not measured", ""]
     for name, value in {"batch_size": 4, "new_tokens": 8}.items():
         other = {**gpu, "settings": {**gpu["settings"], name: value}}
