@@ -154,4 +154,5 @@ class PrunedCache(DynamicCache):
 
 
 def is_pruned(cache: Cache | None) -> bool:
-    return cache is not None and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers)
+    # All of a cache's layers are, or none.
+    return cache is not None and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers[:1])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .cuts_learnpruner import Cut, EncodedImages, LearnedScore
-from .layout_learnpruner import MODALITIES, PromptLayout
+from .layout_learnpruner import MODALITIES, PromptLayout, send
 
 
 @dataclass
@@ -24,8 +24,7 @@ class PruningCall:
         query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that may rank tokens.
         soft (`bool`): Gate at full length instead of cutting.
         vision (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens of this call.
-        counts (`list[list[int]]`): For each sample, its vision tokens before the first cut and after each.
-        count_table (`torch.Tensor` of shape `(batch, 1 + cuts)`, int64): The same on the device.
+        counts (`list[list[int]]`): Of each sample: text tokens, vision tokens before the first cut, and after each.
         vision_kept (`torch.Tensor` of shape `(batch, sequence)`, bool): Survivors of a cut before the decoder.
         vision_scores (`torch.Tensor` of shape `(batch, sequence)`, float32): Its scores, NaN elsewhere.
         last (`torch.Tensor` of shape `(batch,)`, int64): Each sample's last row. It predicts the next token, so no
@@ -41,7 +40,6 @@ class PruningCall:
     soft: bool = False
     vision: torch.Tensor | None = None
     counts: list[list[int]] | None = None
-    count_table: torch.Tensor | None = None
     vision_kept: torch.Tensor | None = None
     vision_scores: torch.Tensor | None = None
     last: torch.Tensor | None = None
@@ -54,7 +52,7 @@ class PruningCall:
     @property
     def will_cut(self) -> bool:
         """Whether any token will leave; known only after [`plan`]."""
-        return self.counts is not None and any(min(row) < row[0] for row in self.counts)
+        return self.counts is not None and any(min(row[1:]) < row[1] for row in self.counts)
 
     @property
     def kept_mask(self) -> tuple[torch.Tensor, ...] | None:
@@ -97,28 +95,27 @@ class PruningCall:
         kept = [sizes]
         for cut in self.schedule:
             kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], sizes)])
-        self.vision = vision
-        self.counts = [
-            [sum(count for count, owner in zip(counts, owners) if owner == row) for counts in kept]
-            for row in range(len(vision))
-        ]
+        self.vision = self.vision_kept = vision
+        self.counts = []
+        for row, length in enumerate(layout.lengths):
+            counts = [sum(count for count, owner in zip(counts, owners) if owner == row) for counts in kept]
+            self.counts.append([length - counts[0], *counts])
         columns = torch.arange(vision.shape[1], device=vision.device).expand_as(vision)
         self.last = columns.amax(1) if valid is None else (columns * valid).amax(1)
-        self.vision_kept = vision
         self.vision_scores = vision.new_full(vision.shape, torch.nan, dtype=torch.float32)
-        self.count_table = torch.tensor(self.counts, device=vision.device)
-        if not self.will_cut or self.schedule[0].layer > 0:
-            return outputs
-        if self.soft and not isinstance(self.schedule[0].score, LearnedScore):
+        cut = self.schedule[0]
+        if not self.will_cut or cut.layer > 0 or (self.soft and not isinstance(cut.score, LearnedScore)):
             return outputs
 
         # On the images' device: with a device map, or inputs left on the host, the prompt may be elsewhere.
         device = features[0].device
-        length = torch.tensor(sizes, device=device)
+        # A sample that ends in a vision token: in the last of its images, or of its videos.
+        places = list(zip(owners, kinds))
+        last_part = [place != after for place, after in zip(places, [*places[1:], None])]
+        length, owner, kind_of, is_last = send([sizes, owners, kinds, last_part], device)
         padded = pad_sequence(features, batch_first=True)
         present = torch.arange(padded.shape[1], device=device) < length.unsqueeze(1)
         images = EncodedImages(model, padded, present, sizes, owners, arguments, layout, self.query_mask)
-        cut = self.schedule[0]
         scores = cut.score(images).to(device)
 
         def to_prompt(values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
@@ -139,12 +136,8 @@ class PruningCall:
             gates = torch.ones_like(scores).masked_scatter(scored, torch.cat(self.probabilities))
             self.gates = to_prompt(gates, torch.ones_like(self.vision_scores))
             return outputs
-        # A sample that ends in a vision token: in the last of its images, or of its videos.
-        places = list(zip(owners, kinds))
-        last_part = [place != after for place, after in zip(places, [*places[1:], None])]
         ends = layout.kinds.gather(1, self.last.unsqueeze(1)).squeeze(1).to(device)
-        ends = ends[torch.tensor(owners, device=device)] == torch.tensor(kinds, device=device)
-        must = torch.tensor(last_part, device=device) & ends
+        must = is_last.bool() & (ends[owner] == kind_of)
         must = torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, must.unsqueeze(1))
         chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[1])
         self.vision_kept = to_prompt(chosen, torch.zeros_like(vision))
@@ -176,5 +169,5 @@ class PruningCall:
         self.vision_scores = F.pad(plan["vision_scores"], behind, value=torch.nan)
         self.query_mask = F.pad(self.query_mask, behind)
         # The beams of a sample stand behind one another.
+        counts = [[text + self.answer_length, *rest] for text, *rest in counts]
         self.counts = [row for row in counts for _ in range(len(vision) // len(counts))]
-        self.count_table = torch.tensor(self.counts, device=vision.device)

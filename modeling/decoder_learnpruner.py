@@ -19,6 +19,7 @@ from .cache_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
 from .call_learnpruner import PruningCall
 from .cuts_learnpruner import Cut, DecoderState, watching
 from .guards_learnpruner import refuse_gating, refuse_prepared_mask
+from .layout_learnpruner import send
 
 
 class PhysicalRows:
@@ -152,12 +153,13 @@ class PrunedDecoderMixin:
             past_key_values = DynamicCache(config=self.config)
         if past_key_values is not None and pruning is not None:
             past_key_values = PrunedCache.adopt(past_key_values, self.config.num_hidden_layers)
-        text_lengths = None if pruning is None else _text_lengths(pruning, rows)
+        if pruning is not None and min(text + vision for text, vision, *_ in pruning.counts) == rows.length:
+            rows.valid = None
 
         mask = key_valid = history = previous = None
         for number, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             if number in cuts:
-                self._cut(cuts[number], rows, sequence, pruning, text_lengths, previous)
+                self._cut(cuts[number], rows, sequence, pruning, previous)
             held = None if past_key_values is None else past_key_values.layers[number]
             stale = number == 0 or number in cuts or (held is not None and held.history != history)
             if stale:
@@ -176,7 +178,7 @@ class PrunedDecoderMixin:
                 mask = self._mask(number, rows.hidden_states, past_key_values, key_valid)
 
             previous = (number, rows.hidden_states, held, key_valid, rows.position_embeddings)
-            state = partial(self._state, rows, pruning, text_lengths, previous)
+            state = partial(self._state, rows, pruning, previous)
             with watching(cuts.values(), number, state):
                 # Packed sequences were refused, so the layers need positions for nothing but the rotary embeddings;
                 # the gaps left by a cut would even look like packing to flash attention.
@@ -207,7 +209,7 @@ class PrunedDecoderMixin:
             allow_is_causal_skip=key_valid is None,
         )
 
-    def _state(self, rows: PhysicalRows, pruning: PruningCall, text_lengths: list[int], previous) -> DecoderState:
+    def _state(self, rows: PhysicalRows, pruning: PruningCall, previous) -> DecoderState:
         number, hidden_states, held, key_valid, position_embeddings = previous
         device = rows.hidden_states.device
         vision, text = _kinds(rows, pruning)
@@ -223,24 +225,24 @@ class PrunedDecoderMixin:
             index=rows.index.to(device),
             vision=vision.to(device),
             queries=queries.to(device),
-            num_text=max(text_lengths),
+            num_text=max(text for text, *_ in pruning.counts),
             vision_scores=rows.to_physical(pruning.vision_scores).to(device),
         )
 
-    def _cut(self, cut: Cut, rows: PhysicalRows, sequence: int, pruning: PruningCall, text_lengths, previous) -> None:
-        step = pruning.schedule.index(cut) + 1
+    def _cut(self, cut: Cut, rows: PhysicalRows, sequence: int, pruning: PruningCall, previous) -> None:
+        step = pruning.schedule.index(cut) + 2
         _, text = _kinds(rows, pruning)
         if cut.layer == 0:
             scores = pruning.vision_scores
             chosen = rows.to_physical(pruning.vision_kept)
         else:
-            state = self._state(rows, pruning, text_lengths, previous)
+            state = self._state(rows, pruning, previous)
             scores = cut.score(state)
             last = (rows.index == pruning.last.unsqueeze(1).to(rows.index.device)).to(scores.device) & state.vision
-            counts = pruning.count_table[:, step].to(scores.device)
+            counts = send([row[step] for row in pruning.counts], scores.device)
             chosen = cut.score.select(scores.masked_fill(last, torch.inf), state, counts).to(text.device)
             scores = rows.to_logical(scores.to(text.device), sequence, torch.nan)
-        rows.keep(chosen | text, [length + row[step] for length, row in zip(text_lengths, pruning.counts)])
+        rows.keep(chosen | text, [row[0] + row[step] for row in pruning.counts])
         kept = rows.to_logical(torch.ones_like(rows.index, dtype=torch.bool), sequence, False)
         pruning.decisions.append((kept, scores))
 
@@ -249,14 +251,6 @@ def _kinds(rows: PhysicalRows, pruning: PruningCall) -> tuple[torch.Tensor, torc
     """Rows of vision and of text, each `(batch, length)` bool."""
     vision = rows.to_physical(pruning.vision)
     return (vision, ~vision) if rows.valid is None else (vision & rows.valid, ~vision & rows.valid)
-
-
-def _text_lengths(pruning: PruningCall, rows: PhysicalRows) -> list[int]:
-    """Text rows of each sample; of the decoder, the one place where padding makes the host wait."""
-    lengths = [rows.length] * len(pruning.counts) if rows.valid is None else rows.valid.sum(1).tolist()
-    if min(lengths) == rows.length:
-        rows.valid = None
-    return [length - row[0] for length, row in zip(lengths, pruning.counts)]
 
 
 def _join(held: PrunedCacheLayer, attention_mask, rows: PhysicalRows, sequence: int) -> torch.Tensor | None:

@@ -153,7 +153,7 @@ class PrunedModelMixin:
         """Where a special token stands, `(batch, sequence)` bool."""
         if input_ids is not None:
             return input_ids == token_id
-        token = torch.tensor(token_id, device=inputs_embeds.device)
+        token = torch.full((), token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def read_layout(self, arguments: dict, kinds: torch.Tensor, valid: torch.Tensor | None) -> PromptLayout:
@@ -184,13 +184,14 @@ class PrunedModelMixin:
 
         Args:
             pruner_ratio, schedule, query_mask: As in the class with the head.
-            pruning ([`PruningCall`], *optional*): A call that the head has begun, in place of those three.
+            pruning ([`PruningCall`], *optional*): A call that the head has begun, in place of those three. It keeps
+                what was decided, and the output is the stock one.
             The other arguments are the stock model's.
         """
         stock = {"input_ids": input_ids, "attention_mask": attention_mask}
         stock |= {name: kwargs.pop(name, None) for name in self.stock_arguments}
-        if pruning is None:
-            pruning = PruningCall(self.pruner_schedule(pruner_ratio, schedule), query_mask)
+        begun = pruning is not None
+        pruning = pruning or PruningCall(self.pruner_schedule(pruner_ratio, schedule), query_mask)
         decoder = {name: stock[name] for name in ("attention_mask", "position_ids", "past_key_values")}
         # Given both, the stock model says so.
         both = stock["mm_encoder_outputs"] and any(stock[name] is not None for name in self.pixel_arguments)
@@ -213,6 +214,8 @@ class PrunedModelMixin:
                 kwargs["pruning"] = pruning
 
         outputs = super().forward(**stock, return_dict=True, **kwargs)
+        if begun:
+            return outputs
         return LearnPrunerModelOutputWithPast(
             **outputs, kept_mask=pruning.kept_mask, vision_scores=pruning.decided_scores
         )

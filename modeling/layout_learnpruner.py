@@ -9,6 +9,11 @@ import torch
 MODALITIES = ("image", "video")
 
 
+def send(values: list | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The host's numbers on a device. The host does not wait for what a GPU has yet to do, as in `torch.tensor`."""
+    return torch.as_tensor(values).to(device, non_blocking=device.type == "cuda")
+
+
 @dataclass
 class PromptLayout:
     """Where a prompt has its images and videos, and what the host must know of it.
@@ -16,6 +21,7 @@ class PromptLayout:
     Attributes:
         kinds (`torch.Tensor` of shape `(batch, sequence)`, int8): 0 text, 1 placeholder of an image, 2 of a video.
         valid (`torch.Tensor` of shape `(batch, sequence)`, bool, or `None`): False at padding.
+        lengths (`list[int]`): Rows of each sample that are not padding.
         placeholders (`dict[str, list[int]]`): For each modality, how many placeholders each sample has.
         grids (`dict[str, list[list[int]]]`): For each argument that lays images out, its rows.
         mistyped (`int`): Tokens whose `mm_token_type_ids` are not of their kind.
@@ -23,6 +29,7 @@ class PromptLayout:
 
     kinds: torch.Tensor
     valid: torch.Tensor | None
+    lengths: list[int]
     placeholders: dict[str, list[int]]
     grids: dict[str, list[list[int]]]
     mistyped: int = 0
@@ -55,12 +62,13 @@ class PromptLayout:
         seen = kinds if valid is None else kinds * valid
         counts = torch.stack([(seen == kind).sum(1) for kind in range(1, 1 + len(MODALITIES))])
         mistyped = (mistyped if valid is None else mistyped & valid).sum().view(1, 1)
-        tables = [mistyped, counts, *(torch.as_tensor(grid).to(kinds.device) for grid in grids.values())]
+        lengths = (kinds >= 0 if valid is None else valid).sum(1).unsqueeze(0)
+        tables = [mistyped, lengths, counts, *(torch.as_tensor(grid).to(kinds.device) for grid in grids.values())]
         values = iter(torch.cat([table.flatten() for table in tables]).tolist())
-        ((mistyped,),), counts, *rows = [
+        ((mistyped,),), (lengths,), counts, *rows = [
             [[next(values) for _ in range(table.shape[1])] for _ in range(len(table))] for table in tables
         ]
-        return cls(kinds, valid, dict(zip(MODALITIES, counts)), dict(zip(grids, rows)), mistyped)
+        return cls(kinds, valid, lengths, dict(zip(MODALITIES, counts)), dict(zip(grids, rows)), mistyped)
 
     def owners(self, modality: str, sizes: list[int]) -> list[int]:
         """Which sample of the batch each image, or part of a video, belongs to.

@@ -2,6 +2,7 @@
 """LLaVA-NeXT with LearnPruner (arXiv 2604.23950)."""
 
 import torch
+from torch.nn import functional as F
 from transformers import Cache, LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.utils import can_return_tuple
@@ -10,7 +11,7 @@ from .configuration_learnpruner import LearnPrunerLlavaNextConfig
 from .cuts_learnpruner import Cut, Schedule
 from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin
 from .hub_learnpruner import HubMixin, register_key_conversion
-from .layout_learnpruner import PromptLayout
+from .layout_learnpruner import PromptLayout, send
 from .modeling_learnpruner_llava import PrunedLlavaModelMixin
 
 
@@ -29,9 +30,13 @@ class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
             for size in image_sizes
         ]
-        newline = features.new_full((features.shape[-1],), torch.nan)
-        packed, _ = self.pack_image_features(features.split(crops), image_sizes, strategy, image_newline=newline)
-        return {"image": list(packed)}
+        # The stock model packs the numbers of the rows, on the host: on a GPU it would make the host wait.
+        numbers = torch.arange(features.shape[:2].numel()).view(*features.shape[:2], 1)
+        newline = numbers.new_full((1,), -1)
+        packed, _ = self.pack_image_features(numbers.split(crops), image_sizes, strategy, image_newline=newline)
+        rows = F.pad(features.flatten(0, 1), (0, 0, 0, 1), value=torch.nan)
+        chosen = rows[send(torch.cat(packed).flatten(), rows.device)]
+        return {"image": list(chosen.split([len(image) for image in packed]))}
 
 
 class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaNextForConditionalGeneration):

@@ -5,6 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .layout_learnpruner import send
+
 # Weight of the squared budget error in the training loss. The paper gives no budget term; this is the form and weight
 # of Dynamic-LLaVA (arXiv 2412.00876).
 BUDGET_WEIGHT = 100.0
@@ -88,9 +90,9 @@ def top_k_with_diversity(
     """
     by_score = [max(1, count - round(diversity * count)) for count in counts]
     places = rank(scores, candidates)
-    wanted = torch.tensor(by_score, device=scores.device).unsqueeze(1)
-    chosen = places < wanted
     extra = [count - first for count, first in zip(counts, by_score)]
+    wanted = send([by_score, extra], scores.device).unsqueeze(-1)
+    chosen = places < wanted[0]
     if not any(extra):
         return chosen
     structure = features.isnan().any(-1)
@@ -107,8 +109,7 @@ def top_k_with_diversity(
         picks.append(nearest.argmin(1))
         similarity = torch.einsum("rcd,rd->rc", directions, directions[rows, picks[-1]])
         nearest = torch.maximum(nearest, similarity).scatter_(1, picks[-1].unsqueeze(1), torch.inf)
-    turns = torch.arange(max(extra), device=scores.device)
-    still_wanted = turns < torch.tensor(extra, device=scores.device).unsqueeze(1)
+    still_wanted = torch.arange(max(extra), device=scores.device) < wanted[1]
     # A row without a candidate left picks its first column again, so what is still wanted is added up.
     added = torch.zeros_like(places).scatter_add(1, torch.stack(picks, dim=1), still_wanted.long())
     return chosen | (added > 0)
