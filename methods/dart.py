@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from learnpruner.cuts_learnpruner import DecoderState
-from learnpruner.scorer_learnpruner import rank
+from learnpruner.scorer_learnpruner import best_first, rank
 
 from .base import Method, Place
 from .decoder import cut_layer, text_behind
@@ -72,7 +72,7 @@ class PivotScore:
 
 def _best(scores: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows with the highest scores, `(batch, up to PIVOTS)`, and which of them are among the first `counts`."""
-    best = rank(scores, rows).argsort(dim=1)[:, :PIVOTS]
+    best = best_first(scores, rows)[:, :PIVOTS]
     return best, torch.arange(best.shape[1], device=best.device) < counts.unsqueeze(1)
 
 

@@ -198,12 +198,9 @@ class TextAttention:
         # A row that must be chosen ends its sample, so no text row sees it either.
         must = scores == torch.inf
         unseen = state.vision & (scores.isnan() | must)
-        seen = state.vision & ~unseen
-        quantile = torch.where(
-            unseen,
-            (rank(state.vision_scores.masked_fill(must, torch.inf), unseen) + 0.5) / unseen.sum(1, keepdim=True),
-            (rank(scores, seen) + 0.5) / seen.sum(1, keepdim=True),
-        )
+        kinds = torch.cat([unseen, state.vision & ~unseen])
+        places = rank(torch.cat([state.vision_scores.masked_fill(must, torch.inf), scores]), kinds)
+        quantile = torch.where(unseen, *((places + 0.5) / kinds.sum(1, keepdim=True)).chunk(2))
         return top_k((-quantile).masked_fill(must, torch.inf), state.vision, counts)
 
 

@@ -43,29 +43,30 @@ class LearnedPruningModule(nn.Module):
         return (keep - drop).masked_fill(structure, torch.nan)
 
 
-def rank(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Place of each column in its row's descending order, starting at 0; ties go to the lower index.
+def best_first(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Columns in each row's descending order; ties go to the lower index.
 
     Args:
-        scores (`torch.Tensor` of shape `(rows, columns)`, float32): NaN ranks behind every number.
+        scores (`torch.Tensor` of shape `(rows, columns)`, float32): NaN comes behind every number.
         candidates (`torch.Tensor` of shape `(rows, columns)`, bool): Columns that come before all others.
 
     Returns:
         `torch.Tensor` of shape `(rows, columns)`, int64.
     """
-    scores = scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).min).masked_fill(~candidates, -torch.inf)
-    return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min, posinf=torch.inf, neginf=-torch.inf)
+    return torch.where(candidates, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
+
+
+def rank(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
+    """Place of each column in the order of [`best_first`], starting at 0; `(rows, columns)`, int64."""
+    return best_first(scores, candidates).argsort(dim=1)
 
 
 def top_k(scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Marks the best candidates of each row.
+    """Marks the best candidates of each row, in the order of [`best_first`]; `(rows, columns)`, bool.
 
     Args:
-        scores, candidates: As in [`rank`].
         counts (`torch.Tensor` of shape `(rows,)`, int64): How many to mark, at most the row's candidates.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, columns)`, bool.
     """
     return rank(scores, candidates) < counts.unsqueeze(1)
 
@@ -80,7 +81,7 @@ def top_k_with_diversity(
     chosen by score. Structure rows (NaN features) are chosen last, in order.
 
     Args:
-        scores, candidates: As in [`rank`].
+        scores, candidates: As in [`best_first`].
         counts (`list[int]` of length `rows`): How many to mark; on the host, which runs the greedy rounds.
         features (`torch.Tensor` of shape `(rows, columns, d)`, any float dtype): What similarity is measured on.
         diversity (`float`): Share of `counts`, in [0, 1].
@@ -89,15 +90,15 @@ def top_k_with_diversity(
         `torch.Tensor` of shape `(rows, columns)`, bool.
     """
     by_score = [max(1, count - round(diversity * count)) for count in counts]
-    places = rank(scores, candidates)
+    order = best_first(scores, candidates)
     extra = [count - first for count, first in zip(counts, by_score)]
     wanted = send([by_score, extra], scores.device).unsqueeze(-1)
-    chosen = places < wanted[0]
+    chosen = order.argsort(dim=1) < wanted[0]
     if not any(extra):
         return chosen
     structure = features.isnan().any(-1)
     directions = F.normalize(features.float().nan_to_num(), dim=-1)
-    best = places.argsort(dim=1)[:, : max(by_score)]
+    best = order[:, : max(by_score)]
     chosen_directions = directions.gather(1, best.unsqueeze(-1).expand(-1, -1, directions.shape[-1]))
     similarity = directions @ chosen_directions.mT
     similarity = similarity.masked_fill(~(chosen & ~structure).gather(1, best).unsqueeze(1), -torch.inf)
@@ -111,7 +112,7 @@ def top_k_with_diversity(
         nearest = torch.maximum(nearest, similarity).scatter_(1, picks[-1].unsqueeze(1), torch.inf)
     still_wanted = torch.arange(max(extra), device=scores.device) < wanted[1]
     # A row without a candidate left picks its first column again, so what is still wanted is added up.
-    added = torch.zeros_like(places).scatter_add(1, torch.stack(picks, dim=1), still_wanted.long())
+    added = torch.zeros_like(order).scatter_add(1, torch.stack(picks, dim=1), still_wanted.long())
     return chosen | (added > 0)
 
 
