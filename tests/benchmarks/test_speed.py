@@ -1,6 +1,5 @@
 """The speed benchmark on tiny models: what it times, in what order, what it makes of it, and what it refuses."""
 
-import json
 import statistics
 import sys
 
@@ -13,7 +12,9 @@ from learnpruner.hub_cards.records import SPEEDS, read_result
 import speed
 import speed_formulas
 import speed_measure
+import speed_point
 import speed_presets
+import speed_sweep
 from tiny_models import FAMILIES, LAYERS, tiny_config, vision_tower
 
 # Height and width that each family takes without padding; their tokens, from the published layouts.
@@ -113,10 +114,10 @@ def test_cache_bytes_are_those_of_the_rows_that_are_kept(record):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_operations_are_those_that_torch_counts(family, ratio):
     stock, pruned, inputs = tiny(family)
-    point = speed.Point("tiny", 2, TEXT, 2, "eager", ratio)
+    point = speed_point.Point("tiny", 2, TEXT, 2, "eager", ratio)
     for model in (stock, pruned):
         model.set_attn_implementation("eager")
-    costs = speed.Measurement(stock, pruned, inputs, point).costs()["flops"]
+    costs = speed_point.Measurement(stock, pruned, inputs, point).costs()["flops"]
     counted = {}
     for name, model, arguments in (("stock", stock, {}), ("pruned", pruned, {"pruner_ratio": ratio})):
         with FlopCounterMode(display=False) as counter:
@@ -207,7 +208,7 @@ def test_ceilings():
         "parts": {"vision": [1.0], "embedding": [0.5], "layers": [2.0], "head": [0.5], "token": [0.25]},
         "cuts": {"scoring": [0.2], "selection": [0.3]},
     }
-    found = speed.figures(samples, new_tokens=5)
+    found = speed_point.figures(samples, new_tokens=5)
     assert found["prefill_speedup"] == 2.4
     assert found["prefill_ceiling"] == 3.0
     assert found["prefill_share_of_ceiling"] == 0.8
@@ -232,7 +233,7 @@ def test_a_slow_round_moves_no_ratio():
         "cuts": {"scoring": 0.2, "selection": 0.3},
     }
     samples = {name: {what: [time, 2 * time] for what, time in times.items()} for name, times in one.items()}
-    found = speed.figures(samples, new_tokens=5)
+    found = speed_point.figures(samples, new_tokens=5)
     for name, interval in found["intervals"].items():
         assert interval["low"] == interval["high"] == found[name]
 
@@ -286,7 +287,7 @@ def test_what_is_timed_of_an_answer():
 @torch.no_grad()
 def test_scores_and_selections_are_timed_in_place():
     stock, pruned, inputs = tiny("llava")
-    measurement = speed.Measurement(stock, pruned, inputs, speed.Point("tiny", 2, TEXT, 2, "sdpa", 0.4))
+    measurement = speed_point.Measurement(stock, pruned, inputs, speed_point.Point("tiny", 2, TEXT, 2, "sdpa", 0.4))
     run = []
     pruned.model.pruner.register_forward_hook(lambda *args: run.append("scored"))
     times = measurement._cut_times()
@@ -372,7 +373,7 @@ def test_a_cache_that_is_not_the_formula_s(tmp_path, monkeypatch, capsys):
 def test_refusals_come_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    monkeypatch.setattr(speed, "build_pair", lambda *args: pytest.fail("built a model"))
+    monkeypatch.setattr(speed_sweep, "build_pair", lambda *args: pytest.fail("built a model"))
     try:
         status = run("--output", str(tmp_path / "result.json"), *arguments)
     except SystemExit as stop:
@@ -386,7 +387,7 @@ def test_refusals_come_before_any_work(arguments, message, tmp_path, monkeypatch
 
 def test_weights_that_do_not_fit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(speed_presets.psutil, "virtual_memory", lambda: type("Free", (), {"available": 10**9}))
-    monkeypatch.setattr(speed, "build_pair", lambda *args: pytest.fail("built a model"))
+    monkeypatch.setattr(speed_sweep, "build_pair", lambda *args: pytest.fail("built a model"))
     assert run("--output", str(tmp_path / "result.json"), preset="llava-1.5-7b") == 2
     assert "28.3 GB" in capsys.readouterr().err
 
@@ -401,8 +402,3 @@ def test_output_must_not_be_a_folder(tmp_path, capsys):
     (tmp_path / "result.json").mkdir()
     assert run("--output", str(tmp_path / "result.json")) == 2
     assert "folder" in capsys.readouterr().err
-
-
-def test_json_is_plain(record):
-    assert json.loads(json.dumps(record)) == record
-    assert all(isinstance(value, int | float | str) for value in record["settings"].values())
