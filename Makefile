@@ -9,7 +9,8 @@ TOKENS ?= 32
 # The oldest supported transformers; guards_learnpruner.py and pyproject.toml say the same.
 FLOOR = transformers==5.20.0
 
-# The Python of the speed targets. Given another, with the package installed, they install nothing: make speed-gpu PY=python
+# The Python of the speed targets. Another one, with the package installed, makes them install nothing:
+# make speed-gpu PY=python
 PY ?= .venv/bin/python
 INSTALLED = $(if $(filter .venv/bin/python,$(PY)),.venv/installed)
 

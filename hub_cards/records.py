@@ -64,6 +64,7 @@ COUNT = Kind("a whole number above 0", lambda value: _is_count(value, 1))
 COUNTS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(_is_count, value)))
 SHARE = Kind("a share from 0 to 1", lambda value: _is_number(value, 0, 1))
 RATIO = Kind("a ratio above 0, up to 1", lambda value: _is_number(value, 0, 1) and value > 0)
+NUMBER = Kind("a number", _is_number)
 AMOUNT = Kind("a number of 0 or more", lambda value: _is_number(value, 0))
 SPEED = Kind("a number above 0, or null", lambda value: value is None or (_is_number(value, 0) and value > 0))
 DIGEST = Kind("a sha256, or null", lambda value: value is None or _is_line(value))
@@ -97,12 +98,15 @@ ACCURACY_FIELDS = {
 # Medians of the rounds; `low` and `high` are an interval of that confidence.
 MEASURED = {"median": AMOUNT, "low": AMOUNT, "high": AMOUNT, "confidence": SHARE}
 ANSWER = {"time_to_first_token": MEASURED, "decode_token?": MEASURED}
-PREFILL = {"prefill": MEASURED, "decoder_prefill": MEASURED}
+# Of a difference of times, which noise can make negative.
+DIFFERENCE = {**MEASURED, **dict.fromkeys(("median", "low", "high"), NUMBER)}
+PREFILL = {"prefill": MEASURED, "decoder_prefill": DIFFERENCE}
 FLOPS = {"prefill": COUNT, "decode_token": COUNT}
 SPEED_FIELDS = {
     **dict.fromkeys(SPEEDS, SPEED),
     "intervals": {
         **dict.fromkeys((*SPEEDS, *OTHER_SPEEDS), MEASURED),
+        **dict.fromkeys(("end_to_end_ceiling", "end_to_end_share_of_ceiling"), DIFFERENCE),
         **{f"{name}?": MEASURED for name in DECODE_SPEEDS},
     },
     "seconds": {
