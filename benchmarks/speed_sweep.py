@@ -59,12 +59,8 @@ def measure_all(arguments: argparse.Namespace) -> list[str]:
     check_fits(shapes, device)
     check_writable(files[0].parent)
     load = os.getloadavg()[0]
-    if device.type == "cpu" and load > 0.5 * os.cpu_count():
-        print(
-            f"speed: warning: the load average is {load:.2f} on {os.cpu_count()} cores. What else runs, or ran a "
-            "minute ago, may slow what is measured.",
-            file=sys.stderr,
-        )
+    if device.type == "cpu":
+        warn_of(load)
     stock, pruned = build_pair(config, device, dtype, arguments.seed)
     constant = {
         "parameters": sum(weight.numel() for weight in stock.parameters()),
@@ -80,15 +76,20 @@ def measure_all(arguments: argparse.Namespace) -> list[str]:
             failed.append(f"{file.name}: {first_line(error)}")
         else:
             record = {**measured, **identity(point, about), "conditions": conditions(load), **constant}
-            part = file.with_name(f"{file.name}.part")
-            part.write_text(json.dumps(record, indent=1) + "\n")
-            part.replace(file)
+            save(record, file)
             print(json.dumps({"output": str(file), **{name: record[name] for name in SHOWN}}))
         # What the point held is released by now.
         if device.type == "cuda":
             torch.cuda.empty_cache()
         load = os.getloadavg()[0]
     return failed
+
+
+def save(record: dict, file: Path) -> None:
+    """Whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(record, indent=1) + "\n")
+    part.replace(file)
 
 
 def output_files(output: Path, points: list[Point]) -> list[Path]:
@@ -118,6 +119,17 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder):
         pass
+
+
+def warn_of(load: float) -> None:
+    """On stderr, where others keep more than half of the cores busy."""
+    cores = os.cpu_count()
+    if load > 0.5 * cores:
+        print(
+            f"speed: warning: the load average is {load:.2f} on {cores} cores. What else runs, or ran a minute ago, "
+            "may slow what is measured.",
+            file=sys.stderr,
+        )
 
 
 def about_run(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> dict:

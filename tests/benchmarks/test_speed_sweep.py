@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+import weakref
 
 import pytest
 import torch
@@ -99,14 +100,23 @@ def test_the_code_that_figures_depend_on(tmp_path):
     ids=lambda error: type(error).__name__,
 )
 def test_a_point_that_fails_leaves_the_others(place, error, tmp_path, monkeypatch, capsys):
-    inner = getattr(speed_point, place)
+    build, held = speed_point.build_inputs, []
+
+    def building(config, image, batch, *rest):
+        # What earlier points were given is released, that of the one that failed, too.
+        assert [inputs for inputs in held if inputs() is not None] == []
+        inputs = build(config, image, batch, *rest)
+        held.append(weakref.ref(inputs["pixel_values"]))
+        return inputs
 
     def failing(*args, **kwargs):
         # Inputs are built from the batch size, answers are made of inputs.
         if (args[2] if place == "build_inputs" else len(args[1]["input_ids"])) == 2:
-            raise error
+            raise type(error)(*error.args)  # one that nobody else holds, with the frames it came through
         return inner(*args, **kwargs)
 
+    monkeypatch.setattr(speed_point, "build_inputs", building)
+    inner = getattr(speed_point, place)
     monkeypatch.setattr(speed_point, place, failing)
     assert run("--batch", "1,2,3", "--new-tokens", "1", "--rounds", "1", "--output", str(tmp_path)) == 2
     assert [file.name.split("-")[1] for file in sorted(tmp_path.iterdir())] == ["batch1", "batch3"]
