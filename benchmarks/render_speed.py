@@ -18,72 +18,97 @@ from learnpruner.cli import Parser
 from learnpruner.hub_cards.records import read_result
 
 from render_accuracy import MISSING, fill
+from speed_measure import CONFIDENCE
 from speed_presets import PRESETS
 
 SETTINGS = ("preset", "batch_size", "text_tokens", "new_tokens", "backend")
 SHOWN = ("preset", "batch", "text", "answer", "backend", "tokens kept")
 
 
-CPU, GPU = "", "H100|H200"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bar:
-    """What a figure is to reach, on average tokens kept, at a batch of so many or more and an answer of so many tokens
-    or fewer. Where several results are of this kind, the worst counts.
+    """What a figure is to reach, with prompts of 64 text tokens and an interval of 95 % confidence or more. Where
+    several results are of this kind, the worst median counts.
 
     Attributes:
-        device (`str`): Regular expression of its name.
+        tokens, image (`int`): Mean tokens kept, of how many.
+        batch (`int`): Samples; that many or more where `more` is set.
+        answer (`int`): Tokens of the answer, or fewer.
+        device_type (`str`): As the result has it.
+        device (`str`, *optional*): Regular expression of the device's name. Defaults to any.
+        backend (`str`, *optional*): Of attention. Defaults to any, and the result says which.
     """
 
     preset: str
     tokens: int
     image: int
-    batch: int
-    answer: int
-    device: str
     figure: str
     at_least: float | None = None
     at_most: float | None = None
+    batch: int
+    more: bool = False
+    answer: int
+    device_type: str
+    device: str = ""
+    dtype: str
+    backend: str | None = None
 
-    def holds(self, value: float) -> bool:
+    def verdict(self, interval: dict) -> str:
+        """`met` where the unfavourable end of the interval meets the bar, too."""
+        if not self._holds(interval["median"]):
+            return "missed"
+        unfavourable = interval["low"] if self.at_most is None else interval["high"]
+        return "met" if self._holds(unfavourable) else "met by the median"
+
+    def _holds(self, value: float) -> bool:
         return value >= self.at_least if self.at_most is None else value <= self.at_most
 
     def worst(self, results: list[dict]) -> dict | None:
-        """The result with the worst figure."""
+        """The result with the worst median."""
         found = [result for result in results if self._fits(result)]
-        return (min if self.at_most is None else max)(found, key=lambda result: result[self.figure], default=None)
+        median = lambda result: result["intervals"][self.figure]["median"]  # noqa: E731
+        return (min if self.at_most is None else max)(found, key=median, default=None)
 
     def _fits(self, result: dict) -> bool:
-        settings, tokens = result["settings"], result["tokens"]
+        settings, tokens, batch = result["settings"], result["tokens"], result["settings"]["batch_size"]
         return (
-            settings["preset"] == self.preset
+            (settings["preset"], settings["dtype"], settings["text_tokens"]) == (self.preset, self.dtype, TEXT)
             and (round(tokens["mean"]), tokens["image"]) == (self.tokens, self.image)
-            and settings["batch_size"] >= self.batch
+            and (batch >= self.batch if self.more else batch == self.batch)
             and settings["new_tokens"] <= self.answer
+            and self.backend in (None, settings["backend"])
+            and result["device_type"] == self.device_type
             and re.search(self.device, result["device"]) is not None
+            and result["intervals"][self.figure]["confidence"] >= CONFIDENCE
         )
 
     @property
     def cells(self) -> list[str]:
-        more = " or more" if self.device == GPU else ""
+        more = " or more" if self.more else ""
         wanted = f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
-        place = f"{self.preset}, {self.tokens} of {self.image} tokens, batch {self.batch}{more}"
+        backend = f", {self.backend}" if self.backend else ""
+        place = f"{self.preset}, {self.tokens} of {self.image} tokens, batch {self.batch}{more}, {self.dtype}{backend}"
         return [place, f"{self.figure} {wanted}"]
 
 
-SMALL = ("cpu-small", 32, 576, 4, 8, CPU)
-NEXT = ("llava-next-7b", 160, 2928, 8, 2, GPU)
-LLAVA = ("llava-1.5-7b", 32, 576, 8, 2, GPU)
+# Text tokens of a bar's prompt.
+TEXT = 64
+CPU = {"device_type": "cpu", "dtype": "float32", "backend": "sdpa"}
+SMALL = {"preset": "cpu-small", "tokens": 32, "image": 576, "batch": 4, "answer": 8, **CPU}
+HOPPER = {"device_type": "cuda", "device": "H100|H200", "dtype": "bfloat16"}
+GPU = {"batch": 8, "more": True, "answer": 2, **HOPPER}
+NEXT = {"preset": "llava-next-7b", "tokens": 160, "image": 2928, **GPU}
+LLAVA = {"preset": "llava-1.5-7b", "tokens": 32, "image": 576, **GPU}
+QWEN = {"preset": "qwen2.5-vl-7b-4k", "tokens": 450, "image": 4096, **GPU}
 BARS = (
-    Bar(*SMALL, "prefill_share_of_ceiling", at_least=0.9),
-    Bar(*SMALL, "overhead_at_ratio_one", at_most=1.01),
-    Bar(*SMALL, "scoring_and_selection_share", at_most=0.02),
-    Bar(*NEXT, "prefill_speedup", at_least=6),
-    Bar(*NEXT, "end_to_end_speedup", at_least=3.2),
-    Bar(*LLAVA, "prefill_speedup", at_least=2.3),
-    Bar(*LLAVA, "end_to_end_speedup", at_least=1.5),
-    Bar("qwen2.5-vl-7b-4k", 450, 4096, 8, 2, GPU, "end_to_end_speedup", at_least=1.34),
+    Bar(**SMALL, figure="prefill_share_of_ceiling", at_least=0.9),
+    Bar(**SMALL, figure="overhead_at_ratio_one", at_most=1.01),
+    Bar(**SMALL, figure="scoring_and_selection_share", at_most=0.02),
+    Bar(**NEXT, figure="prefill_speedup", at_least=6),
+    Bar(**NEXT, figure="end_to_end_speedup", at_least=3.2),
+    Bar(**LLAVA, figure="prefill_speedup", at_least=2.3),
+    Bar(**LLAVA, figure="end_to_end_speedup", at_least=1.5),
+    Bar(**QWEN, figure="end_to_end_speedup", at_least=1.34),
 )
 
 
@@ -92,22 +117,30 @@ def bar_table(results: list[dict]) -> str:
     for bar in BARS:
         result, verdict = bar.worst(results), [MISSING, ""]
         if result is not None:
-            met = bar.holds(result[bar.figure])
-            verdict = [_interval(result, bar.figure, digits=4), "met" if met else "missed"]
+            settings = result["settings"]
+            place = "" if bar.backend else f", batch {settings['batch_size']}, {settings['backend']}"
+            measured = f"{_interval(result, bar.figure, digits=4)}{place}"
+            verdict = [measured, bar.verdict(result["intervals"][bar.figure])]
         rows.append([*bar.cells, *verdict])
     return _table(["of", "bar", "measured", ""], rows)
 
 
 def read_folder(folder: Path) -> list[dict]:
     """All results in a folder and those below, in the order of the presets. Raises `ValueError` where a file is none,
-    or of no known preset."""
-    results = [read_result(path, speed=True) for path in sorted(folder.rglob("*.json"))]
-    unknown = {result["settings"]["preset"] for result in results} - set(PRESETS)
+    is of no known preset, or of the same point as another."""
+    files = {path: read_result(path, speed=True) for path in sorted(folder.rglob("*.json"))}
+    unknown = {result["settings"]["preset"] for result in files.values()} - set(PRESETS)
     if unknown:
         raise ValueError(f"{folder} has results of presets that are not there: {', '.join(sorted(unknown))}.")
+    first = {}
+    for path, result in files.items():
+        point = (frozenset(result["settings"].items()), result["ratio"], result["device"])
+        if point in first:
+            raise ValueError(f"{first[point]} and {path} are of one point on one device: remove one.")
+        first[point] = path
     order = list(PRESETS)
     return sorted(
-        results,
+        files.values(),
         key=lambda r: (r["device"], order.index(r["settings"]["preset"]), *_settings(r)[1:4], r["ratio"]),
     )
 
@@ -122,8 +155,15 @@ def _first_cells(result: dict) -> list[str]:
 
 
 def _interval(result: dict, name: str, digits: int = 2) -> str:
-    interval = result["intervals"][name]
-    return f"{result[name]:.{digits}f} ({interval['low']:.{digits}f}-{interval['high']:.{digits}f})"
+    """Blank where the result has no such figure: with one new token nothing is decoded."""
+    interval = result["intervals"].get(name)
+    if interval is None:
+        return ""
+    return f"{interval['median']:.{digits}f} ({interval['low']:.{digits}f}-{interval['high']:.{digits}f})"
+
+
+def _median(result: dict, name: str, digits: int = 2) -> str:
+    return f"{result['intervals'][name]['median']:.{digits}f}" if name in result["intervals"] else ""
 
 
 def _seconds(result: dict, who: str, what: str) -> str:
@@ -151,9 +191,11 @@ def speed_table(results: list[dict]) -> str:
         "share of it reached",
         "first token, ms",
         "per token, ms",
+        "decode speedup",
         "end-to-end speedup",
         "ceiling",
         "ratio 1 / stock",
+        "the same of first token, later ones",
         "scoring and selection / prefill",
     ]
     rows = []
@@ -161,24 +203,31 @@ def speed_table(results: list[dict]) -> str:
         cells = _first_cells(result)
         arrow = " -> ".join
         cells.append(arrow(_seconds(result, who, "prefill") for who in ("stock", "pruned")))
-        cells += [_interval(result, "prefill_speedup"), f"{result['prefill_ceiling']:.2f}"]
+        cells += [_interval(result, "prefill_speedup"), _median(result, "prefill_ceiling")]
         cells.append(_interval(result, "prefill_share_of_ceiling", 3))
         for what in ("time_to_first_token", "decode_token"):
             cells.append(arrow(filter(None, (_seconds(result, f"{who} answer", what) for who in ("stock", "pruned")))))
-        cells += [_interval(result, "end_to_end_speedup"), f"{result['end_to_end_ceiling']:.2f}"]
-        cells += [_interval(result, "overhead_at_ratio_one", 3), f"{result['scoring_and_selection_share']:.4f}"]
+        cells.append(_interval(result, "decode_speedup"))
+        cells += [_interval(result, "end_to_end_speedup"), _median(result, "end_to_end_ceiling")]
+        cells.append(_interval(result, "overhead_at_ratio_one", 3))
+        overheads = (_median(result, f"{part}_overhead_at_ratio_one", 3) for part in ("prefill", "decode"))
+        cells += [", ".join(filter(None, overheads)), _median(result, "scoring_and_selection_share", 4)]
         rows.append(cells)
-    notes = sorted({_conditions(result) for result in results})
-    return "\n".join([_table(head, _with_missing(rows, results, len(head))), "", *notes])
+    return "\n".join([_table(head, _with_missing(rows, results, len(head))), "", *_conditions(results)])
 
 
-def _conditions(result: dict) -> str:
-    settings, confidence = result["settings"], result["intervals"]["prefill_speedup"]["confidence"]
-    return (
-        f"{result['device']}, {settings['dtype']}, {settings['rounds']} rounds, in brackets intervals of "
-        f"{100 * confidence:.1f} % confidence; torch {result['versions']['torch']}, transformers "
-        f"{result['versions']['transformers']}."
-    )
+def _conditions(results: list[dict]) -> list[str]:
+    """A line for each set of conditions, with the load that its results were taken under."""
+    loads = defaultdict(list)
+    for result in results:
+        settings, confidence = result["settings"], result["intervals"]["prefill_speedup"]["confidence"]
+        line = (
+            f"{result['device']}, {settings['dtype']}, {settings['rounds']} rounds, in brackets intervals of "
+            f"{100 * confidence:.1f} % confidence; torch {result['versions']['torch']}, transformers "
+            f"{result['versions']['transformers']}; load average before each point"
+        )
+        loads[line].append(result["conditions"]["load_average"])
+    return [f"{line} {min(found):.2f} to {max(found):.2f}." for line, found in sorted(loads.items())]
 
 
 def cost_table(results: list[dict]) -> str:
@@ -198,32 +247,50 @@ def cost_table(results: list[dict]) -> str:
     return _table(head, _with_missing(rows, results, len(head)))
 
 
-def sweeps(results: list[dict]) -> dict[str, list[tuple[float, float]]]:
-    """(mean tokens kept, milliseconds of the pruned prefill) of results whose prompts differ by their ratio alone,
-    where there are three ratios or more."""
+def sweeps(results: list[dict]) -> list[tuple[str, list[tuple[float, float]]]]:
+    """What is the same in all of them, and (mean tokens kept, milliseconds of the pruned prefill): of results that
+    differ by their ratio and the answer's length alone, where there are three ratios or more."""
     groups = defaultdict(list)
     for result in results:
-        preset, batch, text, _, backend = _settings(result)
-        place = f"{preset}, batch {batch}, {text} text tokens, {backend}, {result['device']}"
-        seconds = result["seconds"]["pruned"]["prefill"]["median"]
-        groups[place].append((result["tokens"]["mean"], 1000 * seconds))
-    return {place: sorted(points) for place, points in groups.items() if len({tokens for tokens, _ in points}) > 2}
+        fixed = {name: value for name, value in result["settings"].items() if name != "new_tokens"}
+        alike = (frozenset(fixed.items()), frozenset(result["versions"].items()), result["device"])
+        groups[alike].append(result)
+    found = []
+    for group in groups.values():
+        points = sorted(
+            (result["tokens"]["mean"], 1000 * result["seconds"]["pruned"]["prefill"]["median"]) for result in group
+        )
+        if len({tokens for tokens, _ in points}) > 2:
+            found.append((_place(group[0]), points))
+    return found
 
 
-def fit(points: list[tuple[float, float]]) -> tuple[float, float, float]:
-    """Least squares: milliseconds per token, milliseconds at none, and the share of the variance explained (R2)."""
+def _place(result: dict) -> str:
+    preset, batch, text, _, backend = _settings(result)
+    versions = result["versions"]
+    return (
+        f"{preset}, batch {batch}, {text} text tokens, {backend}, {result['settings']['dtype']}, {result['device']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}"
+    )
+
+
+def fit(points: list[tuple[float, float]]) -> tuple[float, float, float | None]:
+    """Least squares: milliseconds per token, milliseconds at none, and the share of the variance explained (R2), which
+    is `None` where there is no variance."""
     tokens, times = numpy.array(points).T
     slope, start = numpy.polyfit(tokens, times, 1)
     left = times - (slope * tokens + start)
-    return slope, start, 1 - (left**2).sum() / ((times - times.mean()) ** 2).sum()
+    varies = times.max() > times.min()
+    return slope, start, 1 - (left**2).sum() / ((times - times.mean()) ** 2).sum() if varies else None
 
 
 def growth_table(results: list[dict]) -> str:
     rows = []
-    for place, points in sweeps(results).items():
+    for place, points in sweeps(results):
         slope, start, explained = fit(points)
         measured = ", ".join(f"{time:.0f} at {tokens:.0f}" for tokens, time in points)
-        rows.append([place, measured, f"{start:.0f} + {slope:.2f} x tokens", f"{explained:.4f}"])
+        line = f"{start:.0f} + {slope:.2f} x tokens"
+        rows.append([place, measured, line, "" if explained is None else f"{explained:.4f}"])
     return _table(["prefill", "ms at mean tokens kept", "fitted line, ms", "R2"], rows) if rows else MISSING
 
 
@@ -235,7 +302,7 @@ def save_plot(results: list[dict], path: Path) -> None:
     if not found:
         raise ValueError("No three results differ by their ratio alone: there is no line to plot.")
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for place, points in found.items():
+    for place, points in found:
         tokens, times = zip(*points)
         slope, start, _ = fit(points)
         (marks,) = axis.plot(tokens, times, "o", label=place)

@@ -132,6 +132,12 @@ class StockParts:
         self.model, self.inputs, self.device = model, inputs, model.device
         self.text: nn.Module = model.model.language_model
         self.batch = len(inputs["input_ids"])
+        named = ("pixel_values", "image_sizes", "image_grid_thw")
+        self.images = {name: inputs[name] for name in named if name in inputs}
+        if "image_sizes" in self.images:
+            # As the pruned model passes them: in a tensor, the stock model waits for each image's sizes. Qwen's tower
+            # takes a tensor alone, and waits for it in the stock model, the pruned one and here.
+            self.images["image_sizes"] = inputs["image_sizes"].tolist()
         self.runs, start = [], 0
         for layers, rows in spans:
             states = self._states(rows)
@@ -153,8 +159,7 @@ class StockParts:
 
     def encode_images(self) -> None:
         """Vision tower and projector."""
-        named = ("pixel_values", "image_sizes", "image_grid_thw")
-        self.model.get_image_features(**{name: self.inputs[name] for name in named if name in self.inputs})
+        self.model.get_image_features(**self.images)
 
     def embed(self) -> torch.Tensor:
         return self.model.get_input_embeddings()(self.inputs["input_ids"])
@@ -174,6 +179,13 @@ class StockParts:
         rows = self.runs[-1][1]
         return self.model.lm_head(self.text.norm(rows)[:, -1:])
 
+    def prefill(self) -> None:
+        """The ideal one: all parts, one after the other."""
+        self.encode_images()
+        self.embed()
+        self.run_layers()
+        self.head()
+
     def run_token(self, cache: DynamicCache) -> None:
         """All decoder layers on one more row, behind what the cache holds."""
         states = self.runs[0][1][:, :1]
@@ -184,7 +196,8 @@ class StockParts:
             )
 
     def times(self) -> dict[str, float]:
-        """Seconds of each part. `token` is one token through all layers."""
+        """Seconds of each part. They add up to more than those of [`prefill`]: each waits for the device. `token` is
+        one token through all layers."""
         parts = {
             name: timed(call, self.device)[0]
             for name, call in (("vision", self.encode_images), ("embedding", self.embed), ("head", self.head))

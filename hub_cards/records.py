@@ -20,6 +20,12 @@ LEARNED = ("learnpruner", "stage_1")
 # Ratios of wall clock: unpruned / pruned of the prefill, what that would be if pruning itself cost nothing,
 # unpruned / pruned of a whole answer, and pruner_ratio=1.0 / stock class.
 SPEEDS = ("prefill_speedup", "prefill_ceiling", "end_to_end_speedup", "overhead_at_ratio_one")
+# The other ratios of wall clock that are always there, and those that are where an answer has more than one token.
+OTHER_SPEEDS = (
+    *("prefill_share_of_ceiling", "end_to_end_ceiling", "end_to_end_share_of_ceiling"),
+    *("prefill_overhead_at_ratio_one", "scoring_and_selection_share"),
+)
+DECODE_SPEEDS = ("decode_speedup", "decode_overhead_at_ratio_one")
 # What a card shows of a training.json, in this order, where it is recorded.
 SETTINGS = (
     *("train_data", "samples", "objective", "steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
@@ -58,9 +64,12 @@ COUNT = Kind("a whole number above 0", lambda value: _is_count(value, 1))
 COUNTS = Kind("a list of whole numbers", lambda value: isinstance(value, list) and all(map(_is_count, value)))
 SHARE = Kind("a share from 0 to 1", lambda value: _is_number(value, 0, 1))
 RATIO = Kind("a ratio above 0, up to 1", lambda value: _is_number(value, 0, 1) and value > 0)
+NUMBER = Kind("a number", _is_number)
 AMOUNT = Kind("a number of 0 or more", lambda value: _is_number(value, 0))
 SPEED = Kind("a number above 0, or null", lambda value: value is None or (_is_number(value, 0) and value > 0))
 DIGEST = Kind("a sha256, or null", lambda value: value is None or _is_line(value))
+BYTES = Kind("a whole number, or null", lambda value: value is None or type(value) is int)
+TEXT = Kind("a line of text, or null", lambda value: value is None or _is_line(value))
 PLAIN = Kind("a number or a line of text", lambda value: type(value) is bool or _is_number(value) or _is_line(value))
 SETTING = Kind(
     "a number, a line of text, a list of numbers, or null",
@@ -86,12 +95,42 @@ ACCURACY_FIELDS = {
     "fields?": {EACH: PLAIN},
     "relative_accuracy?": AMOUNT,
 }
+# Medians of the rounds; `low` and `high` are an interval of that confidence.
+MEASURED = {"median": AMOUNT, "low": AMOUNT, "high": AMOUNT, "confidence": SHARE}
+ANSWER = {"time_to_first_token": MEASURED, "decode_token?": MEASURED}
+# Of a difference of times, which noise can make negative.
+DIFFERENCE = {**MEASURED, **dict.fromkeys(("median", "low", "high"), NUMBER)}
+PREFILL = {"prefill": MEASURED, "decoder_prefill": DIFFERENCE}
+FLOPS = {"prefill": COUNT, "decode_token": COUNT}
 SPEED_FIELDS = {
     **dict.fromkeys(SPEEDS, SPEED),
+    "intervals": {
+        **dict.fromkeys((*SPEEDS, *OTHER_SPEEDS), MEASURED),
+        **dict.fromkeys(("end_to_end_ceiling", "end_to_end_share_of_ceiling"), DIFFERENCE),
+        **{f"{name}?": MEASURED for name in DECODE_SPEEDS},
+    },
+    "seconds": {
+        "stock": PREFILL,
+        "pruned": PREFILL,
+        "parts": {"vision": MEASURED},
+        "stock answer": ANSWER,
+        "pruned answer": ANSWER,
+    },
+    "kv_bytes": {"stock": COUNT, "pruned": COUNT},
+    "peak_memory_bytes": {"stock": BYTES, "pruned": BYTES},
+    "flops": {"stock": FLOPS, "pruned": FLOPS},
+    "tokens": {"image": COUNT, "after_cuts": COUNTS, "mean": AMOUNT},
     "ratio": RATIO,
     "device": LINE,
-    "settings": {EACH: PLAIN},
-    "versions": VERSIONS,
+    "device_type": LINE,
+    "settings": {
+        **dict.fromkeys(("preset", "backend", "dtype"), LINE),
+        **dict.fromkeys(("batch_size", "text_tokens", "new_tokens", "rounds"), COUNT),
+        EACH: PLAIN,
+    },
+    "conditions": {"load_average": AMOUNT, EACH: TEXT},
+    "versions": {"torch": LINE, **VERSIONS},
+    "code_sha256": LINE,
     **WEIGHTS,
 }
 TRAINING_FIELDS = {

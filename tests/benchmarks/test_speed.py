@@ -1,6 +1,6 @@
-"""The speed benchmark on tiny models: what it times, in what order, what it makes of it, and what it refuses."""
+"""The speed benchmark on tiny models: what it times, in what order, and what it makes of it."""
 
-import json
+import itertools
 import statistics
 import sys
 
@@ -10,48 +10,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from learnpruner.hub_cards.records import SPEEDS, read_result
 
-import speed
-import speed_formulas
 import speed_measure
+import speed_point
 import speed_presets
 from tiny_models import FAMILIES, LAYERS, tiny_config, vision_tower
-
-# Height and width that each family takes without padding; their tokens, from the published layouts.
-IMAGES = {
-    "llava": ((32, 32), 16),
-    "llava_next": ((64, 32), 16 + 8 * 5),
-    "qwen2_vl": ((48, 32), 6 * 4),
-    "qwen2_5_vl": ((40, 56), 5 * 7),
-}
-TEXT = 7
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def _tiny_presets(monkeypatch):
-    for family, (image, _) in IMAGES.items():
-        preset = speed_presets.Preset(lambda family=family: tiny_config(family), image)
-        monkeypatch.setitem(speed_presets.PRESETS, family, preset)
-
-
-def tiny(family, batch=2):
-    config = tiny_config(family)
-    pair = speed_presets.build_pair(config, CPU, torch.float32)
-    return *pair, speed_presets.build_inputs(config, IMAGES[family][0], batch, TEXT, CPU, torch.float32)
-
-
-def run(*arguments, preset="llava"):
-    return speed.main(["--preset", preset, "--text", str(TEXT), "--threads", "1", *arguments])
+from tiny_speed import CPU, IMAGES, TEXT, run, tiny, tiny_presets  # noqa: F401
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def record(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("speed") / "result.json"
-    with pytest.MonkeyPatch.context() as patch:
-        preset = speed_presets.Preset(lambda: tiny_config(request.param), IMAGES[request.param][0])
-        patch.setitem(speed_presets.PRESETS, request.param, preset)
-        arguments = ["--batch", "2", "--ratio", "0.4", "--new-tokens", "3", "--rounds", "3", "--output", str(path)]
-        assert run(*arguments, preset=request.param) == 0
+    arguments = ["--batch", "2", "--ratio", "0.4", "--new-tokens", "3", "--rounds", "3", "--output", str(path)]
+    assert run(*arguments, preset=request.param) == 0
     return read_result(path, speed=True)
 
 
@@ -74,6 +44,9 @@ def test_record(record):
     assert all(isinstance(record[name], float) and record[name] > 0 for name in SPEEDS)
     assert all(len(record[name]) == 64 for name in ("base_sha256", "pruner_sha256"))
     assert record["versions"]["torch"] == torch.__version__
+    assert record["device_type"] == "cpu"
+    assert len(record["code_sha256"]) == 64
+    assert {name for name in record["conditions"] if name != "load_average"} == {"OMP_WAIT_POLICY", "OMP_NUM_THREADS"}
     for times in record["samples"].values():
         assert all(len(values) == 3 and min(values) > 0 for values in times.values())
 
@@ -89,8 +62,13 @@ def test_the_headline_figures_are_those_of_the_samples(record):
     assert record["prefill_speedup"] == pytest.approx(prefill, rel=2e-3)
     whole = median(("stock answer", "end_to_end"), ("pruned answer", "end_to_end"))
     assert record["end_to_end_speedup"] == pytest.approx(whole, rel=2e-3)
-    overhead = median(("ratio one answer", "end_to_end"), ("stock answer", "end_to_end"))
-    assert record["overhead_at_ratio_one"] == pytest.approx(overhead, rel=2e-3)
+    ceiling = median(("stock", "prefill"), ("ideal", "prefill"))
+    assert record["prefill_ceiling"] == pytest.approx(ceiling, rel=2e-3)
+    for name, what in (("", "end_to_end"), ("prefill_", "time_to_first_token"), ("decode_", "decode_token")):
+        overhead = median(("ratio one answer", what), ("stock answer", what))
+        assert record[f"{name}overhead_at_ratio_one"] == pytest.approx(overhead, rel=2e-3)
+    later = median(("stock answer", "decode_token"), ("pruned answer", "decode_token"))
+    assert record["decode_speedup"] == pytest.approx(later, rel=2e-3)
     for name, interval in record["intervals"].items():
         assert interval["low"] <= record[name] <= interval["high"]
         assert interval["confidence"] == 0.75  # three samples: 1 - 2 / 2**3
@@ -113,10 +91,10 @@ def test_cache_bytes_are_those_of_the_rows_that_are_kept(record):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_operations_are_those_that_torch_counts(family, ratio):
     stock, pruned, inputs = tiny(family)
-    point = speed.Point("tiny", 2, TEXT, 2, "eager", ratio)
+    point = speed_point.Point("tiny", 2, TEXT, 2, "eager", ratio)
     for model in (stock, pruned):
         model.set_attn_implementation("eager")
-    costs = speed.Measurement(stock, pruned, inputs, point).costs()["flops"]
+    costs = speed_point.Measurement(stock, pruned, inputs, point).costs()["flops"]
     counted = {}
     for name, model, arguments in (("stock", stock, {}), ("pruned", pruned, {"pruner_ratio": ratio})):
         with FlopCounterMode(display=False) as counter:
@@ -196,18 +174,30 @@ def test_interval_of_the_median(count, place, confidence):
     }
 
 
-def test_ceilings():
-    """By hand: stock parts of 1 + 0.5 + 2 + 0.5 = 4 seconds, of a stock prefill of 12 and a pruned one of 5."""
-    samples = {
-        "stock": {"prefill": [12.0], "token": [0.75]},
-        "pruned": {"prefill": [5.0]},
-        "stock answer": {"end_to_end": [20.0]},
-        "pruned answer": {"end_to_end": [10.0]},
-        "ratio one answer": {"end_to_end": [21.0]},
-        "parts": {"vision": [1.0], "embedding": [0.5], "layers": [2.0], "head": [0.5], "token": [0.25]},
-        "cuts": {"scoring": [0.2], "selection": [0.3]},
+# Seconds of one round.
+ROUND = {
+    "stock": {"prefill": 12.0, "token": 0.75},
+    "pruned": {"prefill": 5.0},
+    "ideal": {"prefill": 4.0},
+    "parts": {"vision": 1.0, "embedding": 0.75, "layers": 2.0, "head": 0.75, "token": 0.25},
+    "cuts": {"scoring": 0.2, "selection": 0.3},
+    "stock answer": {"end_to_end": 20.0, "time_to_first_token": 12.5, "decode_token": 1.5},
+    "ratio one answer": {"end_to_end": 21.0, "time_to_first_token": 13.0, "decode_token": 1.8},
+    "pruned answer": {"end_to_end": 10.0, "time_to_first_token": 6.0, "decode_token": 1.0},
+}
+
+
+def rounds(*factors):
+    """Rounds that took so many times as long."""
+    return {
+        name: {what: [factor * time for factor in factors] for what, time in times.items()}
+        for name, times in ROUND.items()
     }
-    found = speed.figures(samples, new_tokens=5)
+
+
+def test_ceilings():
+    """By hand."""
+    found = speed_point.figures(rounds(1), new_tokens=5)
     assert found["prefill_speedup"] == 2.4
     assert found["prefill_ceiling"] == 3.0
     assert found["prefill_share_of_ceiling"] == 0.8
@@ -215,24 +205,26 @@ def test_ceilings():
     assert found["end_to_end_ceiling"] == 2.0
     assert found["end_to_end_share_of_ceiling"] == 1.0
     assert found["overhead_at_ratio_one"] == 1.05
+    assert found["prefill_overhead_at_ratio_one"] == 1.04
+    assert found["decode_overhead_at_ratio_one"] == 1.2
+    assert found["decode_speedup"] == 1.5
     assert found["scoring_and_selection_share"] == 0.1
     assert found["seconds"]["stock"]["decoder_prefill"]["median"] == 11.0
     assert found["seconds"]["pruned"]["decoder_prefill"]["median"] == 4.0
 
 
+def test_one_token_has_no_decoding():
+    samples = rounds(1)
+    for name in ("stock", "pruned", "ratio one"):
+        del samples[f"{name} answer"]["decode_token"]
+    found = speed_point.figures(samples, new_tokens=1)
+    assert found["end_to_end_ceiling"] == 1.667  # 20 seconds, less 8 of the prefill
+    assert not {"decode_speedup", "decode_overhead_at_ratio_one"} & (set(found) | set(found["intervals"]))
+
+
 def test_a_slow_round_moves_no_ratio():
     """The second round ran at half the speed, all of it."""
-    one = {
-        "stock": {"prefill": 12.0, "token": 0.75},
-        "pruned": {"prefill": 5.0},
-        "stock answer": {"end_to_end": 20.0},
-        "pruned answer": {"end_to_end": 10.0},
-        "ratio one answer": {"end_to_end": 21.0},
-        "parts": {"vision": 1.0, "embedding": 0.5, "layers": 2.0, "head": 0.5, "token": 0.25},
-        "cuts": {"scoring": 0.2, "selection": 0.3},
-    }
-    samples = {name: {what: [time, 2 * time] for what, time in times.items()} for name, times in one.items()}
-    found = speed.figures(samples, new_tokens=5)
+    found = speed_point.figures(rounds(1, 2), new_tokens=5)
     for name, interval in found["intervals"].items():
         assert interval["low"] == interval["high"] == found[name]
 
@@ -270,6 +262,44 @@ def test_stock_parts_are_the_stock_forward(family, backend):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ideal_prefill_is_the_stock_parts_under_one_clock(family, monkeypatch):
+    stock, pruned, inputs = tiny(family)
+    measurement = speed_point.Measurement(stock, pruned, inputs, speed_point.Point("tiny", 2, TEXT, 2, "sdpa", 0.4))
+    clocks, images, embedded, rows, logits = [], [], [], [], []
+    timed = speed_point.timed
+    for module in (speed_point, speed_measure):
+        monkeypatch.setattr(module, "timed", lambda *args: (clocks.append(1), timed(*args))[1])
+    vision_tower(stock).register_forward_hook(lambda *args: images.append(1))
+    stock.get_input_embeddings().register_forward_hook(lambda module, args, out: embedded.append(out.shape[1]))
+    for layer in stock.model.language_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[1]))
+    stock.lm_head.register_forward_hook(lambda module, args, out: logits.append(out.shape[1]))
+    pruned.model.pruner.register_forward_hook(lambda *args: pytest.fail("scored"))
+    assert set(measurement.contestants()["ideal"]()) == {"prefill"}
+    assert (clocks, images, embedded, logits) == ([1], [1], [inputs["input_ids"].shape[1]], [1])
+    assert rows == [count for layers, count in measurement.spans["pruned"] for _ in range(layers)]
+
+
+def test_what_is_compared_stands_side_by_side():
+    stock, pruned, inputs = tiny("llava")
+    measurement = speed_point.Measurement(stock, pruned, inputs, speed_point.Point("tiny", 2, TEXT, 2, "sdpa", 0.4))
+    neighbours = list(itertools.pairwise(measurement.contestants()))
+    for pair in (
+        *(("stock", "pruned"), ("pruned", "ideal")),
+        *(("stock answer", "ratio one answer"), ("ratio one answer", "pruned answer")),
+    ):
+        assert pair in neighbours
+
+
+def test_the_ideal_prefill_does_not_wait_for_sizes():
+    """As in the pruned model, which reads them once: a tensor's the stock model would read for each image."""
+    stock, _, inputs = tiny("llava_next")
+    parts = speed_measure.StockParts(stock, inputs, [(LAYERS, 9)])
+    assert parts.images["image_sizes"] == [list(IMAGES["llava_next"][0])] * 2
+
+
+@torch.no_grad()
 def test_what_is_timed_of_an_answer():
     stock, _, inputs = tiny("llava")
     seen = []
@@ -286,7 +316,7 @@ def test_what_is_timed_of_an_answer():
 @torch.no_grad()
 def test_scores_and_selections_are_timed_in_place():
     stock, pruned, inputs = tiny("llava")
-    measurement = speed.Measurement(stock, pruned, inputs, speed.Point("tiny", 2, TEXT, 2, "sdpa", 0.4))
+    measurement = speed_point.Measurement(stock, pruned, inputs, speed_point.Point("tiny", 2, TEXT, 2, "sdpa", 0.4))
     run = []
     pruned.model.pruner.register_forward_hook(lambda *args: run.append("scored"))
     times = measurement._cut_times()
@@ -309,100 +339,21 @@ def test_peak_memory():
     assert speed_measure.peak_memory(lambda: None, CPU) < size / 20
 
 
-def test_a_sweep_goes_on_where_it_was(tmp_path, capsys):
-    arguments = ["--batch", "1,2", "--ratio", "0.4,1", "--new-tokens", "1", "--rounds", "1"]
-    arguments += ["--output", str(tmp_path / "sweep")]
-    assert run(*arguments) == 0
-    files = sorted((tmp_path / "sweep").iterdir())
-    assert [file.name for file in files] == [
-        f"llava-batch{batch}-text{TEXT}-new1-ratio{ratio}-sdpa.json" for batch in (1, 2) for ratio in ("0.4", "1")
-    ]
-    for file in files:
-        found = read_result(file, speed=True)
-        assert f"batch{found['settings']['batch_size']}-" in file.name
-        assert f"ratio{found['ratio']:g}-" in file.name
-    before = {file: file.stat().st_mtime_ns for file in files}
-    files[1].unlink()
-    assert run(*arguments) == 0
-    assert [file for file in files if file.stat().st_mtime_ns != before[file]] == [files[1]]
-    # A file of another measurement is not passed off as this one.
-    assert run(*arguments, "--rounds", "2") == 2
-    assert "rounds" in capsys.readouterr().err
-
-
-def test_a_point_that_is_too_large_leaves_the_others(tmp_path, monkeypatch, capsys):
-    measure = speed.measure
-
-    def with_little_memory(stock, pruned, inputs, point, *rest):
-        if point.batch_size == 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return measure(stock, pruned, inputs, point, *rest)
-
-    monkeypatch.setattr(speed, "measure", with_little_memory)
-    assert run("--batch", "1,2,3", "--new-tokens", "1", "--rounds", "1", "--output", str(tmp_path)) == 2
-    assert [file.name.split("-")[1] for file in sorted(tmp_path.iterdir())] == ["batch1", "batch3"]
-    assert "batch2" in capsys.readouterr().err
-
-
-def test_a_cache_that_is_not_the_formula_s(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed_formulas, "kv_bytes", lambda *args: 1)
-    assert run("--output", str(tmp_path / "result.json")) == 2
-    assert "bytes" in capsys.readouterr().err
-    assert not (tmp_path / "result.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--ratio", "0"), "ratio"),
-        (("--ratio", "0.5,1.5"), "ratio"),
-        (("--batch", "0"), "whole number"),
-        (("--text", "four"), "whole number"),
-        (("--new-tokens", "1,-1"), "whole number"),
-        (("--rounds", "0"), "whole number"),
-        (("--preset", "llava-1.5-70b"), "llava-1.5-7b"),
-        (("--backend", "fast"), "sdpa, eager"),
-        (("--backend", "flash_attention_2"), "lash"),
-        (("--device", "cuda"), "GPU"),
-        (("--device", "abacus"), "device"),
-        (("--dtype", "int8"), "float32"),
-        (("--batch", "1,2"), "folder"),
-    ],
-)
-def test_refusals_come_before_any_work(arguments, message, tmp_path, monkeypatch, capsys):
-    if "cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    monkeypatch.setattr(speed, "build_pair", lambda *args: pytest.fail("built a model"))
-    try:
-        status = run("--output", str(tmp_path / "result.json"), *arguments)
-    except SystemExit as stop:
-        status = stop.code
-    assert status == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_weights_that_do_not_fit(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(speed_presets.psutil, "virtual_memory", lambda: type("Free", (), {"available": 10**9}))
-    monkeypatch.setattr(speed, "build_pair", lambda *args: pytest.fail("built a model"))
-    assert run("--output", str(tmp_path / "result.json"), preset="llava-1.5-7b") == 2
-    assert "28.3 GB" in capsys.readouterr().err
+@torch.no_grad()
+def test_first_use_falls_on_nobody(monkeypatch):
+    """Each model answers once before the memory of either is looked at."""
+    stock, pruned, inputs = tiny("llava")
+    seen = []
+    for name, model in (("stock", stock), ("pruned", pruned)):
+        model.lm_head.register_forward_hook(lambda *args, name=name: seen.append(name))
+    peak = speed_point.peak_memory
+    monkeypatch.setattr(speed_point, "peak_memory", lambda *args: (seen.append("looks"), peak(*args))[1])
+    point = speed_point.Point("tiny", 2, TEXT, 1, "sdpa", 0.4)
+    speed_point.Measurement(stock, pruned, inputs, point)._peak_memory()
+    assert seen == ["stock", "pruned", "looks", "stock", "looks", "pruned"]
 
 
 def test_images_that_would_be_padded():
     for family, image in (("llava", (64, 32)), ("llava_next", (96, 96)), ("qwen2_vl", (20, 32))):
         with pytest.raises(ValueError, match=r"padded|sizes"):
             speed_presets.build_inputs(tiny_config(family), image, 1, TEXT, CPU, torch.float32)
-
-
-def test_output_must_not_be_a_folder(tmp_path, capsys):
-    (tmp_path / "result.json").mkdir()
-    assert run("--output", str(tmp_path / "result.json")) == 2
-    assert "folder" in capsys.readouterr().err
-
-
-def test_json_is_plain(record):
-    assert json.loads(json.dumps(record)) == record
-    assert all(isinstance(value, int | float | str) for value in record["settings"].values())

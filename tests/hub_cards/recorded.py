@@ -64,16 +64,50 @@ def records(base, pruner):
     }
 
 
+SPEEDS = {"prefill_speedup": 1.83, "prefill_ceiling": 2.47, "end_to_end_speedup": 1.31, "overhead_at_ratio_one": 1.004}
+OTHER_SPEEDS = {
+    "prefill_share_of_ceiling": 0.741,
+    "end_to_end_ceiling": 1.57,
+    "end_to_end_share_of_ceiling": 0.834,
+    "prefill_overhead_at_ratio_one": 1.006,
+    "scoring_and_selection_share": 0.0123,
+}
+
+
+def interval(median):
+    return {"median": median, "low": 0.99 * median, "high": 1.01 * median, "confidence": 0.9609}
+
+
 def speed_record(base, pruner):
     return {
-        "prefill_speedup": 1.83,
-        "prefill_ceiling": 2.47,
-        "end_to_end_speedup": 1.31,
-        "overhead_at_ratio_one": 1.004,
+        **SPEEDS,
+        "intervals": {name: interval(value) for name, value in {**SPEEDS, **OTHER_SPEEDS}.items()},
+        "seconds": {
+            "stock": {"prefill": interval(0.55), "decoder_prefill": interval(0.45)},
+            "pruned": {"prefill": interval(0.3), "decoder_prefill": interval(0.2)},
+            "parts": {"vision": interval(0.1)},
+            "stock answer": {"time_to_first_token": interval(0.56)},
+            "pruned answer": {"time_to_first_token": interval(0.31)},
+        },
+        "kv_bytes": {"stock": 5_200, "pruned": 2_600},
+        "peak_memory_bytes": {"stock": 81_000, "pruned": 43_000},
+        "flops": {name: {"prefill": 9_100, "decode_token": 1_700} for name in ("stock", "pruned")},
+        "tokens": {"image": 16, "after_cuts": [11, 4], "mean": 7.5},
         "ratio": 0.47,
         "device": "Some GPU 80GB",
-        "settings": {"batch_size": 4, "dtype": "bfloat16", "prompt_tokens": 640},
+        "device_type": "cuda",
+        "settings": {
+            "preset": "tiny",
+            "backend": "sdpa",
+            "batch_size": 4,
+            "text_tokens": 64,
+            "new_tokens": 1,
+            "dtype": "bfloat16",
+            "rounds": 9,
+        },
+        "conditions": {"OMP_WAIT_POLICY": None, "OMP_NUM_THREADS": None, "load_average": 0.42},
         "versions": VERSIONS,
+        "code_sha256": "c" * 64,
         "base_sha256": base,
         "pruner_sha256": pruner,
     }
