@@ -8,6 +8,7 @@
 
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +306,7 @@ def save_plot(results: list[dict], path: Path) -> None:
     for place, points in found:
         tokens, times = zip(*points)
         slope, start, _ = fit(points)
-        (marks,) = axis.plot(tokens, times, "o", label=place)
+        (marks,) = axis.plot(tokens, times, "o", label=textwrap.fill(place, 60))
         ends = (0, max(tokens))
         axis.plot(ends, [start + slope * end for end in ends], color=marks.get_color(), linewidth=1)
     axis.set(xlabel="vision tokens kept, mean over the decoder's layers", ylabel="prefill, ms", ylim=(0, None))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
 from tiny_models import (
@@ -63,6 +64,33 @@ def test_generate(family, batch, mode):
         arguments = {"max_new_tokens": 8, "do_sample": False, **NO_PLACEHOLDERS, **GENERATE[mode]}
         results.append(model.generate(**inputs, **arguments))
     assert torch.equal(*results)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the tensor operations that run, and the shapes that they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.found.append((str(function), getattr(result, "shape", None)))
+        return result
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_device_does_what_it_does_for_stock(family):
+    """What a ratio of 1 costs is Python alone: every operation of a whole answer is the stock model's, in its order."""
+    stock, pruned = tiny_pair(family, pruner_ratio=1.0)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    found = []
+    for model in (stock, pruned):
+        with Operations() as operations:
+            model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        found.append(operations.found)
+    assert found[0] == found[1]
+    assert len(found[0]) > 100
 
 
 @pytest.mark.parametrize("family", FAMILIES)
