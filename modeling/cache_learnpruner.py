@@ -154,5 +154,4 @@ class PrunedCache(DynamicCache):
 
 
 def is_pruned(cache: Cache | None) -> bool:
-    # All of a cache's layers are, or none.
-    return cache is not None and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers[:1])
+    return cache is not None and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers[:1])  # all, or none

@@ -136,9 +136,8 @@ class PruningCall:
             gates = torch.ones_like(scores).masked_scatter(scored, torch.cat(self.probabilities))
             self.gates = to_prompt(gates, torch.ones_like(self.vision_scores))
             return outputs
-        ends = layout.kinds.gather(1, self.last.unsqueeze(1)).squeeze(1).to(device)
-        must = is_last.bool() & (ends[owner] == kind_of)
-        must = torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, must.unsqueeze(1))
+        ends = layout.kinds.gather(1, self.last.unsqueeze(1)).to(device)[owner, 0] == kind_of
+        must = torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, (is_last.bool() & ends).unsqueeze(1))
         chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[1])
         self.vision_kept = to_prompt(chosen, torch.zeros_like(vision))
         if cut.merge is None:

@@ -179,13 +179,12 @@ class PrunedModelMixin:
         query_mask: torch.Tensor | None = None,
         pruning: PruningCall | None = None,
         **kwargs,
-    ) -> LearnPrunerModelOutputWithPast:
+    ) -> BaseModelOutputWithPast:
         """The stock forward; with images and a ratio below 1, the same on fewer tokens.
 
         Args:
             pruner_ratio, schedule, query_mask: As in the class with the head.
-            pruning ([`PruningCall`], *optional*): A call that the head has begun, in place of those three. It keeps
-                what was decided, and the output is the stock one.
+            pruning ([`PruningCall`], *optional*): The head's, in place of those three; the output is the stock one.
             The other arguments are the stock model's.
         """
         stock = {"input_ids": input_ids, "attention_mask": attention_mask}

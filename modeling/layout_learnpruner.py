@@ -10,8 +10,9 @@ MODALITIES = ("image", "video")
 
 
 def send(values: list | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """The host's numbers on a device. The host does not wait for what a GPU has yet to do, as in `torch.tensor`."""
-    return torch.as_tensor(values).to(device, non_blocking=device.type == "cuda")
+    """The host's numbers on a device; unlike `torch.tensor`, without waiting for what a GPU has yet to do."""
+    values = torch.as_tensor(values, device="cpu")
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 @dataclass
@@ -45,11 +46,13 @@ class PromptLayout:
         """In one transfer, for which the host waits once.
 
         Raises:
-            `ValueError`: where a grid is no table of whole numbers, or `types` has fewer columns than the prompt.
+            `ValueError`: where a grid is no table of whole numbers, or a mask or `types` is not of the prompt.
         """
         for name, grid in grids.items():
             if (grid := torch.as_tensor(grid)).dim() != 2 or grid.is_floating_point():
                 raise ValueError(f"{name} has a row of whole numbers for each, got {grid.dtype} {tuple(grid.shape)}.")
+        if valid is not None and len(valid) != len(kinds):
+            raise ValueError(f"attention_mask has {len(valid)} rows, the prompt {len(kinds)}: give each sample one.")
         if types is None:
             types = kinds
         elif types.shape[0] != kinds.shape[0] or types.shape[1] < kinds.shape[1]:

@@ -31,7 +31,7 @@ class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
             for size in image_sizes
         ]
         # The stock model packs the numbers of the rows, on the host: on a GPU it would make the host wait.
-        numbers = torch.arange(features.shape[:2].numel()).view(*features.shape[:2], 1)
+        numbers = torch.arange(features.shape[:2].numel(), device="cpu").view(*features.shape[:2], 1)
         newline = numbers.new_full((1,), -1)
         packed, _ = self.pack_image_features(numbers.split(crops), image_sizes, strategy, image_newline=newline)
         rows = F.pad(features.flatten(0, 1), (0, 0, 0, 1), value=torch.nan)

@@ -11,6 +11,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
+from learnpruner.layout_learnpruner import send
 
 from oracles import masked
 from tiny_models import (
@@ -363,7 +364,9 @@ class Waits(TorchDispatchMode):
         def method(*args, **kwargs):
             result = call(*args, **kwargs)
             # Made where the host's numbers are, or of none, or of a tensor that is there already: nothing to wait for.
-            if not makes or (kwargs.get("device") is not None and result.numel() and not torch.is_tensor(args[0])):
+            if not makes or (
+                kwargs.get("device") not in (None, "cpu") and result.numel() and not torch.is_tensor(args[0])
+            ):
                 self.log.append(name)
             return result
 
@@ -397,11 +400,22 @@ def test_the_count_of_waits_sees(call):
     assert log
 
 
+@pytest.mark.parametrize(("device", "asynchronous"), [("cuda", True), ("cpu", False)])
+def test_numbers_are_sent_from_pinned_memory_without_blocking(device, asynchronous, monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append((*args, kwargs)) or self)
+    assert send([1, 2], torch.device(device)).tolist() == [1, 2]
+    assert calls == (["pinned"] if asynchronous else []) + [
+        (torch.device(device), {"non_blocking": True} if asynchronous else {})
+    ]
+
+
 def test_the_count_of_waits_passes_what_does_not_wait():
     log, x = [], torch.tensor([1.0, 0.0, 3.0])
     with Waits(log):
         x.masked_fill(x > 0, 2).masked_scatter(x > 0, x).gather(0, x.argsort())[x.long() % 2]
-        torch.tensor([1, 2]).to(x.device, non_blocking=True)
+        send([1, 2], x.device)
         torch.tensor([], device=x.device)
     assert not log
 

@@ -321,3 +321,13 @@ def test_tiny_budgets_keep_one_token_of_each_image(family):
     inputs = build_inputs(family, samples_of("mixed", family))
     for kept in pruned(**inputs).kept_mask:
         assert [(kept[row] & (inputs["input_ids"][row] == IMAGE)).sum().item() for row in range(3)] == [1, 2, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_mask_for_several_samples(family):
+    """It would broadcast in the stock model, and say wrong lengths here."""
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"][:1])
+    with pytest.raises(ValueError, match="attention_mask has 1 rows, the prompt 3: give each sample one"):
+        pruned(**inputs)

@@ -90,7 +90,9 @@ def test_a_killed_run_goes_on(after, folder):
     """Killed as soon as so many checkpoints have been begun: the weights are the uninterrupted run's."""
     arguments = ["train", str(folder / "config.yaml"), "--max_steps", "6", "--output_dir"]
     command = [sys.executable, "-m", "learnpruner.cli", *arguments, str(folder / "cut")]
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    # As many threads as here: sums of more would round otherwise.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     while len(list((folder / "cut").glob("checkpoint-*"))) < after:
         assert run.poll() is None
         time.sleep(0.01)
