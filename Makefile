@@ -67,7 +67,8 @@ ablations: .venv/installed
 	  --plot benchmarks/results/budgets.png
 
 # Every figure of benchmarks/SPEED.md that needs no GPU; three quarters of an hour on two idle cores. Goes on if killed.
-SPEED = benchmarks/results/speed
+# The recorded results are of one machine and its code: elsewhere, SPEED=FOLDER.
+SPEED ?= benchmarks/results/speed
 TIME = $(PY) benchmarks/speed.py
 RENDER_SPEED = $(PY) benchmarks/render_speed.py $(SPEED) --into benchmarks/SPEED.md --plot $(SPEED)/growth.png
 speed: $(INSTALLED)

@@ -209,7 +209,7 @@ def speed_table(results: list[dict]) -> str:
         for what in ("time_to_first_token", "decode_token"):
             cells.append(arrow(filter(None, (_seconds(result, f"{who} answer", what) for who in ("stock", "pruned")))))
         cells.append(_interval(result, "decode_speedup"))
-        cells += [_interval(result, "end_to_end_speedup"), _median(result, "end_to_end_ceiling")]
+        cells += [_interval(result, "end_to_end_speedup"), _interval(result, "end_to_end_ceiling")]
         cells.append(_interval(result, "overhead_at_ratio_one", 3))
         overheads = (_median(result, f"{part}_overhead_at_ratio_one", 3) for part in ("prefill", "decode"))
         cells += [", ".join(filter(None, overheads)), _median(result, "scoring_and_selection_share", 4)]
@@ -225,7 +225,7 @@ def _conditions(results: list[dict]) -> list[str]:
         line = (
             f"{result['device']}, {settings['dtype']}, {settings['rounds']} rounds, in brackets intervals of "
             f"{100 * confidence:.1f} % confidence; torch {result['versions']['torch']}, transformers "
-            f"{result['versions']['transformers']}; load average before each point"
+            f"{result['versions']['transformers']}, code {result['code_sha256'][:8]}; load average before each point"
         )
         loads[line].append(result["conditions"]["load_average"])
     return [f"{line} {min(found):.2f} to {max(found):.2f}." for line, found in sorted(loads.items())]
@@ -248,21 +248,24 @@ def cost_table(results: list[dict]) -> str:
     return _table(head, _with_missing(rows, results, len(head)))
 
 
-def sweeps(results: list[dict]) -> list[tuple[str, list[tuple[float, float]]]]:
-    """What is the same in all of them, and (mean tokens kept, milliseconds of the pruned prefill): of results that
-    differ by their ratio and the answer's length alone, where there are three ratios or more."""
+def sweeps(results: list[dict]) -> list[tuple[str, list[tuple[float, float]], list[float]]]:
+    """What is the same in all of them, (mean tokens kept, milliseconds of the pruned prefill), and milliseconds of the
+    stock prefill beside them: of results that differ by their ratio and the answer's length alone, where there are
+    three ratios or more."""
     groups = defaultdict(list)
     for result in results:
         fixed = {name: value for name, value in result["settings"].items() if name != "new_tokens"}
-        alike = (frozenset(fixed.items()), frozenset(result["versions"].items()), result["device"])
+        versions = frozenset(result["versions"].items())
+        alike = (frozenset(fixed.items()), versions, result["device"], result["code_sha256"])
         groups[alike].append(result)
     found = []
     for group in groups.values():
-        points = sorted(
-            (result["tokens"]["mean"], 1000 * result["seconds"]["pruned"]["prefill"]["median"]) for result in group
+        stock, pruned = (
+            [1000 * result["seconds"][who]["prefill"]["median"] for result in group] for who in ("stock", "pruned")
         )
+        points = sorted(zip([result["tokens"]["mean"] for result in group], pruned))
         if len({tokens for tokens, _ in points}) > 2:
-            found.append((_place(group[0]), points))
+            found.append((_place(group[0]), points, stock))
     return found
 
 
@@ -287,12 +290,14 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float, float | None]:
 
 def growth_table(results: list[dict]) -> str:
     rows = []
-    for place, points in sweeps(results):
+    for place, points, stock in sweeps(results):
         slope, start, explained = fit(points)
         measured = ", ".join(f"{time:.0f} at {tokens:.0f}" for tokens, time in points)
         line = f"{start:.0f} + {slope:.2f} x tokens"
-        rows.append([place, measured, line, "" if explained is None else f"{explained:.4f}"])
-    return _table(["prefill", "ms at mean tokens kept", "fitted line, ms", "R2"], rows) if rows else MISSING
+        beside = f"{min(stock):.0f} to {max(stock):.0f}"
+        rows.append([place, measured, line, "" if explained is None else f"{explained:.4f}", beside])
+    head = ["prefill", "ms at mean tokens kept", "fitted line, ms", "R2", "stock beside them, ms"]
+    return _table(head, rows) if rows else MISSING
 
 
 def save_plot(results: list[dict], path: Path) -> None:
@@ -303,7 +308,7 @@ def save_plot(results: list[dict], path: Path) -> None:
     if not found:
         raise ValueError("No three results differ by their ratio alone: there is no line to plot.")
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
-    for place, points in found:
+    for place, points, _ in found:
         tokens, times = zip(*points)
         slope, start, _ = fit(points)
         (marks,) = axis.plot(tokens, times, "o", label=textwrap.fill(place, 60))

@@ -7,7 +7,7 @@ Lists make a sweep, one JSON file for each point, in a folder; a sweep that was 
 leaves the others. A file of another measurement, or of other code, is refused. Weights are random, on the shapes of the
 published models: speed does not depend on values. Every time is wall clock, in seconds, of a device that has finished;
 every figure is the median of the rounds, with an interval of order statistics (speed_measure.summarise). A ratio of
-times is taken in each round, between neighbours, before the median.
+times is taken in each round, before the median.
 
     prefill             forward of the prompt, pixels included, to the logits of its last row
     decoder_prefill     the same without vision tower and projector: the prefill less their time in the same round

@@ -94,7 +94,7 @@ def test_speed_table():
     assert row[:6] == ["cpu-small", "4", "64", "8", "sdpa", "32 of 576"]
     assert row[6:10] == ["6300 -> 2000", "3.15 (2.83-3.78)", "3.40", "0.927 (0.834-1.112)"]
     assert row[10:13] == ["6400 -> 2100", "210 -> 150", "1.40 (1.26-1.68)"]
-    assert row[13:15] == ["2.25 (2.02-2.70)", "2.50"]
+    assert row[13:15] == ["2.25 (2.02-2.70)", "2.50 (2.25-3.00)"]
     assert row[15:] == ["1.002 (0.902-1.202)", "1.003, 0.998", "0.0071"]
     assert [row[:2] for row in others] == [
         [name, "not measured"] for name in render_speed.PRESETS if name != "cpu-small"
@@ -292,11 +292,13 @@ def test_two_results_of_one_point(tmp_path, capsys):
 def test_what_a_line_is_drawn_through():
     """Results that differ by ratio and answer alone."""
     line = [variant(mean, seconds) for mean, seconds in ((50, 2.0), (100, 2.5), (300, 4.5))]
-    ((_, points),) = render_speed.sweeps([*line, with_settings(variant(200, 3.5), new_tokens=1)])
+    ((_, points, stock),) = render_speed.sweeps([*line, with_settings(variant(200, 3.5), new_tokens=1)])
     assert points == [(50, 2000), (100, 2500), (200, 3500), (300, 4500)]
+    assert stock == [6300] * 4
     for other in (
         *(with_settings(line[2], **change) for change in ({"dtype": "bfloat16"}, {"threads": 1}, {"text_tokens": 32})),
         {**line[2], "device": "Another CPU"},
+        {**line[2], "code_sha256": "of other code"},
         {**line[2], "versions": {**line[2]["versions"], "torch": "2.14.0"}},
     ):
         assert render_speed.sweeps([*line[:2], other]) == []
@@ -306,7 +308,7 @@ def test_what_a_line_is_drawn_through():
 
 def test_a_line_without_slope():
     flat = [variant(mean, 2.0) for mean in (50, 100, 300)]
-    ((*_, explained),) = cells(render_speed.growth_table(flat))[2:]
+    ((*_, explained, _),) = cells(render_speed.growth_table(flat))[2:]
     assert explained == ""
 
 
