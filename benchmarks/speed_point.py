@@ -64,7 +64,7 @@ class Measurement:
         self.parts = StockParts(stock, inputs, self.spans["pruned"])
 
     def contestants(self) -> dict[str, Callable[[], dict[str, float]]]:
-        """By name, what a round runs, in this order: what is set against another stands next to it."""
+        """By name, what a round runs, in this order: prefills that are compared stand together, as answers do."""
         new_tokens = self.point.new_tokens
         return {
             "stock": self._stock_prefill,

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from learnpruner.accounting import spread_budget
 from learnpruner.configuration_learnpruner import check_pruner_field
 from learnpruner.cuts_learnpruner import Cut, DecoderScore, DecoderState, EncodedImages, EncoderScore
+from learnpruner.layout_learnpruner import send
 from learnpruner.scorer_learnpruner import top_k
 
 
@@ -133,7 +134,7 @@ class TopKImages:
     """The selection of an [`EncoderScore`] that keeps the highest of each image; structure comes last, in order."""
 
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
-        return top_k(scores, images.present, torch.tensor(counts, device=scores.device))
+        return top_k(scores, images.present, send(counts, scores.device))
 
 
 class TopKSamples:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from learnpruner.cuts_learnpruner import EncodedImages
+from learnpruner.layout_learnpruner import send
 
 from .base import Method, Place, TopKImages
 from .images import coordinates, embeddings, grids, padded, places
@@ -176,7 +177,7 @@ class BoxScore(TopKImages):
             if not len(boxes):
                 raise ValueError(f"oracle_boxes: image {number} has no box: give it one, or take another method.")
         width, height = self.picture
-        x, y = (coordinates(images) * torch.tensor([width, height], device=images.features.device)).unbind(-1)
+        x, y = (coordinates(images) * send([width, height], images.features.device)).unbind(-1)
         rows = [
             box_scores(x[row, :size], y[row, :size], boxes)
             for row, (size, boxes) in enumerate(zip(images.sizes, self.boxes))

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from learnpruner.cuts_learnpruner import EncodedImages
+from learnpruner.layout_learnpruner import send
 
 from .base import Method, Place
 from .images import embeddings
@@ -49,7 +50,7 @@ class DivPruneScore:
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
         directions, patches = _directions(images)
         rows = torch.arange(len(scores), device=scores.device)
-        wanted = torch.tensor(counts, device=scores.device)
+        wanted = send(counts, scores.device)
         # Structure is chosen when nothing else is left: a distance is not below 0.
         far = scores.nan_to_num(nan=-1.0, posinf=torch.inf).masked_fill(~images.present, -torch.inf)
         chosen, begun = torch.zeros_like(patches), torch.zeros_like(wanted, dtype=torch.bool)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from learnpruner.cuts_learnpruner import EncodedImages
+from learnpruner.layout_learnpruner import send
 
 from .base import Method, Place, TopKImages
 from .images import embeddings, text
@@ -100,4 +101,4 @@ class HawkScore(TopKImages):
             if self.variant == "code":
                 norm = paid.masked_fill(structure.unsqueeze(-1), 0).norm(dim=1, keepdim=True)
                 paid = paid / norm.clamp(min=torch.finfo(paid.dtype).tiny)
-            return (paid @ paid.new_tensor(self.head_weights)).masked_fill(structure, torch.nan)
+            return (paid @ send(self.head_weights, paid.device).to(paid)).masked_fill(structure, torch.nan)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from learnpruner.cuts_learnpruner import EncodedImages
+from learnpruner.layout_learnpruner import send
 from learnpruner.scorer_learnpruner import top_k
 
 from .base import Method, Place
@@ -74,8 +75,8 @@ class VisionZipScore(ReadsEncoder):
 
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
         wanted = [min(count - 1, round(self.contextual * count)) for count in counts]
-        contextual = torch.tensor(wanted, device=scores.device).unsqueeze(1)
-        counts = torch.tensor(counts, device=scores.device)
+        contextual = send(wanted, scores.device).unsqueeze(1)
+        counts = send(counts, scores.device)
         dominant = top_k(scores, images.present, counts - contextual.squeeze(1))
         others = images.present & ~dominant & ~images.features.isnan().any(-1)
         place = others.cumsum(1) - 1

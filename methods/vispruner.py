@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from learnpruner.cuts_learnpruner import EncodedImages
+from learnpruner.layout_learnpruner import send
 from learnpruner.scorer_learnpruner import top_k
 
 from .base import Method, Place
@@ -61,7 +62,7 @@ class VisPrunerScore(ReadsEncoder):
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
         by_attention = [max(1, int(self.important * count + 0.5)) for count in counts]
         diverse = [count - first for count, first in zip(counts, by_attention)]
-        important = top_k(scores, images.present, torch.tensor(by_attention, device=scores.device))
+        important = top_k(scores, images.present, send(by_attention, scores.device))
         structure = images.features.isnan().any(-1)
         left = images.present & ~important & ~structure
         # One image at a time: of its patches all pairs are compared.
@@ -69,7 +70,7 @@ class VisPrunerScore(ReadsEncoder):
             patches = left[row].nonzero().squeeze(1)
             left[row] = torch.zeros_like(left[row]).scatter(0, _distinct(patches, features, diverse[row]), True)
         # Structure fills what patches leave of the budget.
-        counts = torch.tensor(counts, device=scores.device)
+        counts = send(counts, scores.device)
         return top_k((important | left).float(), images.present, counts)
 
 

@@ -11,7 +11,6 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
-from learnpruner.layout_learnpruner import send
 
 from oracles import masked
 from tiny_models import (
@@ -19,7 +18,6 @@ from tiny_models import (
     IMAGE,
     LAYERS,
     LLAVA,
-    NO_PLACEHOLDERS,
     PRUNED,
     QWEN,
     STOCK,
@@ -319,142 +317,6 @@ def test_counts_do_not_depend_on_the_pixels(family, batch):
             inputs[name] = inputs[name] * scale
         counts.add(tuple(tuple(kept.sum(1).tolist()) for kept in pruned(**inputs).kept_mask))
     assert len(counts) == 1
-
-
-class Waits(TorchDispatchMode):
-    """Logs every call for which the host would wait on a GPU: that reads values, whose result's size is in the values,
-    or that makes a tensor of the host's numbers by a copy that blocks.
-
-    On the CPU `tolist` and `numpy` pass the dispatcher by, and a blocking copy is none: these are logged by name.
-    """
-
-    operations = frozenset(
-        ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique", "_unique2", "unique_dim")
-    )
-    methods = ("tolist", "numpy", "cpu", "new_tensor")
-    functions = ("tensor", "as_tensor")
-
-    def __init__(self, log):
-        super().__init__()
-        self.log = log
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name, overload = function._schema.name.removeprefix("aten::"), function._schema.overload_name
-        by_mask = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        # A scalar is put by a mask as `masked_fill` does.
-        by_mask = by_mask and not (name != "index" and args[2].numel() == 1)
-        if name in self.operations or by_mask or (name == "repeat_interleave" and overload == "Tensor"):
-            self.log.append(name)
-        return function(*args, **(kwargs or {}))
-
-    def __enter__(self):
-        self.patch = pytest.MonkeyPatch()
-        for owner, names in ((torch.Tensor, self.methods), (torch, self.functions)):
-            for name in names:
-                self.patch.setattr(owner, name, self.logged(name, getattr(owner, name), owner is torch))
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        self.patch.undo()
-        return super().__exit__(*error)
-
-    def logged(self, name, call, makes):
-        def method(*args, **kwargs):
-            result = call(*args, **kwargs)
-            # Made where the host's numbers are, or of none, or of a tensor that is there already: nothing to wait for.
-            if not makes or (
-                kwargs.get("device") not in (None, "cpu") and result.numel() and not torch.is_tensor(args[0])
-            ):
-                self.log.append(name)
-            return result
-
-        return method
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda x: x.sum().item(),
-        lambda x: bool(x.any()),
-        lambda x: x.tolist(),
-        lambda x: x.cpu(),
-        lambda x: x[x > 0],
-        lambda x: x.masked_select(x > 0),
-        lambda x: x.nonzero(),
-        lambda x: torch.where(x > 0),
-        lambda x: torch.equal(x, x),
-        lambda x: x.unique(),
-        lambda x: x.repeat_interleave(x.long()),
-        lambda x: x.index_put_((x > 0,), torch.ones(2)),
-        lambda x: torch.tensor([1, 2], device=x.device),
-        lambda x: torch.as_tensor([1, 2], device=x.device),
-        lambda x: x.new_tensor([1, 2]),
-    ],
-)
-def test_the_count_of_waits_sees(call):
-    log = []
-    with Waits(log):
-        call(torch.tensor([1.0, 0.0, 3.0]))
-    assert log
-
-
-@pytest.mark.parametrize(("device", "asynchronous"), [("cuda", True), ("cpu", False)])
-def test_numbers_are_sent_from_pinned_memory_without_blocking(device, asynchronous, monkeypatch):
-    calls = []
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
-    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append((*args, kwargs)) or self)
-    assert send([1, 2], torch.device(device)).tolist() == [1, 2]
-    assert calls == (["pinned"] if asynchronous else []) + [
-        (torch.device(device), {"non_blocking": True} if asynchronous else {})
-    ]
-
-
-def test_the_count_of_waits_passes_what_does_not_wait():
-    log, x = [], torch.tensor([1.0, 0.0, 3.0])
-    with Waits(log):
-        x.masked_fill(x > 0, 2).masked_scatter(x > 0, x).gather(0, x.argsort())[x.long() % 2]
-        send([1, 2], x.device)
-        torch.tensor([], device=x.device)
-    assert not log
-
-
-@pytest.mark.parametrize(("family", "batch"), with_videos(("one", "padded", "mixed")))
-def test_the_host_waits_no_more_than_stock_and_never_inside_the_layers(family, batch):
-    stock, pruned = tiny_pair(family)
-    inputs = build_inputs(family, samples_of(batch, family))
-    counts = {}
-    for model in (stock, pruned):
-        log = []
-        text = model.model.language_model
-        text.layers[0].register_forward_pre_hook(lambda *args, log=log: log.append("first layer"))
-        text.norm.register_forward_pre_hook(lambda *args, log=log: log.append("norm"))
-        with Waits(log):
-            model(**inputs)
-        inside = log[log.index("first layer") + 1 : log.index("norm")]
-        assert not inside
-        counts[model] = len(log) - 2
-    assert counts[pruned] <= counts[stock]
-
-
-@pytest.mark.parametrize(("family", "batch"), with_videos(("one", "mixed")))
-def test_what_generate_waits_for_beyond_stock(family, batch):
-    """The prompt's layout; a step behind the prompt waits for nothing more."""
-    stock, pruned = tiny_pair(family)
-    inputs = build_inputs(family, samples_of(batch, family))
-    more = []
-    for steps in (1, 4):
-        counts = {}
-        for model in (stock, pruned):
-            log = []
-            with Waits(log):
-                model.generate(**inputs, max_new_tokens=steps, do_sample=False, **NO_PLACEHOLDERS)
-            counts[model] = len(log)
-        more.append(counts[pruned] - counts[stock])
-    # LLaVA-NeXT's pruner packs row numbers on the host, which looks here as if it were the device.
-    assert more[0] <= (2 if family == "llava_next" else 1)
-    assert more[1] <= more[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
