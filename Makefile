@@ -1,14 +1,14 @@
 # Everything runs in .venv, which the first target sets up on a machine that has only Python 3.10+.
 PYTHON ?= python3
 # Installed first and by its exact version: a range would pull the newest build, on Linux with gigabytes of CUDA. For a
-# CPU build from PyTorch's own index: make test TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+# CPU build from PyTorch's own index: make test TORCH_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Qwen's processors need torchvision, too: make test TORCH="torch==2.13.0 torchvision==0.28.0"
 TORCH ?= torch==2.13.0
 TORCH_ARGS ?=
+# Writes the locks.
+UV ?= uv==0.13.9
 # Budgets of `make accuracy`: mean vision tokens of 576.
 TOKENS ?= 32
-# The oldest supported transformers; guards_learnpruner.py and pyproject.toml say the same.
-FLOOR = transformers==5.20.0
-
 # The Python of the speed targets. Another one, with the package installed, makes them install nothing:
 # make speed-gpu PY=python
 PY ?= .venv/bin/python
@@ -20,7 +20,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-matrix quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-matrix lock quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -117,17 +117,39 @@ style: .venv/installed
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-.venv/installed: pyproject.toml
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install -q $(TORCH_ARGS) "$(TORCH)"
-	.venv/bin/pip install -q -e ".[dev]"
+# Exact versions, direct and transitive, and nothing else: --no-deps installs no package that the lock does not name, and
+# `pip check` says whether they fit together. Metadata that an earlier build left here would hide what is installed.
+define install
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install -q $(TORCH_ARGS) -c requirements/torch.txt $(TORCH)
+	$(@D)/bin/pip install -q --no-deps -r $<
+	rm -rf learnpruner.egg-info
+	$(@D)/bin/pip install -q --no-deps --no-build-isolation -e .
+	$(@D)/bin/pip check
 	touch $@
+endef
 
-.venv-floor/installed: pyproject.toml
-	$(PYTHON) -m venv .venv-floor
-	.venv-floor/bin/pip install -q $(TORCH_ARGS) "$(TORCH)"
-	.venv-floor/bin/pip install -q -e ".[dev]" "$(FLOOR)"
+.venv/installed: requirements/lock.txt requirements/torch.txt pyproject.toml
+	$(install)
+
+.venv-floor/installed: requirements/floor.txt requirements/torch.txt pyproject.toml
+	$(install)
+
+# Writes the three locks anew. Versions that still fit stay as they are; UPGRADE=--upgrade takes the newest.
+UPGRADE ?=
+COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --custom-compile-command "make lock" \
+  --constraints requirements/broken.txt --excludes requirements/no-cuda.txt
+COMPILE_OURS = $(COMPILE) --excludes requirements/no-torch.txt --extra dev pyproject.toml
+lock: .venv-lock/installed
+	$(COMPILE_OURS) $(UPGRADE) --output-file requirements/lock.txt
+	$(COMPILE_OURS) --upgrade --resolution lowest-direct --output-file requirements/floor.txt
+	printf '%s\n' $(TORCH) | $(COMPILE) $(UPGRADE) --constraints requirements/lock.txt --no-emit-package torch \
+	  --no-emit-package torchvision --output-file requirements/torch.txt -
+
+.venv-lock/installed: Makefile
+	$(PYTHON) -m venv --clear .venv-lock
+	.venv-lock/bin/pip install -q "$(UV)"
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor demo_output
+	rm -rf .venv .venv-floor .venv-lock demo_output

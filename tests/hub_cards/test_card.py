@@ -11,7 +11,7 @@ from PIL import Image
 
 import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.hub_cards.card import check_card, write_card
+from learnpruner.hub_cards.card import NEWEST_TESTED, OLDEST, check_card, write_card
 from learnpruner.hub_cards.checks import check_code
 from learnpruner.hub_cards.records import (
     LEARNED,
@@ -140,7 +140,8 @@ def test_base_code_picture_and_citation(full):
     assert 'LearnPrunerForConditionalGeneration.from_pretrained("user/pruner", revision=' in load
     for snippet in load.split("```python\n")[1:]:
         compile(snippet.partition("```")[0], "card", "exec")
-    assert "tested from 5.20 to 5.23" in card.text
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST_TESTED))
+    assert f"tested from {oldest} to {newest}" in card.text
     assert f"learnpruner {learnpruner.__version__}" in card.text
     assert "OCR" in section(card, "Limits")
     assert "2604.23950" in section(card, "Citation")

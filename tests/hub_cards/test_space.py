@@ -199,8 +199,6 @@ def test_the_folder_is_a_space():
     needs = [Requirement(line) for line in requires("learnpruner")]
     (gradio,) = (need for need in needs if need.name == "gradio")
     assert card.sdk_version in gradio.specifier
-    # The Space installs Gradio at the version of its card, and the rest as the package does.
-    assert {Requirement(line) for line in (SPACE / "requirements.txt").read_text().split()} <= set(needs)
     for text in (SPACE / "README.md", ROOT / "README.md"):
         (named,) = re.findall(r"!\[[^\]]*\]\(([\w/]*screenshot\.png)\)", text.read_text())
         assert (text.parent / named).samefile(SPACE / "screenshot.png")
