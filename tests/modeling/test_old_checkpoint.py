@@ -1,0 +1,48 @@
+"""Checkpoints that version 0.1 wrote: the installed code reads them, and keeps and answers what version 0.1 did."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learnpruner import LearnPrunerForConditionalGeneration
+
+from tiny_models import NO_PLACEHOLDERS, PRUNED, build_inputs
+
+pytestmark = pytest.mark.core
+FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
+QUESTIONS = json.loads((FOLDER / "questions.json").read_text())
+FAMILY = {"llava": "llava", "qwen2_vl": "qwen2_vl", "pruner_only": "llava"}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_a_checkpoint_of_version_0_1(name):
+    stored = json.loads((FOLDER / name / "config.json").read_text())
+    assert stored["learnpruner_version"] == "0.1.0"
+    model = LearnPrunerForConditionalGeneration.from_pretrained(FOLDER / name, dtype=torch.float32).eval()
+    assert type(model) is PRUNED[FAMILY[name]]
+    fields = {field: value for field, value in stored.items() if field.startswith("pruner_")}
+    assert fields.items() <= model.config.to_dict().items()
+
+    recorded = load_file(FOLDER / name / "answers.safetensors")
+    inputs = build_inputs(FAMILY[name], QUESTIONS["samples"][FAMILY[name]], seed=QUESTIONS["seed"])
+    output = model(**inputs)
+    first, second = output.kept_mask
+    assert torch.equal(first, recorded["first_kept"])
+    assert torch.equal(second, recorded["second_kept"])
+    assert (output.logits[:, -3:] - recorded["logits"]).abs().max() < 1e-4
+    new = QUESTIONS["max_new_tokens"]
+    sequences = model.generate(**inputs, do_sample=False, max_new_tokens=new, **NO_PLACEHOLDERS)
+    assert torch.equal(sequences, recorded["sequences"])
+    # Both cuts were made, and no two samples got one answer.
+    kept = [mask.sum() for mask in (inputs["attention_mask"], first, second)]
+    assert kept[0] > kept[1] > kept[2]
+    assert len({tuple(row) for row in sequences[:, -new:].tolist()}) == len(sequences)
+
+
+def test_a_pruner_only_checkpoint_is_the_pruner_on_its_base():
+    names = set(load_file(FOLDER / "pruner_only" / "model.safetensors"))
+    assert names
+    assert all(name.startswith("model.pruner.") for name in names)
