@@ -34,10 +34,10 @@ from transformers.utils.hub import extract_commit_hash
 import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.accounting import mean_tokens
-from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest
+from learnpruner.keys_learnpruner import PrunedCache
 from learnpruner.methods import METHODS, Method, OracleBoxes, Random
 from learnpruner.methods.baselines import box_patches
 from learnpruner.training.metrics import ExactMatch

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from learnpruner.auto import FAMILIES
-from learnpruner.scorer_learnpruner import LearnedPruningModule
+from learnpruner.scores_learnpruner import LearnedPruningModule
 
 # Ordinary tokens: no special one is below or above in any vocabulary here.
 TEXT_TOKENS = (10, 100)

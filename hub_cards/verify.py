@@ -13,8 +13,8 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 
 import learnpruner
 from learnpruner.auto import LearnPrunerForConditionalGeneration
-from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.compare import build_prompt, load_image, load_processor
+from learnpruner.keys_learnpruner import PrunedCache
 
 from .card import ACCURACY, accuracy_rows, check_card
 from .checks import check_code, hub_reached, list_files, refuse_processor_code, refuse_unknown, refuse_weights

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from learnpruner.accounting import spread_budget
 from learnpruner.configuration_learnpruner import check_pruner_field
 from learnpruner.cuts_learnpruner import Cut, DecoderScore, DecoderState, EncodedImages, EncoderScore
-from learnpruner.layout_learnpruner import send
-from learnpruner.scorer_learnpruner import top_k
+from learnpruner.prompt_learnpruner import send
+from learnpruner.scores_learnpruner import top_k
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Place:
     """A cut whose budget is not counted yet.
 
@@ -40,7 +40,7 @@ class Place:
     least: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Method(ABC):
     """A pruning method with its settings: `model.generate(..., schedule=method)`.
 
@@ -106,28 +106,15 @@ class Method(ABC):
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-        """Every call of `model` in this block is pruned by the method, unless the call says otherwise. Not for models
-        that other threads use meanwhile: pass `schedule=` to each call instead.
+        """Every call of `model` in this block, made by the thread that entered it, is pruned by the method, unless the
+        call says otherwise.
 
         Args:
             model ([`PreTrainedModel`]): A model of this project, with its head.
         """
-        inner = model.model
-        self.cuts(inner)
-        before = vars(inner).get("pruner_schedule")
-        inherited = inner.pruner_schedule
-
-        def pruner_schedule(ratio=None, schedule=None):
-            return inherited(ratio, self if ratio is None and schedule is None else schedule)
-
-        inner.pruner_schedule = pruner_schedule
-        try:
+        self.cuts(model.model)
+        with model.model.scheduled(self):
             yield model
-        finally:
-            if before is None:
-                del inner.pruner_schedule
-            else:
-                inner.pruner_schedule = before
 
 
 class TopKImages:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from learnpruner.cuts_learnpruner import EncodedImages
-from learnpruner.layout_learnpruner import send
+from learnpruner.prompt_learnpruner import send
 
 from .base import Method, Place, TopKImages
 from .images import coordinates, embeddings, grids, padded, places
@@ -19,7 +19,7 @@ from .images import coordinates, embeddings, grids, padded, places
 ROWS_AT_A_TIME = 256
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Random(Method):
     """Keeps tokens by chance.
 
@@ -40,7 +40,7 @@ class Random(Method):
         return (Place(0, 1, RandomScore(self.seed)),)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RandomScore(TopKImages):
     seed: int | str | list[int | str] | tuple[int | str, ...]
 
@@ -59,7 +59,7 @@ def random_scores(tokens: int, seed: int | str) -> torch.Tensor:
     return torch.tensor([[rng.random()] for _ in range(tokens)])
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Uniform(Method):
     """Keeps a grid of patches, as evenly as the budget allows. Structure (LLaVA-NeXT's newlines) goes first."""
 
@@ -67,7 +67,7 @@ class Uniform(Method):
         return (Place(0, 1, UniformScore()),)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class UniformScore:
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         return images.features.new_zeros(images.present.shape, dtype=torch.float32)
@@ -113,7 +113,7 @@ def _with_newlines(marks: torch.Tensor, every: list[tuple[int, int]], size: int,
     return torch.cat([marks[:first], second.flatten()])
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Pool(Method):
     """Keeps a grid, each patch of it the mean of those that are nearer to it than to others, after the projector. Each
     group of frames, and each of LLaVA-NeXT's two views of an image, is averaged by itself."""
@@ -148,7 +148,7 @@ def mean_of_nearest(images: EncodedImages, chosen: torch.Tensor) -> torch.Tensor
     return torch.where(chosen.unsqueeze(-1), means.to(states.dtype), states)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class OracleBoxes(Method):
     """Keeps the patches of known boxes, each object's from the middle outwards, objects in turn; then, where the budget
     is larger than the boxes, all others, the nearest first. What looking for objects alone can do.
@@ -165,7 +165,7 @@ class OracleBoxes(Method):
         return (Place(0, 1, BoxScore(tuple(self.boxes), self.picture)),)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class BoxScore(TopKImages):
     boxes: tuple
     picture: tuple[int, int]

@@ -12,7 +12,7 @@ from .base import Method, Place, TopKImages
 from .images import ReadsEncoder, clip_encoder, cls_attention
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class ClsAttention(Method):
     """FasterVLM (https://arxiv.org/abs/2412.01818): keeps the patches that [CLS] attends to most.
 
@@ -27,7 +27,7 @@ class ClsAttention(Method):
         return (Place(0, 1, ClsScore(), watched=(-1,)),)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class ClsScore(ReadsEncoder, TopKImages):
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         return cls_attention(images)[0]

@@ -9,7 +9,7 @@ from .base import Method, Place
 from .learnpruner import LearnedStage, TextStage
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Composed(Method):
     """One method's cut before the decoder, then another's inside it, such as LearnPruner's stage 1 with FastV's cut, or
     VisionZip's with LearnPruner's stage 2. `Composed()` is LearnPruner.

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from learnpruner.cuts_learnpruner import DecoderState
-from learnpruner.scorer_learnpruner import best_first, rank
+from learnpruner.scores_learnpruner import best_first, rank
 
 from .base import Method, Place
 from .decoder import cut_layer, text_behind
@@ -18,7 +18,7 @@ from .decoder import cut_layer, text_behind
 PIVOTS = 4
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class DART(Method):
     """DART (https://arxiv.org/abs/2502.11494): after K decoder layers, keeps a few pivots and the tokens least like
     them.
@@ -44,7 +44,7 @@ class DART(Method):
         return (Place(cut_layer("dart", self.layer, 2, model), 1, PivotScore()),)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class PivotScore:
     def __call__(self, state: DecoderState) -> torch.Tensor:
         return _key_norms(state).masked_fill(~state.vision, torch.nan)
@@ -81,13 +81,7 @@ def _key_norms(state: DecoderState) -> torch.Tensor:
     position 0: unlike attention, it depends on how much padding stands before."""
     batch, length, _ = state.hidden_states.shape
     cos, sin = state.position_embeddings
-    if state.keys is not None:
-        keys = state.keys[:, :, -length:]
-    else:
-        layer = state.decoder.layers[state.number]
-        keys = layer.self_attn.k_proj(layer.input_layernorm(state.hidden_states))
-        keys = keys.view(batch, length, -1, layer.self_attn.head_dim).transpose(1, 2)
-        keys, _ = apply_rotary_pos_emb(keys, keys, cos, sin)
+    keys = state.attended.keys[:, :, -length:]
     if state.key_valid is not None:
         start = state.key_valid[:, -length:].int().argmax(1).view(-1, 1, 1)
         cos, sin = (part.expand(batch, -1, -1).gather(1, start.expand(-1, -1, part.shape[-1])) for part in (cos, sin))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from learnpruner.cuts_learnpruner import DecoderState, TextAttention
+from learnpruner.probe_learnpruner import look_ahead
 
 from .base import scaled_layer
 
@@ -52,19 +53,15 @@ def next_layer_attention(state: DecoderState, query: str) -> torch.Tensor:
         query (`"all"` or `"last"`): All text rows of the query, or its last alone.
     """
     number, length = state.number + 1, state.output.shape[1]
-    # With a device map, the next layer may be elsewhere.
-    device = state.decoder.layers[number].self_attn.q_proj.weight.device
+    attended = look_ahead(state.decoder.layers[number], state.output, state.position_embeddings)
     following = replace(
         state,
         number=number,
-        hidden_states=state.output.to(device),
-        position_embeddings=tuple(part.to(device) for part in state.position_embeddings),
-        keys=None,
-        key_valid=None if state.key_valid is None else state.key_valid[:, -length:].to(device),
-        vision=state.vision.to(device),
-        queries=state.queries.to(device),
+        hidden_states=state.output,
+        attended=attended.to(state.vision.device),
+        key_valid=None if state.key_valid is None else state.key_valid[:, -length:],
     )
-    return TextAttention(query)(following).to(state.vision.device)
+    return TextAttention(query)(following)
 
 
 def text_behind(state: DecoderState) -> torch.Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from learnpruner.scorer_learnpruner import top_k
+from learnpruner.scores_learnpruner import top_k
 
 from .observations import Observation
 

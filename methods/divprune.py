@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from learnpruner.cuts_learnpruner import EncodedImages
-from learnpruner.layout_learnpruner import send
+from learnpruner.prompt_learnpruner import send
 
 from .base import Method, Place
 from .images import embeddings
@@ -17,7 +17,7 @@ from .images import embeddings
 ROWS_AT_A_TIME = 1024
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class DivPrune(Method):
     """DivPrune (https://arxiv.org/abs/2503.02175): the greedy solution of the max-min diversity problem, knowing
     neither question nor attention.
@@ -34,7 +34,7 @@ class DivPrune(Method):
         return (Place(0, 1, DivPruneScore()),)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class DivPruneScore:
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         directions, patches = _directions(images)

@@ -17,7 +17,7 @@ from .baselines import UniformScore
 from .images import embeddings
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Downsample(Method):
     """Shows the model a smaller image: what the processor made, `(3, height, width)`, is resized (bicubic, with
     antialiasing) to as many patches as the budget has, rows x columns of them, and goes through the tower with its

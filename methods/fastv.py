@@ -11,7 +11,7 @@ from .base import Method, Place
 from .decoder import cut_layer
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class FastV(Method):
     """FastV (https://arxiv.org/abs/2403.06764): after K decoder layers, keeps the tokens to which the prompt's last
     token paid most attention.

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from learnpruner.cuts_learnpruner import EncodedImages
-from learnpruner.layout_learnpruner import send
+from learnpruner.prompt_learnpruner import send
 
 from .base import Method, Place, TopKImages
 from .images import embeddings, text
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Hawk(Method):
     """HAWK (https://arxiv.org/abs/2604.07812): keeps, before the decoder, the tokens that its first layer would look at
     when it reads the question.
@@ -76,7 +76,7 @@ def read_weights(path: Path) -> tuple[float, ...]:
         raise ValueError(f"{path} holds no weights of heads: make it with learnpruner calibrate-hawk.") from error
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class HawkScore(TopKImages):
     variant: str
     head_weights: tuple[float, ...]

@@ -15,7 +15,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from learnpruner.cuts_learnpruner import EncodedImages
-from learnpruner.layout_learnpruner import MODALITIES
+from learnpruner.prompt_learnpruner import MODALITIES
 
 
 def padded(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -33,11 +33,11 @@ def embeddings(images: EncodedImages) -> torch.Tensor:
 def text(images: EncodedImages) -> list[torch.Tensor]:
     """Of each sample of the batch, the embeddings of its prompt's text, `(rows, hidden)`. Padding, and rows that must
     not rank, are left out."""
-    embeds, layout = images.arguments["inputs_embeds"], images.layout
+    embeds, prompt = images.arguments.get("inputs_embeds"), images.prompt
     if embeds is None:
         embeds = images.model.get_input_embeddings()(images.arguments["input_ids"])
-    rows = (layout.kinds == 0).to(embeds.device)
-    for mask in (layout.valid, images.query_mask):
+    rows = (prompt.kinds == 0).to(embeds.device)
+    for mask in (prompt.valid, images.query_mask):
         rows = rows if mask is None else rows & mask.to(embeds.device)
     return list(embeds[rows].split(rows.sum(1).tolist()))
 
@@ -102,7 +102,7 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
         `tuple`: `(images, tokens)` float32, mean over the heads, and `(images, tokens, head_dim)`, mean over the heads.
         NaN at structure.
     """
-    number, strategy = (images.arguments[f"vision_feature_{name}"] for name in ("layer", "select_strategy"))
+    number, strategy = (images.arguments.get(f"vision_feature_{name}") for name in ("layer", "select_strategy"))
     encoder = clip_encoder(images.model, "This method", number, strategy)
     number = images.model.config.vision_feature_layer if number is None else number
     states = images.arguments["mm_encoder_outputs"]["image"].hidden_states
@@ -129,7 +129,7 @@ def lay_out(images: EncodedImages, values: torch.Tensor) -> torch.Tensor:
     outputs = copy(images.arguments["mm_encoder_outputs"]["image"])
     outputs.hidden_states = _EveryLevel(values)
     arguments = {**images.arguments, "mm_encoder_outputs": {"image": outputs}}
-    return padded(images.model.pruner_features(arguments, images.layout)["image"])
+    return padded(images.model.pruner_features(arguments, images.prompt)["image"])
 
 
 class _EveryLevel:
@@ -149,14 +149,14 @@ def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
     Raises:
         `ValueError`: where the tokens of a LLaVA's image are no square.
     """
-    config, layout = images.model.config, images.layout
-    if layout.grids.keys() & {"image_grid_thw", "video_grid_thw"}:
+    config, prompt = images.model.config, images.prompt
+    if prompt.grids.keys() & {"image_grid_thw", "video_grid_thw"}:
         return _qwen_grids(images)
-    if "image_sizes" in layout.grids:
+    if "image_sizes" in prompt.grids:
         side = config.vision_config.image_size // config.vision_config.patch_size
         return [
             [(side, side), *_unpadded_grid(config, side, size, tokens - side * side)]
-            for size, tokens in zip(layout.grids["image_sizes"], images.sizes)
+            for size, tokens in zip(prompt.grids["image_sizes"], images.sizes)
         ]
     for tokens in images.sizes:
         if math.isqrt(tokens) ** 2 != tokens:
@@ -175,7 +175,7 @@ def _qwen_grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
         if outputs is None:
             continue
         # A continued conversation may give the grids of all its images; the encoded ones are the last.
-        for frames, height, width in images.layout.grids[f"{modality}_grid_thw"][-len(outputs.pooler_output) :]:
+        for frames, height, width in images.prompt.grids[f"{modality}_grid_thw"][-len(outputs.pooler_output) :]:
             grid = tuple(side // config.vision_config.spatial_merge_size for side in (height, width))
             # Parts are whole images and videos, or groups of a video's frames.
             split = modality == "video" and config.pruner_per_frame

@@ -10,7 +10,7 @@ from learnpruner.cuts_learnpruner import LearnedScore, TextAttention
 from .base import Method, Place
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LearnPruner(Method):
     """LearnPruner (https://arxiv.org/abs/2604.23950) with the settings of the model's configuration: the learned module
     before the decoder keeps R1, and the text's attention before layer k keeps R2 = R1 / `pruner_stage_ratio`."""
@@ -24,7 +24,7 @@ class LearnPruner(Method):
         return (first, Place(config.pruner_layer, 1, TextAttention(config.pruner_query), least=least))
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LearnedStage(LearnPruner):
     """LearnPruner's stage 1 with the whole budget."""
 
@@ -32,7 +32,7 @@ class LearnedStage(LearnPruner):
         return super().places(model)[:1]
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class TextStage(LearnPruner):
     """LearnPruner's stage 2 alone."""
 

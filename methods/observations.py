@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from learnpruner.cuts_learnpruner import Cut, DecoderState, EncodedImages, TextAttention
+from learnpruner.probe_learnpruner import look_ahead
 
 from .base import Method, TopKImages
 from .images import ReadsEncoder, clip_encoder, cls_attention, coordinates
@@ -69,14 +70,14 @@ def watched_layers(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -
 
     def look(number: int, layer: nn.Module, arguments: tuple, keywords: dict) -> None:
         states = arguments[0]
-        device = states.device
+        device, embeddings = states.device, tuple(part.to(states.device) for part in keywords["position_embeddings"])
         state = DecoderState(
             decoder=model.model.language_model,
             number=number,
             hidden_states=states,
             output=states,
-            position_embeddings=tuple(part.to(device) for part in keywords["position_embeddings"]),
-            keys=None,
+            position_embeddings=embeddings,
+            attended=look_ahead(layer, states, embeddings),
             key_valid=valid.to(device),
             index=torch.arange(states.shape[1], device=device).expand(len(states), -1),
             vision=vision.to(device),

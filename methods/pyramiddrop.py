@@ -14,7 +14,7 @@ from .decoder import next_layer_attention, scaled_layers
 LAYERS, KEEP = (8, 16, 24), (0.5, 0.25, 0.125)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class PyramidDrop(Method):
     """PyramidDrop (https://arxiv.org/abs/2410.17247): after a quarter, a half and three quarters of the decoder, keeps
     0.5, 0.25 and 0.125 of the tokens (or counts in this proportion), those to which the prompt's last token pays most.
@@ -36,7 +36,7 @@ class PyramidDrop(Method):
         return tuple(Place(layer, share, score) for layer, share in zip(scaled_layers(model, LAYERS), KEEP))
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class NextLayerAttention(TextAttention):
     def __call__(self, state: DecoderState) -> torch.Tensor:
         return next_layer_attention(state, self.query)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from learnpruner.attention_learnpruner import ROWS_AT_A_TIME
 from learnpruner.cuts_learnpruner import DecoderState, TextAttention
+from learnpruner.scores_learnpruner import ROWS_AT_A_TIME
 
 from .base import Method, Place
 from .decoder import RowValues, scaled_layers, text_behind
@@ -17,7 +17,7 @@ from .decoder import RowValues, scaled_layers, text_behind
 LAYERS, KEEP = (2, 6, 15), (300, 200, 110)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class SparseVLM(Method):
     """SparseVLM (https://arxiv.org/abs/2410.04417): after 2, 6 and 15 decoder layers of 32, keeps the tokens to which
     the raters among the text rows pay most attention.
@@ -42,7 +42,7 @@ class SparseVLM(Method):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RaterAttention(TextAttention):
     """One for the three cuts of a call.
 

@@ -19,7 +19,7 @@ from .decoder import RowValues, next_layer_attention, scaled_layers
 LAYERS, KEEP = (7, 9, 12), (0.875, 0.625, 0.125)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class TransPrune(Method):
     """TransPrune (https://arxiv.org/abs/2507.20630): after the decoder layers 7, 9 and 12 of 32, keeps 0.875, 0.625 and
     0.125 of the tokens (or counts in this proportion) whose representation the layers turn and stretch most (TTV) and
@@ -59,7 +59,7 @@ class TransPrune(Method):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class TransitionScore(TopKSamples):
     """One for the three cuts of a call.
 

@@ -8,14 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from learnpruner.cuts_learnpruner import EncodedImages
-from learnpruner.layout_learnpruner import send
-from learnpruner.scorer_learnpruner import top_k
+from learnpruner.prompt_learnpruner import send
+from learnpruner.scores_learnpruner import top_k
 
 from .base import Method, Place
 from .images import ReadsEncoder, clip_encoder, cls_attention, embeddings
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class VisionZip(Method):
     """VisionZip (https://arxiv.org/abs/2412.04467): dominant tokens as they are, and contextual tokens, each of which
     stands for several of the others.

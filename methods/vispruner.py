@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from learnpruner.cuts_learnpruner import EncodedImages
-from learnpruner.layout_learnpruner import send
-from learnpruner.scorer_learnpruner import top_k
+from learnpruner.prompt_learnpruner import send
+from learnpruner.scores_learnpruner import top_k
 
 from .base import Method, Place
 from .images import ReadsEncoder, clip_encoder, cls_attention
@@ -17,7 +17,7 @@ from .images import ReadsEncoder, clip_encoder, cls_attention
 REMOVED_AT_A_TIME = 8
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class VisPruner(Method):
     """VisPruner (https://arxiv.org/abs/2412.01818, ICCV 2025): a share of the budget for the patches to which [CLS]
     pays most, the rest for what is left of the others when near duplicates are removed.
@@ -52,7 +52,7 @@ class VisPruner(Method):
         return (Place(0, 1, VisPrunerScore(self.important), watched=(-1,)),)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class VisPrunerScore(ReadsEncoder):
     important: float
 

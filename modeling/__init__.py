@@ -6,7 +6,6 @@ from functools import wraps
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
 from .auto import FAMILIES, LearnPrunerForConditionalGeneration
-from .cache_learnpruner import PrunedCache
 from .configuration_learnpruner import (
     LearnPrunerLlavaConfig,
     LearnPrunerLlavaNextConfig,
@@ -16,6 +15,7 @@ from .configuration_learnpruner import (
 )
 from .cuts_learnpruner import Cut, LearnedScore, TextAttention, learnpruner_schedule
 from .hub_learnpruner import HubMixin
+from .keys_learnpruner import PrunedCache
 from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration
 from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration
 from .modeling_learnpruner_qwen2_5_vl import LearnPrunerQwen2_5_VLForConditionalGeneration

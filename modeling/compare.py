@@ -14,8 +14,8 @@ from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
 from .accounting import mean_tokens
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
-from .cache_learnpruner import PrunedCache
 from .hub_learnpruner import find_base
+from .keys_learnpruner import PrunedCache
 
 RUNS = 3
 # How much a dropped patch is darkened.

@@ -14,11 +14,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from .attention_learnpruner import attention_received
 from .budget_learnpruner import keep_counts
 from .configuration_learnpruner import check_pruner_field
-from .layout_learnpruner import PromptLayout
-from .scorer_learnpruner import rank, top_k, top_k_with_diversity
+from .prompt_learnpruner import Prompt
+from .scores_learnpruner import Attended, attention_received, rank, top_k, top_k_with_diversity
 
 
 @dataclass
@@ -33,7 +32,7 @@ class EncodedImages:
         sizes (`list[int]`): Tokens of each image.
         owners (`list[int]`): The sample that each image belongs to.
         arguments (`dict`): The stock forward's, with encoded images (`mm_encoder_outputs`) beside their pixels.
-        layout ([`PromptLayout`]): Of the prompt.
+        prompt ([`Prompt`]): The call's.
         query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, or `None`): Text rows that may rank tokens.
     """
 
@@ -43,7 +42,7 @@ class EncodedImages:
     sizes: list[int]
     owners: list[int]
     arguments: dict
-    layout: PromptLayout
+    prompt: Prompt
     query_mask: torch.Tensor | None
 
 
@@ -57,7 +56,7 @@ class DecoderState:
         hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): The layer's input.
         output (`torch.Tensor` of shape `(batch, length, hidden)`): Its output; its input while it is watched.
         position_embeddings: cos and sin, each `(batch or 1, length, head_dim)`.
-        keys (`torch.Tensor` of shape `(batch, kv_heads, past + length, head_dim)`, or `None`): Its rotated keys.
+        attended ([`Attended`], or `None`): Its queries and keys; `None` while the layer has yet to run.
         key_valid (`torch.Tensor` of shape `(batch, past + length)`, bool, or `None`): Keys that are not padding.
         index (`torch.Tensor` of shape `(batch, length)`, int64): The row of the prompt that each is.
         vision (`torch.Tensor` of shape `(batch, length)`, bool): Vision tokens still there.
@@ -71,7 +70,7 @@ class DecoderState:
     hidden_states: torch.Tensor
     output: torch.Tensor
     position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    keys: torch.Tensor | None
+    attended: Attended | None
     key_valid: torch.Tensor | None
     index: torch.Tensor
     vision: torch.Tensor
@@ -103,7 +102,7 @@ class DecoderScore(Protocol):
         """In which a layer of the cut's `watched` runs; the state is that before it. For the encoder, the model is."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Cut:
     """One place where vision tokens leave the sequence.
 
@@ -115,6 +114,10 @@ class Cut:
         merge (`Callable`, *optional*): For layer 0: of [`EncodedImages`] and what was chosen, `(images, tokens)` bool,
             makes the embeddings `(images, tokens, hidden)` that stand in the prompt in place of the projector's.
         watched (`tuple[int, ...]`): What the score watches run: decoder layers before `layer`, or the encoder, -1.
+        unit (`"part"`, `"clip"` or `"sample"`, *optional*): What a budget is for: an image or group of frames, a whole
+            video, or all that a sample has. By default a part before the decoder, and a sample inside.
+        counts_from_content (`bool`): Whether the score decides how many tokens stay, at the cost of one wait for the
+            device.
     """
 
     layer: int
@@ -122,6 +125,17 @@ class Cut:
     score: EncoderScore | DecoderScore
     merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None
     watched: tuple[int, ...] = ()
+    unit: str | None = None
+    counts_from_content: bool = False
+
+    def __post_init__(self):
+        supported = "sample" if self.layer else "part"
+        self.unit = supported if self.unit is None else self.unit
+        if self.unit != supported or self.counts_from_content:
+            raise ValueError(
+                f"A cut before layer {self.layer} counts tokens per {supported}, before it scores them; got "
+                f"unit={self.unit!r}, counts_from_content={self.counts_from_content}, which is not supported yet."
+            )
 
 
 def watching(schedule: tuple[Cut, ...], number: int, seen: Callable[[], DecoderState | nn.Module]) -> ExitStack:
@@ -140,7 +154,7 @@ class Schedule(Protocol):
         """By ascending layer, for `model`, the one without its head. What a score gathers on its way is the call's."""
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class LearnedScore:
     """Stage 1 of LearnPruner: the LPM's keep-minus-drop logit, top-k with diversity, per image."""
 
@@ -163,7 +177,7 @@ class LearnedScore:
             return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class TextAttention:
     """Stage 2 of LearnPruner: the attention text rows pay in the layer before the cut, top-k, per sample.
 
@@ -174,22 +188,13 @@ class TextAttention:
     query: str
 
     def __call__(self, state: DecoderState) -> torch.Tensor:
-        layer = state.decoder.layers[state.number]
         if self.query == "last":
             # The last marked row; argmax finds the first of equals, so count from the right.
             last = state.queries.shape[1] - 1 - state.queries.flip(1).int().argmax(1)
             rows = last.unsqueeze(1)
         else:
             rows = state.queries.long().argsort(dim=1, stable=True)[:, state.queries.shape[1] - state.num_text :]
-        received, seen = attention_received(
-            layer.self_attn,
-            layer.input_layernorm(state.hidden_states),
-            state.position_embeddings,
-            rows,
-            state.queries.gather(1, rows),
-            state.keys,
-            state.key_valid,
-        )
+        received, seen = attention_received(state.attended, rows, state.queries.gather(1, rows), state.key_valid)
         return received.masked_fill(~(seen & state.vision), torch.nan)
 
     def select(self, scores: torch.Tensor, state: DecoderState, counts: torch.Tensor) -> torch.Tensor:

@@ -4,46 +4,26 @@
 from typing import Any
 
 import torch
-import transformers
 from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import find_packed_sequence_indices
-from transformers.utils import logging
 
-from .cache_learnpruner import PrunedCacheLayer
-
-logger = logging.get_logger(__name__)
-
-# transformers: the oldest release that has what this package builds on (checkpoint conversion for custom classes,
-# mm_encoder_outputs, create_causal_mask(layer_idx=...)), the newest that the suite was run on, and the first refused.
-OLDEST, NEWEST_TESTED, REFUSED = (5, 20), (5, 23), (6, 0)
+from .compat_learnpruner import CACHE
+from .keys_learnpruner import PrunedCacheLayer
 
 OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
 
 
-def check_transformers_version() -> None:
-    """Raises `ImportError` outside the supported range of transformers; warns above the newest tested release."""
-    installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if not OLDEST <= installed < REFUSED:
-        wanted = f"transformers>={OLDEST[0]}.{OLDEST[1]},<{REFUSED[0]}"
-        raise ImportError(f"learnpruner supports {wanted} and found {transformers.__version__}: pip install '{wanted}'")
-    if installed > NEWEST_TESTED:
-        logger.warning_once(
-            f"learnpruner was tested up to transformers {NEWEST_TESTED[0]}.{NEWEST_TESTED[1]} and runs on "
-            f"{transformers.__version__}. Compare pruner_ratio=1.0 with the stock class before you rely on it."
-        )
+def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bool) -> None:
+    """Raises `ValueError` where the decoder could not cut, nor gate as if it did.
 
-
-def refuse_decoder_inputs(
-    model: PreTrainedModel,
-    attention_mask: Any,
-    position_ids: torch.Tensor | None,
-    past_key_values: Any,
-    use_cache: bool,
-    kwargs: dict,
-) -> None:
-    """Raises `ValueError` where the decoder could not cut, nor gate as if it did. `model` is the vision-language model
-    without its head."""
+    Args:
+        model ([`PreTrainedModel`]): The vision-language model without its head.
+        arguments (`dict`): Its forward's.
+        use_cache (`bool`): Whether a cache is made where none is given.
+    """
+    attention_mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
+    cache = arguments.get(CACHE)
     text_config = model.config.text_config
     if any(DynamicCache(config=text_config).is_sliding):
         raise ValueError(
@@ -56,15 +36,15 @@ def refuse_decoder_inputs(
             f"Pruning does not support continuous batching (paged attention): use generate. {OR_NO_PRUNING}"
         )
     refuse_prepared_mask(attention_mask)
-    packed = "cu_seq_lens_q" in kwargs
-    if attention_mask is None and position_ids is not None and past_key_values is None and not use_cache:
+    packed = "cu_seq_lens_q" in arguments
+    if attention_mask is None and position_ids is not None and cache is None and not use_cache:
         # The condition under which the stock model looks for packed sequences.
         # In front of M-RoPE's three, a fourth row has the text's positions.
         text = position_ids[0] if position_ids.dim() == 3 and len(position_ids) == 4 else position_ids
         packed |= text.dim() == 2 and find_packed_sequence_indices(text) is not None
     if packed:
         raise ValueError(f"Pruning does not support packed sequences: pad the samples of a batch. {OR_NO_PRUNING}")
-    refuse_cache(past_key_values)
+    refuse_cache(cache)
 
 
 def refuse_prepared_mask(attention_mask: Any) -> None:
@@ -85,15 +65,15 @@ def refuse_gating(text_config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_cache(past_key_values: Any) -> None:
+def refuse_cache(cache: Any) -> None:
     """Raises `ValueError` unless the cache is a plain [`DynamicCache`], ours, or `None`."""
-    if past_key_values is None:
+    if cache is None:
         return
-    plain = isinstance(past_key_values, DynamicCache) and not past_key_values.offloading
-    if not plain or not all(type(layer) in (DynamicLayer, PrunedCacheLayer) for layer in past_key_values.layers):
+    plain = isinstance(cache, DynamicCache) and not cache.offloading
+    if not plain or not all(type(layer) in (DynamicLayer, PrunedCacheLayer) for layer in cache.layers):
         raise ValueError(
-            f"Pruning needs a DynamicCache of full-attention layers, without offloading or quantisation, got "
-            f"{past_key_values}. Pass past_key_values=DynamicCache(), or none. {OR_NO_PRUNING}"
+            f"Pruning needs a DynamicCache of full-attention layers, without offloading or quantisation, got {cache}. "
+            f"Pass {CACHE}=DynamicCache(), or none. {OR_NO_PRUNING}"
         )
 
 
@@ -120,3 +100,19 @@ def refuse_generation(generation_config: GenerationConfig, attention_mask: torch
             "Right padding in generate: the prompt must end where the answer begins. Set "
             f"processor.tokenizer.padding_side = 'left'. {OR_NO_PRUNING}"
         )
+
+
+def refuse_lost_cache(attention_mask: Any, cache: Any, length: int) -> None:
+    """Raises `ValueError` where a mask covers more than the rows of a call, and there is no cache that holds the others.
+
+    Args:
+        attention_mask: The call's.
+        cache: The call's.
+        length (`int`): Rows of the call.
+    """
+    if cache is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        if attention_mask.shape[1] > length:
+            raise ValueError(
+                f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens, and no cache came that holds "
+                f"the others: pass the cache of the previous call as {CACHE}."
+            )

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from .guards_learnpruner import check_transformers_version
+from .compat_learnpruner import check_transformers
 
 logger = logging.get_logger(__name__)
 
@@ -94,7 +94,7 @@ class HubMixin:
             `RuntimeError`: where any weight but a fresh pruner's is missing or of another shape.
             `ValueError`: where the checkpoint is of another family.
         """
-        check_transformers_version()
+        check_transformers()
         path = pretrained_model_name_or_path
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: the error below names them

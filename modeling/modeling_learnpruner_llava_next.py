@@ -3,29 +3,27 @@
 
 import torch
 from torch.nn import functional as F
-from transformers import Cache, LlavaNextForConditionalGeneration, LlavaNextModel
+from transformers import LlavaNextForConditionalGeneration, LlavaNextModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from transformers.utils import can_return_tuple
 
 from .configuration_learnpruner import LearnPrunerLlavaNextConfig
-from .cuts_learnpruner import Cut, Schedule
-from .generation_learnpruner import LearnPrunerCausalLMOutputWithPast, PrunedGenerationMixin
+from .head_learnpruner import PrunedGenerationMixin
 from .hub_learnpruner import HubMixin, register_key_conversion
-from .layout_learnpruner import PromptLayout, send
 from .modeling_learnpruner_llava import PrunedLlavaModelMixin
+from .prompt_learnpruner import Prompt, send
 
 
 class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
     config: LearnPrunerLlavaNextConfig
 
-    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+    def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
         """As the stock model packs its tokens. The learned `image_newline` rows are structure, not patches: they are
         rows of NaN here, so they carry no score and are kept only when every patch is."""
-        if "image_sizes" not in layout.grids:
+        if "image_sizes" not in prompt.grids:
             raise ValueError("LLaVA-NeXT lays out its tokens by image_sizes: pass it with the images.")
-        strategy = arguments["vision_feature_select_strategy"] or self.config.vision_feature_select_strategy
+        strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
         features = self.selected_features(arguments)
-        image_sizes = layout.grids["image_sizes"]
+        image_sizes = prompt.grids["image_sizes"]
         crops = [
             image_size_to_num_patches(size, self.config.image_grid_pinpoints, self.config.vision_config.image_size)
             for size in image_sizes
@@ -48,30 +46,6 @@ class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMix
     config: LearnPrunerLlavaNextConfig
     config_class = LearnPrunerLlavaNextConfig
     model_class = LearnPrunerLlavaNextModel
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_sizes: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict | None = None,
-        pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | Schedule | None = None,
-        query_mask: torch.Tensor | None = None,
-        **kwargs,
-    ) -> LearnPrunerCausalLMOutputWithPast:
-        """As [`LearnPrunerLlavaForConditionalGeneration.forward`]."""
-        return self._forward(locals())
 
 
 register_key_conversion(LearnPrunerLlavaNextForConditionalGeneration, "llava_next")

@@ -39,7 +39,6 @@ class LearnPrunerQwen2_5_VLForConditionalGeneration(
     config: LearnPrunerQwen2_5_VLConfig
     config_class = LearnPrunerQwen2_5_VLConfig
     model_class = LearnPrunerQwen2_5_VLModel
-    takes_seconds = True
 
 
 register_key_conversion(LearnPrunerQwen2_5_VLForConditionalGeneration, "Qwen2_5_VLForConditionalGeneration")

@@ -4,19 +4,15 @@
 import math
 
 import torch
-from transformers import Cache, PreTrainedConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
-from transformers.utils import can_return_tuple
+from transformers import PreTrainedConfig, Qwen2VLForConditionalGeneration, Qwen2VLModel
 
+from .compat_learnpruner import CACHE
 from .configuration_learnpruner import LearnPrunerQwen2VLConfig
-from .cuts_learnpruner import Cut, Schedule
-from .generation_learnpruner import (
-    LearnPrunerCausalLMOutputWithPast,
-    PrunedGenerationMixin,
-    PrunedModelMixin,
-)
 from .guards_learnpruner import OR_NO_PRUNING
+from .head_learnpruner import PROMPT, PrunedGenerationMixin
 from .hub_learnpruner import HubMixin, register_key_conversion
-from .layout_learnpruner import PromptLayout
+from .model_learnpruner import PrunedModelMixin
+from .prompt_learnpruner import Prompt
 
 NEXT_TURN = (
     "For a new image in a later turn on one cache, encode it first: pass mm_encoder_outputs of the new images alone "
@@ -33,10 +29,6 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
     side, before the merger. A budget is an image's, or one of a video's groups of frames.
     """
 
-    stock_arguments = (
-        *("position_ids", "past_key_values", "inputs_embeds", "use_cache", "mm_token_type_ids", "mm_encoder_outputs"),
-        *("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw"),
-    )
     pixel_arguments = ("pixel_values", "pixel_values_videos")
     grid_arguments = ("image_grid_thw", "video_grid_thw")
 
@@ -49,28 +41,28 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         images, videos = (self.marks(token, input_ids, inputs_embeds) for token in tokens)
         return images.to(torch.int8) + 2 * videos.to(torch.int8)
 
-    def check_images(self, arguments: dict, layout: PromptLayout) -> None:
+    def check_images(self, arguments: dict, prompt: Prompt) -> None:
         self._check_positions(arguments)
         for modality, (pixels, grid) in INPUTS.items():
             given = arguments.get(pixels)
             encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
             if given is None and encoded is None:
                 continue
-            if grid not in layout.grids:
+            if grid not in prompt.grids:
                 raise ValueError(
                     f"{modality.capitalize()}s need {grid}, which the processor returns beside their pixels."
                 )
-            self._check_grid(grid, layout.grids[grid])
+            self._check_grid(grid, prompt.grids[grid])
             if given is not None:
-                self._check_pixels(modality, given, layout)
+                self._check_pixels(modality, given, prompt)
             elif encoded.last_hidden_state is None:
                 raise ValueError(
                     "The pruner reads the vision encoder's features, and mm_encoder_outputs has none: pass what "
                     f"model.get_{modality}_features(..., return_dict=True) returned."
                 )
-        if layout.mistyped and arguments.get("position_ids") is None:
+        if prompt.mistyped and arguments.get("position_ids") is None:
             raise ValueError(
-                f"mm_token_type_ids are wrong for {layout.mistyped} tokens (0 text, 1 image, 2 video): pass what the "
+                f"mm_token_type_ids are wrong for {prompt.mistyped} tokens (0 text, 1 image, 2 video): pass what the "
                 f"processor returned beside input_ids, padded as they are. {OR_NO_PRUNING}"
             )
 
@@ -78,7 +70,7 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         """Where positions are left to the model, it finds them from token ids and their types, of the whole prompt."""
         if arguments.get("position_ids") is not None:
             return
-        cache = arguments.get("past_key_values")
+        cache = arguments.get(CACHE)
         if arguments.get("input_ids") is None or (cache is not None and cache.get_seq_length() > 0):
             raise ValueError(
                 "Positions of images are found from the ids of the whole prompt: with inputs_embeds, or for images "
@@ -98,41 +90,41 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
                 f"A row of {name} is frames, height and width in patches, the last two multiples of {merge}: {rows}."
             )
 
-    def _check_pixels(self, modality: str, pixels: torch.Tensor, layout: PromptLayout) -> None:
+    def _check_pixels(self, modality: str, pixels: torch.Tensor, prompt: Prompt) -> None:
         name, grid = INPUTS[modality]
-        patches = [math.prod(row) for row in layout.grids[grid]]
+        patches = [math.prod(row) for row in prompt.grids[grid]]
         if sum(patches) != len(pixels):
             raise ValueError(
                 f"{grid} describes {sum(patches)} patches, and {name} has {len(pixels)}: build both with one "
                 f"processor call. {NEXT_TURN}"
             )
-        layout.owners(modality, [count // self.config.vision_config.spatial_merge_size**2 for count in patches])
+        prompt.owners(modality, [count // self.config.vision_config.spatial_merge_size**2 for count in patches])
 
     def count_parts(self, arguments: dict) -> int:
         images, videos = (arguments.get(grid) for _, grid in INPUTS.values())
         groups = 0 if videos is None else int(videos[:, 0].sum()) if self.config.pruner_per_frame else len(videos)
         return groups + (0 if images is None else len(images))
 
-    def encode_images(self, arguments: dict, layout: PromptLayout) -> dict:
-        outputs = dict(arguments["mm_encoder_outputs"] or {})
+    def encode_images(self, arguments: dict, prompt: Prompt) -> dict:
+        outputs = dict(arguments.get("mm_encoder_outputs") or {})
         for modality, (pixels, grid) in INPUTS.items():
-            if arguments[pixels] is not None:
+            if arguments.get(pixels) is not None:
                 encode = self.get_image_features if modality == "image" else self.get_video_features
-                outputs[modality] = encode(arguments[pixels], arguments[grid], return_dict=True)
+                outputs[modality] = encode(arguments[pixels], arguments.get(grid), return_dict=True)
         return {**arguments, **dict.fromkeys(self.pixel_arguments), "mm_encoder_outputs": outputs}
 
     def merged_features(self, hidden_states: torch.Tensor, grids: list[list[int]]) -> torch.Tensor:
         """The encoder's features `(patches, d)` as `(tokens, 4 d)`; a grid is groups of frames, rows and columns."""
         return hidden_states.view(sum(math.prod(grid) for grid in grids), -1)
 
-    def pruner_features(self, arguments: dict, layout: PromptLayout) -> dict[str, list[torch.Tensor]]:
+    def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
         merge, parts = self.config.vision_config.spatial_merge_size, {}
         for modality, (_, name) in INPUTS.items():
             outputs = arguments["mm_encoder_outputs"].get(modality)
             if outputs is None:
                 continue
             # A continued conversation may give the grids of all its images; the encoded ones are the last.
-            rows = layout.grids[name][-len(outputs.pooler_output) :]
+            rows = prompt.grids[name][-len(outputs.pooler_output) :]
             grids = [[frames, height // merge, width // merge] for frames, height, width in rows]
             sizes = [math.prod(grid) for grid in grids]
             if modality == "video" and self.config.pruner_per_frame:
@@ -142,60 +134,13 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
 
 
 class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):
-    """The signature that both share. Of the two stock classes one takes `second_per_grid_ts`."""
-
-    takes_seconds = False
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        pixel_values: torch.Tensor | None = None,
-        pixel_values_videos: torch.Tensor | None = None,
-        image_grid_thw: torch.LongTensor | None = None,
-        video_grid_thw: torch.LongTensor | None = None,
-        mm_token_type_ids: torch.Tensor | None = None,
-        second_per_grid_ts: torch.Tensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        mm_encoder_outputs: dict | None = None,
-        pruner_ratio: float | None = None,
-        schedule: tuple[Cut, ...] | Schedule | None = None,
-        query_mask: torch.Tensor | None = None,
-        **kwargs,
-    ) -> LearnPrunerCausalLMOutputWithPast:
-        """As [`LearnPrunerLlavaForConditionalGeneration.forward`], with Qwen's own arguments.
-
-        Raises:
-            `ValueError`: also where `mm_token_type_ids` are missing or wrong, a grid does not describe its pixels, or
-                `second_per_grid_ts` are given to Qwen2-VL, which has no use for them.
-        """
-        if second_per_grid_ts is not None:
-            if not self.takes_seconds:
-                raise ValueError(f"{type(self).__name__} takes no second_per_grid_ts: leave them out.")
-            kwargs["second_per_grid_ts"] = second_per_grid_ts
-        return self._forward(locals())
+    """What the heads of both share."""
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        cuts = self.model.pruner_schedule(model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule"))
-        if cuts and self.model.has_images(model_kwargs):
-            # The stock class counts on its inputs here, and says nothing, or nothing clear, where they do not fit. It
-            # is given the whole conversation, of which a cache may hold the beginning.
-            ids = inputs_tensor if inputs_tensor.dim() == 2 else model_kwargs.get("input_ids")
-            given = {**model_kwargs, "input_ids": ids if ids is not None and ids.numel() else None}
-            kinds = self.model.vision_kinds(given["input_ids"], inputs_tensor)
-            mask = model_kwargs.get("attention_mask")
-            valid = mask.bool() if mask is not None and mask.shape == kinds.shape else None
-            layout = self.model.read_layout(given, kinds, valid)
-            self.model.check_images({**given, "past_key_values": None}, layout)
-            model_kwargs["prompt_layout"] = layout  # for the plan
-            # Of the prompt before, from which transformers 5.20 (5.23 does not) would count on, whatever is new.
-            self.model.rope_deltas = None
+        if self.read_generate_prompt(inputs_tensor, model_kwargs, model_kwargs["attention_mask"].shape[1]) is not None:
+            # The stock class would go on from the positions of the model's last prompt, whatever is new; without the
+            # cache it finds those of the whole conversation, of which a cache may hold the beginning.
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in (CACHE, PROMPT)}
         return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
 

@@ -21,7 +21,7 @@ from learnpruner.cuts_learnpruner import Cut, LearnedScore, learnpruner_schedule
 BISECTIONS = 40
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class ArgmaxGate(LearnedScore):
     """The paper's: forward the hard argmax over {drop, keep}, backward its softmax (straight-through).
 
@@ -36,7 +36,7 @@ class ArgmaxGate(LearnedScore):
         return super().gate(scores, shares)
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class TopKGate(LearnedScore):
     """An exact budget, differentiable: p = sigmoid(score / temperature + t), with t such that p sums to the budget
     (bisection; VisionSelector, arXiv 2510.16598). The budget term of the shipped forward is then zero by itself.
@@ -51,7 +51,7 @@ class TopKGate(LearnedScore):
         return [soft_top_k(score / self.temperature, share * len(score)) for score, share in zip(scores, shares)]
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class RecordedGate(LearnedScore):
     """Another gate. For each image `record` gets three numbers: the share it was to keep, the mean gate, and the mean
     entropy of the keep probabilities, in bits."""

@@ -26,7 +26,7 @@ from learnpruner.hub_cards.push import pushed_base
 from learnpruner.hub_cards.records import tensors_digest, weights_digest
 from learnpruner.hub_cards.repository import find, writable
 from learnpruner.hub_learnpruner import HubMixin
-from learnpruner.scorer_learnpruner import top_k
+from learnpruner.scores_learnpruner import top_k
 
 from .fsdp import ShardedCheckpoints
 from .objectives import ArgmaxGate, RecordedGate, TopKGate, with_gate

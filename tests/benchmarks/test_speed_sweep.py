@@ -75,7 +75,7 @@ def test_another_measurement_is_not_passed_off_as_this_one(place, value, measure
 def test_the_code_that_figures_depend_on(tmp_path):
     names = [file.name for file in speed_sweep.code_files()]
     harness = ["speed.py", *(f"speed_{part}.py" for part in ("formulas", "measure", "point", "presets", "sweep"))]
-    assert {"decoder_learnpruner.py", "modeling_learnpruner_llava.py", "scorer_learnpruner.py", *harness} <= set(names)
+    assert {"rows_learnpruner.py", "modeling_learnpruner_llava.py", "scores_learnpruner.py", *harness} <= set(names)
     assert names == sorted(names)
     assert not any(name.startswith(("test", "render")) for name in names)
     (tmp_path / "a.py").write_text("1")

@@ -158,8 +158,8 @@ def test_code_of_this_release_is_listed_with_its_sha256(checkpoint):
 
 
 def test_code_of_another_release_says_which(checkpoint):
-    (checkpoint / "scorer_learnpruner.py").write_text("# older\n")
-    with pytest.raises(ValueError, match=r"scorer_learnpruner\.py") as error:
+    (checkpoint / "scores_learnpruner.py").write_text("# older\n")
+    with pytest.raises(ValueError, match=r"scores_learnpruner\.py") as error:
         check_code(checkpoint)
     assert "pip install" not in str(error.value)
     config = json.loads((checkpoint / "config.json").read_text())
@@ -169,14 +169,14 @@ def test_code_of_another_release_says_which(checkpoint):
         check_code(checkpoint)
     # No command is made of anything but a version.
     (checkpoint / "config.json").write_text(json.dumps({**config, "learnpruner_version": "0.0.7 evil"}))
-    with pytest.raises(ValueError, match=r"scorer_learnpruner\.py") as error:
+    with pytest.raises(ValueError, match=r"scores_learnpruner\.py") as error:
         check_code(checkpoint)
     assert "evil" not in str(error.value)
 
 
 def test_code_under_another_case_is_refused(checkpoint):
-    shutil.move(checkpoint / "scorer_learnpruner.py", checkpoint / "scorer_learnpruner.PY")
-    with pytest.raises(ValueError, match=r"scorer_learnpruner\.PY"):
+    shutil.move(checkpoint / "scores_learnpruner.py", checkpoint / "scorer_learnpruner.PY")
+    with pytest.raises(ValueError, match=r"scores_learnpruner\.PY"):
         check_code(checkpoint)
 
 

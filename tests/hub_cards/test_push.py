@@ -295,7 +295,7 @@ def bad_folder(light, base, tmp_path, kind):
     elif kind == "foreign":
         save_file({"lora": torch.zeros(1)}, folder / "adapter_model.safetensors")
     elif kind == "tampered":
-        with (folder / "scorer_learnpruner.py").open("a") as file:
+        with (folder / "scores_learnpruner.py").open("a") as file:
             file.write("print('hello')\n")
     elif kind == "other_code":
         (folder / "helper.py").write_text("")
@@ -324,7 +324,7 @@ def changed_config(folder, **fields):
     [
         ("pickled", "pytorch_model.bin"),
         ("foreign", "adapter_model.safetensors"),
-        ("tampered", "scorer_learnpruner.py"),
+        ("tampered", "scores_learnpruner.py"),
         ("other_code", "helper.py"),
         ("other_model", "does not fit"),
         ("local_base", "a folder that nobody else has"),

@@ -130,7 +130,7 @@ def test_what_is_of_other_weights_goes_and_is_listed(hub, worker, light, full, t
     [
         ("handler.py", "Remove it, or push to another repository"),
         ("custom_generate/generate.py", "Remove it, or push to another repository"),
-        ("sub/scorer_learnpruner.py", "Remove it, or push to another repository"),
+        ("sub/scores_learnpruner.py", "Remove it, or push to another repository"),
         ("helper.PY", "Remove it, or push to another repository"),
         (".gitignore", "leaves out files"),
     ],

@@ -125,7 +125,7 @@ PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
         ("sub/rng_state.pth", b"x", "sub/rng_state.pth"),
         ("training_args.BIN", b"x", "training_args.BIN"),
         ("other.safetensors", b"x", "other.safetensors"),
-        ("scorer_learnpruner.py", b"print('hello')\n", "scorer_learnpruner.py"),
+        ("scores_learnpruner.py", b"print('hello')\n", "scorer_learnpruner.py"),
         ("helper.py", b"", "helper.py"),
         ("helper.PY", b"", "helper.PY"),
         ("model.pth.tar", b"x", "model.pth.tar"),
@@ -147,7 +147,7 @@ PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
         ("config.json", tampered_config, "other/repo--modeling_other"),
         (
             "config.json",
-            with_code("config.json", ["auto_map"], {"AutoModel": "scorer_learnpruner.x/evil--mod.Cls"}),
+            with_code("config.json", ["auto_map"], {"AutoModel": "scores_learnpruner.x/evil--mod.Cls"}),
             "evil",
         ),
         ("config.json", with_code("config.json", ["custom_pipelines"], PIPELINE), FOREIGN),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from learnpruner.layout_learnpruner import send
+from learnpruner.prompt_learnpruner import send
 
 from host_waits import Waits
 from tiny_models import NO_PLACEHOLDERS, build_inputs, samples_of, tiny_pair, with_videos

@@ -116,10 +116,12 @@ def test_seconds_per_grid(family):
     stock, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("image_and_video", family))
     if family == "qwen2_vl":
-        # Its frames have none: refused, and not silently without effect.
-        for call in (pruned, lambda **kwargs: pruned.generate(**NEW, **kwargs)):
-            with pytest.raises(ValueError, match="takes no second_per_grid_ts"):
-                call(**inputs, second_per_grid_ts=torch.ones(len(inputs["video_grid_thw"])))
+        # Its frames have none: as in the stock class, generate refuses them, and forward passes them on unread.
+        seconds = torch.ones(len(inputs["video_grid_thw"]))
+        for model in (stock, pruned):
+            with pytest.raises(ValueError, match="second_per_grid_ts"):
+                model.generate(**inputs, **NEW, second_per_grid_ts=seconds)
+            assert torch.equal(model(**inputs, second_per_grid_ts=seconds).logits, model(**inputs).logits)
         return
     slow = {**inputs, "second_per_grid_ts": 8 * inputs["second_per_grid_ts"]}
     where, later = (positions(family, stock, given) for given in (inputs, slow))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from learnpruner.scorer_learnpruner import LearnedPruningModule, top_k, top_k_with_diversity
+from learnpruner.scores_learnpruner import LearnedPruningModule, top_k, top_k_with_diversity
 
 import oracles
 from oracles import masked

@@ -5,6 +5,8 @@ import torch
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from .plan_learnpruner import PruningCall
+
 
 class PrunedCacheLayer(DynamicLayer):
     """One decoder layer's keys and values after cuts.
@@ -123,7 +125,7 @@ class PrunedCacheLayer(DynamicLayer):
 
 
 class PrunedCache(DynamicCache):
-    """A [`DynamicCache`] of [`PrunedCacheLayer`]s: what a pruned prompt returns as `past_key_values`."""
+    """A [`DynamicCache`] of [`PrunedCacheLayer`]s: what a pruned prompt returns in place of one."""
 
     def __init__(self, layers: list[PrunedCacheLayer]):
         Cache.__init__(self, layers=layers)
@@ -155,3 +157,36 @@ class PrunedCache(DynamicCache):
 
 def is_pruned(cache: Cache | None) -> bool:
     return cache is not None and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers[:1])  # all, or none
+
+
+def held_lengths(cache: Cache | None) -> list[int]:
+    """Keys that each layer of a cache holds."""
+    layers = [] if cache is None else cache.layers
+    return [
+        layer.physical_length if isinstance(layer, PrunedCacheLayer) else layer.get_seq_length() for layer in layers
+    ]
+
+
+def check_cache(cache: Cache | None, given: Cache | None, before: list[int] | None, call: PruningCall) -> None:
+    """Raises `RuntimeError` unless, behind a pruned prompt, the cache that came back is the one that was given, and each
+    of its layers grew by exactly the planned rows. Looks at identities and shapes alone.
+
+    Args:
+        cache, given ([`Cache`], *optional*): What came back, and what was given.
+        before (`list[int]`): [`held_lengths`] of the given one, before the call.
+        call ([`PruningCall`]): The call, after it.
+    """
+    if not call.record.decisions or (cache is None and given is None):
+        return
+    layers, cuts = [] if cache is None else cache.layers, [cut.layer for cut in call.schedule]
+    expected = [
+        (before[number] if number < len(before) else 0) + max(call.plan.lengths(sum(cut <= number for cut in cuts)))
+        for number in range(len(layers))
+    ]
+    kept = given is None or layers is given.layers
+    if not kept or not layers or held_lengths(cache) != expected:
+        raise RuntimeError(
+            "The KV cache of a pruned prompt was lost or swapped on its way through transformers, or holds other rows than "
+            f"planned: {held_lengths(cache)} keys by layer, and {expected} were planned. The answer would be wrong. Run "
+            "`learnpruner doctor`, or pass pruner_ratio=1.0 to run the stock model."
+        )

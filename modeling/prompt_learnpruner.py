@@ -1,5 +1,5 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""Where a prompt has its images and videos: what of it the host must know, read once for each call."""
+"""A call's prompt, read once: where its images and videos are, and what of it the host must know."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ def send(values: list | torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @dataclass
-class PromptLayout:
+class Prompt:
     """Where a prompt has its images and videos, and what the host must know of it.
 
     Attributes:
@@ -42,8 +42,10 @@ class PromptLayout:
         valid: torch.Tensor | None,
         grids: dict[str, torch.Tensor],
         types: torch.Tensor | None = None,
-    ) -> "PromptLayout":
-        """In one transfer, for which the host waits once.
+        start: int = 0,
+    ) -> "Prompt":
+        """In one transfer, for which the host waits once. Of `kinds` and `valid`, the columns before `start` are not part
+        of the call; only `types` are compared with them.
 
         Raises:
             `ValueError`: where a grid is no table of whole numbers, or a mask or `types` is not of the prompt.
@@ -62,9 +64,10 @@ class PromptLayout:
             )
         # A continued conversation may give them for all of its turns.
         mistyped = types[:, -kinds.shape[1] :].to(kinds.device) != kinds
+        mistyped = (mistyped if valid is None else mistyped & valid).sum().view(1, 1)
+        kinds, valid = kinds[:, start:], None if valid is None else valid[:, start:]
         seen = kinds if valid is None else kinds * valid
         counts = torch.stack([(seen == kind).sum(1) for kind in range(1, 1 + len(MODALITIES))])
-        mistyped = (mistyped if valid is None else mistyped & valid).sum().view(1, 1)
         lengths = (kinds >= 0 if valid is None else valid).sum(1).unsqueeze(0)
         tables = [mistyped, lengths, counts, *(torch.as_tensor(grid).to(kinds.device) for grid in grids.values())]
         values = iter(torch.cat([table.flatten() for table in tables]).tolist())

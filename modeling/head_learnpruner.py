@@ -1,0 +1,239 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""What the heads of all families share: labels, the loss in training, `generate`, and the record of the cuts."""
+
+from functools import wraps
+
+import torch
+from torch.nn import functional as F
+from transformers import GenerationConfig, GenerationMixin
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .compat_learnpruner import CACHE, derive_method, fields_beside_predictions, installed_names, output_with_records
+from .cuts_learnpruner import Cut, Schedule, watching
+from .guards_learnpruner import (
+    OR_NO_PRUNING,
+    refuse_decoder_inputs,
+    refuse_generation,
+    refuse_lost_cache,
+    refuse_tensor_parallelism,
+)
+from .keys_learnpruner import check_cache, held_lengths
+from .model_learnpruner import check_asked
+from .plan_learnpruner import Plan, PruningCall, make_plan
+from .prompt_learnpruner import Prompt
+from .scores_learnpruner import budget_loss
+
+# What `generate` carries among the model's arguments: the prompt, as soon as it is read, and the plan made of it.
+PROMPT, PLAN = "pruner_prompt", "pruner_plan"
+
+
+class PrunedGenerationMixin:
+    """A stock class for conditional generation over a [`PrunedModelMixin`].
+
+    A family adds `model_class`. The signatures are the stock ones, with what is added here behind.
+    """
+
+    # The pruner keeps its precision in a low-precision model: scores that tie would choose by place.
+    _keep_in_fp32_modules_strict = ["pruner"]
+    # Qwen2.5-VL's stock class says no, and the Trainer would weigh accumulated batches alike, whatever they hold.
+    accepts_loss_kwargs = True
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        derive_method(cls, PrunedGenerationMixin, "forward")
+        if "model_class" in vars(cls):
+            cls.config_class.keys_to_ignore_at_inference = fields_beside_predictions(cls)
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = self.model_class.adopt(self.model)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        *,
+        labels: torch.LongTensor | None = None,
+        pruner_ratio: float | None = None,
+        schedule: tuple[Cut, ...] | Schedule | None = None,
+        query_mask: torch.Tensor | None = None,
+        budget_share: float | None = None,
+        **stock,
+    ) -> ModelOutput:
+        """The stock forward on fewer vision tokens; at a ratio of 1, or without images, the stock forward itself.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
+                As in the stock class; the label that a dropped row would predict is ignored. In training mode the
+                prompt stays whole, gates weigh its vision tokens in the attention, and the loss adds a budget term.
+            pruner_ratio (`float`, *optional*): In place of the configuration's, for this call.
+            schedule (`tuple[Cut, ...]` or [`Schedule`], *optional*): Cuts in place of LearnPruner's two, for this call.
+            query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
+                Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
+                first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
+            budget_share (`float`, *optional*): In training with accumulated or parallel batches, what share of the
+                step's images this call has, which weighs the budget term.
+            stock: The arguments of the stock class, under their names and in their positions.
+
+        Returns:
+            The output of the stock class, with the fields of [`Recorded`].
+
+        Raises:
+            `ValueError`: where images and placeholders do not match, or where a cut cannot be made
+                (`guards_learnpruner.py` lists the cases).
+        """
+        check_asked(pruner_ratio, schedule)
+        plan, given = stock.pop(PLAN, None), stock.get(CACHE)
+        prompt = stock["input_ids"] if stock.get("input_ids") is not None else stock["inputs_embeds"]
+        refuse_lost_cache(stock.get("attention_mask"), given, prompt.shape[1])
+        logits_to_keep = stock.get("logits_to_keep", 0)
+        logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        call = PruningCall(query_mask=None if query_mask is None else query_mask.bool())
+        call.soft = self.training and labels is not None
+        if labels is not None and query_mask is None:
+            # An answer must never choose its own evidence.
+            supervised = torch.zeros(prompt.shape[:2], dtype=torch.bool, device=labels.device)
+            supervised[:, logits_to_keep] = labels != -100
+            call.query_mask = supervised.cumsum(1) == 0
+        if plan is not None:
+            call.schedule, call.plan = plan.schedule, plan.resume(*prompt.shape[:2], prompt.device)
+        elif self.model.has_images(stock):
+            call.schedule = self.model.pruner_schedule(pruner_ratio, schedule)
+            if call.schedule and not call.soft:
+                refuse_tensor_parallelism(self)
+        elif call.soft:
+            stock = self._with_gradient(stock)
+        before = held_lengths(given) if call.schedule else None
+        outputs = super().forward(**stock, pruning=call, return_dict=True)
+        check_cache(outputs.get(CACHE), given, before, call)
+        loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock, budget_share)
+        return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.record.fields())
+
+    def _loss(self, call: PruningCall, logits, labels, logits_to_keep, stock: dict, budget_share) -> torch.Tensor:
+        others = {name: value for name, value in stock.items() if name not in type(self).forward.stock_names}
+        if call.record.decisions:
+            predicts = call.record.decisions[-1][0][:, logits_to_keep]
+            labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)
+            if others.get("shift_labels") is not None:
+                others["shift_labels"] = others["shift_labels"].masked_fill(~predicts, -100)
+        vocab_size = self.config.text_config.vocab_size
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **others)
+        if call.soft:
+            loss = loss + self._pruner_loss(call.plan, labels, others.get("num_items_in_batch"), budget_share)
+        return loss
+
+    def _with_gradient(self, stock: dict) -> dict:
+        """Text alone, of which the pruner has no part: nothing that depends on it is added to the embeddings, so that
+        a batch of text has a gradient too, and goes back through every layer, as processes that share the layers
+        (FSDP) expect of each other."""
+        embeds = stock.get("inputs_embeds")
+        if embeds is None:
+            embeds = self.get_input_embeddings()(stock["input_ids"])
+        return {**stock, "input_ids": None, "inputs_embeds": embeds + self._nothing().to(embeds)}
+
+    def _nothing(self) -> torch.Tensor:
+        """Zero, which depends on all of the pruner that is trained."""
+        return sum((parameter.sum() * 0 for parameter in self._trained()), torch.zeros(()))
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
+
+    def _pruner_loss(self, plan: Plan | None, labels: torch.Tensor, num_items_in_batch, budget_share) -> torch.Tensor:
+        if plan is None or plan.gates is None:
+            # A schedule without a learned cut: the loss must have a gradient all the same.
+            return self._nothing().to(labels.device)
+        loss = budget_loss(plan.probabilities, plan.shares)
+        if num_items_in_batch is not None:
+            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
+            # by its share of the step's images where the caller knows it, else of the labels.
+            by_labels = (labels[:, 1:] != -100).sum() / num_items_in_batch
+            loss = loss * (by_labels if budget_share is None else budget_share)
+        if self._trained() and loss.requires_grad:
+            # A forward pass alone trains nothing: only a backward pass gets here.
+            loss.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
+        return loss
+
+    @wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **installed_names(kwargs))
+
+    def read_generate_prompt(
+        self, inputs_tensor: torch.Tensor, model_kwargs: dict, mask_length: int
+    ) -> tuple[tuple[Cut, ...], Prompt, int] | None:
+        """The schedule of a `generate`, its prompt, and how many columns of that a cache holds; `None` where the stock
+        steps are enough. Read once, by the step of `generate` that asks first, and carried in `model_kwargs`."""
+        if PROMPT not in model_kwargs:
+            ratio, schedule = model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule")
+            check_asked(ratio, schedule)
+            cuts = self.model.pruner_schedule(ratio, schedule) if self.model.has_images(model_kwargs) else ()
+            model_kwargs[PROMPT] = None
+            if cuts:
+                cache = model_kwargs.get(CACHE)
+                arguments = {**model_kwargs, **prompt_arguments(inputs_tensor, model_kwargs), CACHE: None}
+                # A continued conversation may be given whole; what the cache holds is not part of this call.
+                whole = arguments["inputs_embeds"] is not None or mask_length == inputs_tensor.shape[1]
+                start = cache.get_seq_length() if cache is not None and whole else 0
+                model_kwargs[PROMPT] = cuts, self.model.read_prompt(arguments, start), start
+        return model_kwargs[PROMPT]
+
+    def _maybe_prepare_encoder_kwargs_for_generation(
+        self, inputs_tensor, model_kwargs, model_input_name, generation_config: GenerationConfig
+    ):
+        # `generate` encodes the images here, before it expands the inputs for beams and before the first forward.
+        attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
+        mask_length = generation_config._mask_length if attention_mask is None else attention_mask.shape[1]
+        # As an assistant the stock model is given no images.
+        assists = generation_config.is_assistant
+        read = None if assists else self.read_generate_prompt(inputs_tensor, model_kwargs, mask_length)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != PROMPT}
+        arguments = (inputs_tensor, model_kwargs, model_input_name, generation_config)
+        if read is None:
+            return super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
+        cuts, prompt, start = read
+        refuse_tensor_parallelism(self)
+        refuse_generation(generation_config, attention_mask)
+        refuse_decoder_inputs(self.model, {"attention_mask": attention_mask, CACHE: cache}, generation_config.use_cache)
+        # Fixed from the prompt: what is generated never ranks the evidence.
+        query_mask = model_kwargs.pop("query_mask", None)
+        query_mask = (
+            torch.ones_like(prompt.kinds, dtype=torch.bool) if query_mask is None else query_mask.bool()[:, start:]
+        )
+        with watching(cuts, -1, lambda: self.model):
+            model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
+        given = {
+            name: None if value is None else value[:, start:]
+            for name, value in prompt_arguments(inputs_tensor, model_kwargs).items()
+        }
+        images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
+        call = PruningCall(cuts, query_mask)
+        images |= {**given, "mm_encoder_outputs": model_kwargs["mm_encoder_outputs"]}
+        model_kwargs["mm_encoder_outputs"] = make_plan(call, self.model, images, prompt)
+        return {**model_kwargs, PLAN: call.plan}
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        plan = kwargs.pop(PLAN, None)
+        kwargs.pop("query_mask", None)  # the plan has it
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return {**inputs, PLAN: plan} if plan is not None and inputs.get("mm_encoder_outputs") else inputs
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        # An assistant has its own model, and its own pruner if any.
+        ours = ("pruner_ratio", "schedule", "query_mask", PLAN)
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
+
+    def generate_batch(self, inputs, *args, **kwargs):
+        images = any(self.model.vision_kinds(torch.as_tensor(ids), None).any() for ids in inputs)
+        if self.model.pruner_schedule() and images:
+            raise ValueError(f"Pruning does not support continuous batching: use generate. {OR_NO_PRUNING}")
+        return super().generate_batch(inputs, *args, **kwargs)
+
+
+def prompt_arguments(inputs_tensor: torch.Tensor, model_kwargs: dict) -> dict:
+    """The prompt of a `generate` as a forward takes it: ids, embeddings, or both where both are of one length."""
+    if inputs_tensor.dim() == 2:
+        return {"input_ids": inputs_tensor, "inputs_embeds": None}
+    ids = model_kwargs.get("input_ids")
+    same = ids is not None and ids.shape[1] == inputs_tensor.shape[1]
+    return {"input_ids": ids if same else None, "inputs_embeds": inputs_tensor}
