@@ -23,17 +23,17 @@ from tiny_models import (
 
 pytestmark = pytest.mark.core
 BATCHES = ("one", "padded", "two_images", "mixed", "image_first", "image_last")
-# The cuts are the same code in every family: Qwen takes every batch, and part of the ratios and layers.
+ATTENTION = ("sdpa", "eager")
+# Each family with each batch and both backends; each of these, and each two of them, with each ratio and each layer.
 FLOAT32 = [
-    (family, batch, ratio, layer)
-    for family, batch in with_videos(BATCHES)
-    for ratio, layer in (product((0.1, 0.4, 0.8), (1, 2, 3)) if family in LLAVA else ((0.1, 2), (0.4, 2)))
+    (family, batch, *rest)
+    for (family, batch), *rest in covering(
+        [((family, batch), attention) for family, batch in with_videos(BATCHES) for attention in ATTENTION],
+        (0.1, 0.4, 0.8),
+        (1, 2, 3),
+    )
 ]
-BFLOAT16 = [
-    (family, batch, ratio, layer)
-    for family, batch in with_videos(("one", "padded", "two_images", "mixed"))
-    for ratio, layer in (product((0.2, 0.6), (1, 3)) if family in LLAVA else ((0.2, 3),))
-]
+BFLOAT16 = covering(with_videos(("one", "padded", "two_images", "mixed")), ATTENTION, (0.2, 0.6), (1, 3))
 
 
 def oracle_logits(stock, inputs, kept_mask, layer):
