@@ -140,7 +140,7 @@ def tiny_pair(family="llava", text="llama", attention="sdpa", dtype=torch.float3
         drawn, weights, generator = _drawn(family, text, seed, fields.get("pruner_hidden_size"))
         stock = copy.deepcopy(drawn)
         # Its own weights would be overwritten.
-        with mock.patch.object(PreTrainedModel, "init_weights", lambda self: None):
+        with mock.patch.object(PreTrainedModel, "init_weights"):
             pruned = _pruned(family, stock, **fields)
         pruned.model.pruner.load_state_dict(weights)
         torch.set_rng_state(generator)
@@ -180,8 +180,8 @@ def _drawn(family, text, seed, width):
 
 
 def covering(cases, *axes):
-    """Few of the product of `cases` and `axes`: each case at least once, and each pair of values that stand in different
-    places, but for pairs within a case.
+    """Few of the product of `cases` and `axes`: each case at least once, and each value of an axis at least once with
+    each value of another axis and with each value that stands in a case.
 
     Args:
         cases: Tuples of equal length, all of which are needed.
