@@ -37,7 +37,7 @@ def test_it_answers(level, least):
     """A sample of the benchmark, asked of the stock class; the bars themselves are on the recorded 2,000 questions."""
     model = AutoModelForImageTextToText.from_pretrained(FOLDER).eval()
     processor = AutoProcessor.from_pretrained(FOLDER)
-    data = scene_dataset("test", 6, level=level, seed=1, per_scene=4)
+    data = scene_dataset("test", 12, level=level, seed=1, per_scene=4)
     inputs = processor(
         images=list(data["image"]),
         text=[accuracy.build_prompt(processor, question) for question in data["question"]],
