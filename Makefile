@@ -20,7 +20,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-matrix lock quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-newest test-matrix newest lock raise quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -109,9 +109,29 @@ test-floor: .venv-floor/installed
 
 test-matrix: test test-floor
 
+# All tests and the demo on releases that pyproject.toml may not allow yet.
+test-newest: newest
+	.venv-newest/bin/python -m pytest $(WORKERS)
+	.venv-newest/bin/python examples/easy_vqa/demo.py
+
+# The newest releases of these packages, and of what they need; everything else as in the lock.
+NEWEST = transformers huggingface_hub peft accelerate datasets
+newest: .venv-newest/installed
+	.venv-newest/bin/pip uninstall -q -y learnpruner
+	.venv-newest/bin/pip install -q --upgrade $(TORCH_ARGS) -c requirements/broken.txt $(TORCH) $(NEWEST)
+	.venv-newest/bin/pip install -q --no-deps --no-build-isolation -e .
+	.venv-newest/bin/python requirements/check_newest.py requirements/broken.txt $(NEWEST)
+
+# After the tests passed there: the caps in pyproject.toml and of the Space, NEWEST_TESTED, and the locks.
+raise: test-newest
+	.venv-newest/bin/python requirements/raise_caps.py
+	$(MAKE) lock UPGRADE=--upgrade
+
 quality: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	.venv/bin/zizmor --offline --quiet .github
 
 style: .venv/installed
 	.venv/bin/ruff check --fix .
@@ -135,6 +155,9 @@ endef
 .venv-floor/installed: requirements/floor.txt requirements/torch.txt pyproject.toml
 	$(install)
 
+.venv-newest/installed: requirements/lock.txt requirements/torch.txt pyproject.toml
+	$(install)
+
 # Writes the three locks anew. Versions that still fit stay as they are; UPGRADE=--upgrade takes the newest.
 UPGRADE ?=
 COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.10 --custom-compile-command "make lock" \
@@ -152,4 +175,4 @@ lock: .venv-lock/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-lock demo_output
+	rm -rf .venv .venv-floor .venv-newest .venv-lock demo_output

@@ -1,6 +1,10 @@
 """Tiny random models of every family, and inputs built by hand: no network, no processor, no files."""
 
+import copy
+import functools
+from collections import Counter
 from itertools import product
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +23,7 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     MistralConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -126,23 +131,90 @@ def tiny_qwen_config(family, text_config):
 
 
 def tiny_pair(family="llava", text="llama", attention="sdpa", dtype=torch.float32, seed=0, config=None, **fields):
-    """A stock model and a pruned one with the same weights, both in eval mode."""
-    torch.manual_seed(seed)
-    config = config or tiny_config(family, text)
-    stock = STOCK[family](config).eval()
-    pruned_config = PRUNED[family].config_class.from_base_config(config, **{"pruner_ratio": 0.4, **fields})
-    pruned = PRUNED[family](pruned_config).eval()
-    report = pruned.load_state_dict(stock.state_dict(), strict=False)
-    assert not report.unexpected_keys
-    assert {name.split(".")[1] for name in report.missing_keys} == {"pruner"}
-    torch.manual_seed(seed + 1)  # whatever the constructors drew
-    for module in (pruned.model.pruner.hidden, pruned.model.pruner.output):
-        torch.nn.init.normal_(module.weight, std=0.5)
+    """A stock model and a pruned one with the same weights, both in eval mode.
+
+    Both are new in every call. The weights of a seed are drawn once per process: most tests begin here, and drawing
+    took longer than what they test. The generator is left as the drawing leaves it.
+    """
+    fields = {"pruner_ratio": 0.4, **fields}
+    if config is None:
+        drawn, weights, generator = _drawn(family, text, seed, fields.get("pruner_hidden_size"))
+        stock = copy.deepcopy(drawn)
+        # Its own weights would be overwritten.
+        with mock.patch.object(PreTrainedModel, "init_weights"):
+            pruned = _pruned(family, stock, **fields)
+        pruned.model.pruner.load_state_dict(weights)
+        torch.set_rng_state(generator)
+    else:
+        stock, pruned = _draw(family, config, seed, **fields)
     stock, pruned = stock.to(dtype), pruned.to(dtype)
     for model in (stock, pruned):
         model.set_attn_implementation(attention)
         model.generation_config.pad_token_id = PAD
     return stock, pruned
+
+
+def _draw(family, config, seed, **fields):
+    torch.manual_seed(seed)
+    stock = STOCK[family](config).eval()
+    pruned = _pruned(family, stock, **fields)
+    torch.manual_seed(seed + 1)  # whatever the constructors drew
+    for module in (pruned.model.pruner.hidden, pruned.model.pruner.output):
+        torch.nn.init.normal_(module.weight, std=0.5)
+    return stock, pruned
+
+
+def _pruned(family, stock, **fields):
+    """The pruned model of a stock model's weights; those of its pruner are its own."""
+    pruned = PRUNED[family](PRUNED[family].config_class.from_base_config(stock.config, **fields)).eval()
+    report = pruned.load_state_dict(stock.state_dict(), strict=False)
+    assert not report.unexpected_keys
+    assert {name.split(".")[1] for name in report.missing_keys} == {"pruner"}
+    return pruned
+
+
+@functools.cache
+def _drawn(family, text, seed, width):
+    """A stock model that is never run, the weights of a pruner of this width, and the generator's state behind them."""
+    fields = {} if width is None else {"pruner_hidden_size": width}
+    stock, pruned = _draw(family, tiny_config(family, text), seed, **fields)
+    return stock, pruned.model.pruner.state_dict(), torch.get_rng_state()
+
+
+def covering(cases, *axes):
+    """Few of the product of `cases` and `axes`: each case at least once, and each value of an axis at least once with
+    each value of another axis and with each value that stands in a case.
+
+    Args:
+        cases: Tuples of equal length, all of which are needed.
+        axes: Lists of values, of which each case takes one.
+
+    Returns:
+        A list of tuples, a case and a value of each axis.
+    """
+    width = len(cases[0])
+
+    def pairs(row):
+        return {
+            (one, repr(row[one]), other, repr(row[other]))
+            for one in range(len(row))
+            for other in range(max(one + 1, width), len(row))
+        }
+
+    rows, used = [], Counter()
+    left = set().union(*(pairs((*case, *values)) for case in cases for values in product(*axes)))
+    queue = list(cases)
+    while queue or left:
+        best = max(
+            ((*case, *values) for case in (queue[:1] or cases) for values in product(*axes)),
+            # Of equal ones, that whose values were taken least.
+            key=lambda row: (len(pairs(row) & left), -sum(used[pair] for pair in pairs(row))),
+        )
+        queue = queue[1:]
+        left -= pairs(best)
+        used.update(pairs(best))
+        rows.append(best)
+    return rows
 
 
 def image_tokens(family, *size):

@@ -33,53 +33,67 @@ from pathlib import Path
 from safetensors.torch import load_file
 from transformers import AutoModel
 torch.set_num_threads(1)
-repo_id, inputs, folder = sys.argv[1:]
-model = AutoModel.from_pretrained(repo_id, trust_remote_code=True, dtype="auto").eval()
-assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-with torch.no_grad():
-    logits = model(**torch.load(inputs)).logits
-    model.save_pretrained(Path(folder) / "light")
-    model.lm_head.weight.mul_(2)  # as a merged adapter changes it
-    model.save_pretrained(Path(folder) / "whole")
-saved = [len(load_file(Path(folder) / name / "model.safetensors")) for name in ("light", "whole")]
-answer = {"logits": logits.double().sum().item(), "dtype": str(model.lm_head.weight.dtype), "saved": saved}
-print("RESULTS" + json.dumps(answer))
+def answer_of(name, folder):
+    model = AutoModel.from_pretrained(f"user/of-{name}", trust_remote_code=True, dtype="auto").eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    with torch.no_grad():
+        logits = model(**torch.load(folder / "inputs.pt")).logits
+        model.save_pretrained(folder / "light")
+        model.lm_head.weight.mul_(2)  # as a merged adapter changes it
+        model.save_pretrained(folder / "whole")
+    saved = [len(load_file(folder / name / "model.safetensors")) for name in ("light", "whole")]
+    return {"logits": logits.double().sum().item(), "dtype": str(model.lm_head.weight.dtype), "saved": saved}
+
+
+folder, *names = sys.argv[1:]
+print("RESULTS" + json.dumps([answer_of(name, Path(folder) / name) for name in names]))
 """
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"),
+    "cases",
     [
-        pytest.param("llava", torch.float32, marks=pytest.mark.core),
-        ("llava", torch.bfloat16),
-        ("llava_next", torch.float32),
-        pytest.param("qwen2_vl", torch.float32, marks=pytest.mark.core),
-        ("qwen2_5_vl", torch.float32),
+        pytest.param((("llava", torch.float32), ("qwen2_vl", torch.float32)), marks=pytest.mark.core),
+        (("llava", torch.bfloat16), ("llava_next", torch.float32), ("qwen2_5_vl", torch.float32)),
     ],
+    ids=["core", "others"],
 )
-def test_a_pruner_comes_back_from_the_hub(family, dtype, hub, worker, base, tmp_path):
-    name = f"{family}-{str(dtype).rpartition('.')[2]}".replace("_", "-")
-    tiny_pair(family, dtype=dtype)[0].save_pretrained(tmp_path / "base")
-    hub.publish(f"user/base-{name}", tmp_path / "base")
-    torch.save(build_inputs(family, samples_of("padded", family), dtype=dtype), tmp_path / "inputs.pt")
-    options = {"base": f"user/base-{name}", "repo_id": f"user/of-{name}", "inputs": tmp_path / "inputs.pt"}
-    expected = worker(PUSH, **options).result
-    command = [sys.executable, "-c", REMOTE, f"user/of-{name}", str(tmp_path / "inputs.pt"), str(tmp_path)]
+def test_pruners_come_back_from_the_hub(cases, hub, worker, base, tmp_path):
+    """One process, without the package, opens them one after the other."""
+    pushed = [push(family, dtype, hub, worker, tmp_path) for family, dtype in cases]
+    names = [name for name, _ in pushed]
     run = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=environment(hub, tmp_path / "home"), check=False
+        [sys.executable, "-c", REMOTE, str(tmp_path), *names],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment(hub, tmp_path / "home"),
+        check=False,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    result = json.loads(run.stdout.split("RESULTS")[1])
-    assert result["logits"] == expected
-    assert result["dtype"] == str(dtype)
-    pruner, every = result["saved"]
-    assert pruner == 6 < every
-    # What the card says will run is what is there.
-    files = hub.files(f"user/of-{name}")
-    listed = dict(re.findall(r"^\| `(\w+\.py)` \| `(\w{64})` \|$", files["README.md"].decode(), flags=re.M))
-    code = {path: hashlib.sha256(content).hexdigest() for path, content in files.items() if path.endswith(".py")}
-    assert listed == code
-    assert code
+    results = json.loads(run.stdout.split("RESULTS")[1])
+    for (_, dtype), (name, expected), result in zip(cases, pushed, results, strict=True):
+        assert result["logits"] == expected
+        assert result["dtype"] == str(dtype)
+        pruner, every = result["saved"]
+        assert pruner == 6 < every
+        # What the card says will run is what is there.
+        files = hub.files(f"user/of-{name}")
+        listed = dict(re.findall(r"^\| `(\w+\.py)` \| `(\w{64})` \|$", files["README.md"].decode(), flags=re.M))
+        code = {path: hashlib.sha256(content).hexdigest() for path, content in files.items() if path.endswith(".py")}
+        assert listed == code
+        assert code
+
+
+def push(family, dtype, hub, worker, tmp_path):
+    """Pushes a pruner of the family; returns its name, and the sum of its logits on the inputs in its folder."""
+    name = f"{family}-{str(dtype).rpartition('.')[2]}".replace("_", "-")
+    folder = tmp_path / name
+    tiny_pair(family, dtype=dtype)[0].save_pretrained(folder / "base")
+    hub.publish(f"user/base-{name}", folder / "base")
+    torch.save(build_inputs(family, samples_of("padded", family), dtype=dtype), folder / "inputs.pt")
+    options = {"base": f"user/base-{name}", "repo_id": f"user/of-{name}", "inputs": folder / "inputs.pt"}
+    return name, worker(PUSH, **options).result
 
 
 def at_revision(light, folder, revision):

@@ -8,7 +8,7 @@ from torch.nn.functional import cosine_similarity
 
 from learnpruner.methods import METHODS, divprune
 
-from tiny_models import FAMILIES, build_inputs, image_tokens, samples_of, tiny_pair
+from tiny_models import FAMILIES, build_inputs, covering, image_tokens, samples_of, tiny_pair
 
 
 def reference(tokens, structure, count, must=None):
@@ -47,10 +47,12 @@ def projected(family, stock, inputs):
     return [(row[mask], newline[mask]) for row, mask, newline in zip(embeds[0], vision, newlines)]
 
 
-@pytest.mark.parametrize("rows_at_a_time", [5, 1024])
-@pytest.mark.parametrize("ratio", [0.05, 0.4, 0.94])
-@pytest.mark.parametrize("batch", ["mixed", "image_last"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ratio", "batch", "rows_at_a_time"),
+    covering(
+        [(family, ratio) for family in FAMILIES for ratio in (0.05, 0.4, 0.94)], ("mixed", "image_last"), (5, 1024)
+    ),
+)
 def test_the_choice_is_the_formulas(family, batch, ratio, rows_at_a_time, monkeypatch):
     monkeypatch.setattr(divprune, "ROWS_AT_A_TIME", rows_at_a_time)
     stock, pruned = tiny_pair(family)

@@ -18,6 +18,7 @@ from tiny_models import (
     NO_PLACEHOLDERS,
     PATCHES,
     build_inputs,
+    covering,
     image_tokens,
     row_alone,
     samples_of,
@@ -73,8 +74,7 @@ def rounded_mean(counts, layers, tokens):
     return total / LAYERS
 
 
-@pytest.mark.parametrize("batch", ["mixed", "image_first", "image_last"])
-@pytest.mark.parametrize(("name", "family"), EVERY)
+@pytest.mark.parametrize(("name", "family", "batch"), covering(EVERY, ("mixed", "image_first", "image_last")))
 def test_budgets_are_exact_and_cutting_equals_masking(name, family, batch):
     stock, pruned = tiny_pair(family)
     samples = samples_of(batch, family)

@@ -11,7 +11,7 @@ from learnpruner.methods import METHODS
 from learnpruner.methods.base import TopKImages
 
 from largest import Largest
-from tiny_models import FAMILIES, build_inputs, image_tokens, samples_of, tiny_pair, with_videos
+from tiny_models import FAMILIES, build_inputs, covering, image_tokens, samples_of, tiny_pair, with_videos
 
 WEIGHTS = (0.1, 0.5, 0.0, 0.4)
 
@@ -51,9 +51,10 @@ def reference(layer, texts, tokens, weights, variant):
     return total
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS])
-@pytest.mark.parametrize("variant", ["paper", "code"])
-@pytest.mark.parametrize(("family", "batch"), with_videos(["mixed", "image_last"]))
+@pytest.mark.parametrize(
+    ("family", "batch", "variant", "weights"),
+    covering(with_videos(["mixed", "image_last"]), ("paper", "code"), (None, WEIGHTS)),
+)
 def test_the_choice_is_the_formulas(family, batch, variant, weights):
     stock, pruned = tiny_pair(family)
     samples = samples_of(batch, family)

@@ -8,7 +8,7 @@ import torch
 from learnpruner import Cut
 from learnpruner.methods import METHODS
 
-from tiny_models import IMAGE, LLAVA, build_inputs, samples_of, tiny_pair
+from tiny_models import IMAGE, LLAVA, build_inputs, covering, samples_of, tiny_pair
 
 BOXES = ((4, 4, 20, 12), (18, 16, 30, 30))
 # Their scores are of few values.
@@ -24,13 +24,16 @@ def build(name):
 EVERY = [(name, family) for name in METHODS for family in LLAVA if (name, family) != ("downsample", "llava_next")]
 
 
-@pytest.mark.parametrize(("name", "family"), EVERY)
-@pytest.mark.parametrize(
-    ("dtype", "context"),
-    [(torch.float32, AUTOCAST), (torch.bfloat16, nullcontext()), (torch.bfloat16, AUTOCAST)],
-    ids=["autocast", "half", "both"],
-)
-def test_scores_are_float32_and_counts_exact(dtype, context, name, family):
+HALF = {
+    "autocast": (torch.float32, AUTOCAST),
+    "half": (torch.bfloat16, nullcontext()),
+    "both": (torch.bfloat16, AUTOCAST),
+}
+
+
+@pytest.mark.parametrize(("name", "family", "how"), covering(EVERY, tuple(HALF)))
+def test_scores_are_float32_and_counts_exact(how, name, family):
+    dtype, context = HALF[how]
     _, pruned = tiny_pair(family, dtype=dtype)
     samples = samples_of("mixed", family)
     inputs, method = build_inputs(family, samples, dtype=dtype), build(name)

@@ -6,7 +6,7 @@ from torch.nn.functional import cosine_similarity
 
 from learnpruner.methods import METHODS
 
-from tiny_models import PATCHES, build_inputs, samples_of, tiny_pair, tokens_of
+from tiny_models import PATCHES, build_inputs, covering, samples_of, tiny_pair, tokens_of
 
 
 def tower(stock, pixels):
@@ -51,10 +51,14 @@ def reference(paid, keys, features, count, share, must=None):
     return sorted(kept), merged
 
 
-@pytest.mark.parametrize("share", [10 / 64, 0.5, 0.9])
-@pytest.mark.parametrize("ratio", [1 / 16, 0.3, 0.6, 0.94])
-@pytest.mark.parametrize("batch", ["mixed", "image_last"])
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize(
+    ("family", "ratio", "batch", "share"),
+    covering(
+        [(family, ratio) for family in ("llava", "llava_next") for ratio in (1 / 16, 0.3, 0.6, 0.94)],
+        ("mixed", "image_last"),
+        (10 / 64, 0.5, 0.9),
+    ),
+)
 def test_the_chain_is_the_formulas(family, batch, ratio, share):
     stock, pruned = tiny_pair(family)
     samples = samples_of(batch, family)

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 from learnpruner.methods import METHODS
 
 from largest import Largest
-from tiny_models import build_inputs, samples_of, tiny_pair, tokens_of
+from tiny_models import build_inputs, covering, samples_of, tiny_pair, tokens_of
 
 
 def tower(stock, pixels):
@@ -46,10 +46,14 @@ def reference(paid, features, count, share, must=None):
     return sorted(kept + [token for token in structure if token not in kept][: count - len(kept)])
 
 
-@pytest.mark.parametrize("share", [0.5, 0.0, 0.8])
-@pytest.mark.parametrize("ratio", [1 / 16, 0.3, 0.94])
-@pytest.mark.parametrize("batch", ["mixed", "image_last"])
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
+@pytest.mark.parametrize(
+    ("family", "ratio", "batch", "share"),
+    covering(
+        [(family, ratio) for family in ("llava", "llava_next") for ratio in (1 / 16, 0.3, 0.94)],
+        ("mixed", "image_last"),
+        (0.5, 0.0, 0.8),
+    ),
+)
 def test_the_choice_is_the_formulas(family, batch, ratio, share):
     stock, pruned = tiny_pair(family)
     samples = samples_of(batch, family)

@@ -7,6 +7,7 @@ from tiny_models import (
     TEXT_INPUTS,
     build_inputs,
     cat_pixels,
+    covering,
     pixels_of,
     positions,
     row_alone,
@@ -16,11 +17,13 @@ from tiny_models import (
 )
 
 pytestmark = pytest.mark.core
+ATTENTION = ("sdpa", "eager")
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(("family", "batch"), with_videos(("padded", "mixed")))
+@pytest.mark.parametrize(
+    ("family", "batch", "side", "attention"),
+    covering([(*case, side) for case in with_videos(("padded", "mixed")) for side in ("left", "right")], ATTENTION),
+)
 def test_forward(family, batch, side, attention):
     _, pruned = tiny_pair(family, attention=attention)
     samples = samples_of(batch, family)
@@ -37,8 +40,7 @@ def test_forward(family, batch, side, attention):
         assert (together.logits[row][kept] - alone.logits[0][last_kept]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "batch"), with_videos(("padded", "mixed")))
+@pytest.mark.parametrize(("family", "batch", "attention"), covering(with_videos(("padded", "mixed")), ATTENTION))
 def test_generate(family, batch, attention):
     _, pruned = tiny_pair(family, attention=attention)
     samples = samples_of(batch, family)

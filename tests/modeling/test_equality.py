@@ -12,6 +12,7 @@ from tiny_models import (
     TEXT_MODELS,
     VOCAB,
     build_inputs,
+    covering,
     samples_of,
     tiny_pair,
     with_videos,
@@ -33,9 +34,10 @@ GENERATE = {
 }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("family", "text"), TEXT_MODELS)
+@pytest.mark.parametrize(
+    ("family", "text", "batch", "attention"),
+    covering([(*model, batch) for model in TEXT_MODELS for batch in BATCHES], ("sdpa", "eager")),
+)
 def test_forward(family, text, batch, attention):
     stock, pruned = tiny_pair(family, text=text, attention=attention, pruner_ratio=1.0)
     inputs = build_inputs(family, samples_of(batch, family))

@@ -445,76 +445,93 @@ def test_transformers_version(version, error, monkeypatch, stock_folder, caplog)
 
 
 ELSEWHERE = """
-import json, sys
+import json, os, sys
 # As where only torch and transformers are installed.
 for name in ("learnpruner", "datasets", "evaluate"):
     sys.modules[name] = None
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
-folder, inputs, image, prompt, with_processor = sys.argv[1:]
-inputs = torch.load(inputs)
-if with_processor == "True":
-    processed = AutoProcessor.from_pretrained(folder)(images=Image.open(image), text=prompt, return_tensors="pt")
-    assert all(torch.equal(processed[name], value) for name, value in inputs.items())
-results = {"files": [], "kept": []}
-for auto in (AutoModel, AutoModelForImageTextToText):
-    model = auto.from_pretrained(folder, trust_remote_code=True).eval()
-    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-    results[auto.__name__] = output.sequences.tolist()
-    results["kept"].append(output.past_key_values.kept_mask[-1].sum().item())
-if with_processor == "True":
-    pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-    answer = pipe(images=Image.open(image), text=prompt, generate_kwargs={"max_new_tokens": 6, "do_sample": False})
-    results["pipeline"] = answer[0]["generated_text"]
-model.save_pretrained(sys.argv[1] + "-again")
-try:
-    AutoModel.from_pretrained(folder)
-    results["without_trust"] = "loaded"
-except ValueError as error:
-    results["without_trust"] = str(error)
-print("RESULTS" + json.dumps(results))
+image, prompt, *folders = sys.argv[1:]
+
+
+def results_of(folder):
+    inputs = torch.load(folder + "-inputs.pt")
+    with_processor = os.path.exists(folder + "/processor_config.json")
+    if with_processor:
+        processed = AutoProcessor.from_pretrained(folder)(images=Image.open(image), text=prompt, return_tensors="pt")
+        assert all(torch.equal(processed[name], value) for name, value in inputs.items())
+    results = {"kept": []}
+    for auto in (AutoModel, AutoModelForImageTextToText):
+        model = auto.from_pretrained(folder, trust_remote_code=True).eval()
+        assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
+        results[auto.__name__] = output.sequences.tolist()
+        results["kept"].append(output.past_key_values.kept_mask[-1].sum().item())
+    if with_processor:
+        pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+        answer = pipe(images=Image.open(image), text=prompt, generate_kwargs={"max_new_tokens": 6, "do_sample": False})
+        results["pipeline"] = answer[0]["generated_text"]
+    model.save_pretrained(folder + "-again")
+    try:
+        AutoModel.from_pretrained(folder)
+        results["without_trust"] = "loaded"
+    except ValueError as error:
+        results["without_trust"] = str(error)
+    return results
+
+
+print("RESULTS" + json.dumps([results_of(folder) for folder in folders]))
 """
 
 
 @pytest.mark.parametrize("kind", ["full", "pruner_only"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_folder_opens_without_the_package(family, kind, stock_folder, tmp_path):
-    model = PRUNED[family].from_pretrained(stock_folder, pruner_ratio=0.3)
-    if kind == "pruner_only":
-        model.train_pruner_only().eval()
-    folder = tmp_path / "checkpoint"
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(folder)
+def test_a_saved_folder_opens_without_the_package(kind, tmp_path):
+    """One process opens a folder of each family, one after the other."""
     Image.new("RGB", (50, 40), "teal").save(tmp_path / "image.png")
     prompt = "<s> w7 <image> w8 w9 w10"
+    made = [saved_folder(family, kind, prompt, tmp_path) for family in FAMILIES]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", ELSEWHERE, str(tmp_path / "image.png"), prompt, *(str(one[0]) for one in made)]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.split("RESULTS")[1])
+    for (folder, processor, inputs, expected), results in zip(made, found, strict=True):
+        assert results["AutoModel"] == results["AutoModelForImageTextToText"] == expected.sequences.tolist()
+        assert results["kept"] == [expected.past_key_values.kept_mask[-1].sum().item()] * 2
+        if processor is not None:
+            new = expected.sequences[:, inputs["input_ids"].shape[1] :]
+            assert results["pipeline"].endswith(processor.batch_decode(new, skip_special_tokens=True)[0])
+        assert "trust_remote_code=True" in results["without_trust"]
+        # Saved again from there, the folder is whole: same code, same weights, our class here.
+        files = {name for name in os.listdir(folder) if name.endswith((".py", ".safetensors"))}
+        assert files <= set(os.listdir(f"{folder}-again"))
+        again = LearnPrunerForConditionalGeneration.from_pretrained(f"{folder}-again")
+        assert torch.equal(again.generate(**inputs, max_new_tokens=6, do_sample=False), expected.sequences)
+
+
+def saved_folder(family, kind, prompt, tmp_path):
+    """A checkpoint, with inputs for it in a file beside it.
+
+    Returns:
+        Its folder, its processor (`None` where torchvision would be needed), the inputs, and what it answers.
+    """
+    folder, processor = tmp_path / family.replace("_", "-"), None
+    tiny_pair(family)[0].save_pretrained(tmp_path / f"stock-{family}")
+    model = PRUNED[family].from_pretrained(tmp_path / f"stock-{family}", pruner_ratio=0.3)
+    if kind == "pruner_only":
+        model.train_pruner_only().eval()
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(folder)
     if family in LLAVA:
         processor = tiny_processor(family)
         processor.save_pretrained(folder)
         inputs = dict(processor(images=Image.open(tmp_path / "image.png"), text=prompt, return_tensors="pt"))
-    else:  # Qwen's processor needs torchvision.
+    else:
         inputs = build_inputs(family, samples_of("one", family))
-    torch.save(inputs, tmp_path / "inputs.pt")
+    torch.save(inputs, f"{folder}-inputs.pt")
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
-
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    files = (str(path) for path in (folder, tmp_path / "inputs.pt", tmp_path / "image.png"))
-    command = [sys.executable, "-c", ELSEWHERE, *files, prompt, str(family in LLAVA)]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = json.loads(run.stdout.split("RESULTS")[1])
-    assert results["AutoModel"] == results["AutoModelForImageTextToText"] == expected.sequences.tolist()
-    assert results["kept"] == [expected.past_key_values.kept_mask[-1].sum().item()] * 2
-    if family in LLAVA:
-        new = expected.sequences[:, inputs["input_ids"].shape[1] :]
-        assert results["pipeline"].endswith(processor.batch_decode(new, skip_special_tokens=True)[0])
-    assert "trust_remote_code=True" in results["without_trust"]
-    # Saved again from there, the folder is whole: same code, same weights, our class here.
-    files = {name for name in os.listdir(folder) if name.endswith((".py", ".safetensors"))}
-    assert files <= set(os.listdir(f"{folder}-again"))
-    again = LearnPrunerForConditionalGeneration.from_pretrained(f"{folder}-again")
-    assert torch.equal(again.generate(**inputs, max_new_tokens=6, do_sample=False), expected.sequences)
+    return folder, processor, inputs, expected
 
 
 def test_the_auto_classes_know_the_package(stock_folder, tmp_path):

@@ -1,7 +1,5 @@
 """Invariant 2: physical cutting equals masking, for the prompt's text rows and for every generated token."""
 
-from itertools import product
-
 import pytest
 import torch
 
@@ -9,11 +7,11 @@ from oracles import masked
 from tiny_models import (
     FAMILIES,
     LAYERS,
-    LLAVA,
     NO_PLACEHOLDERS,
     PRUNED,
     TEXT_MODELS,
     build_inputs,
+    covering,
     positions,
     samples_of,
     tiny_pair,
@@ -23,17 +21,14 @@ from tiny_models import (
 
 pytestmark = pytest.mark.core
 BATCHES = ("one", "padded", "two_images", "mixed", "image_first", "image_last")
-# The cuts are the same code in every family: Qwen takes every batch, and part of the ratios and layers.
-FLOAT32 = [
-    (family, batch, ratio, layer)
-    for family, batch in with_videos(BATCHES)
-    for ratio, layer in (product((0.1, 0.4, 0.8), (1, 2, 3)) if family in LLAVA else ((0.1, 2), (0.4, 2)))
-]
-BFLOAT16 = [
-    (family, batch, ratio, layer)
-    for family, batch in with_videos(("one", "padded", "two_images", "mixed"))
-    for ratio, layer in (product((0.2, 0.6), (1, 3)) if family in LLAVA else ((0.2, 3),))
-]
+ATTENTION = ("sdpa", "eager")
+# Each family with each batch and both backends; each of the three with each ratio and layer, and these with each other.
+FLOAT32 = covering(
+    [(family, batch, attention) for family, batch in with_videos(BATCHES) for attention in ATTENTION],
+    (0.1, 0.4, 0.8),
+    (1, 2, 3),
+)
+BFLOAT16 = covering(with_videos(("one", "padded", "two_images", "mixed")), ATTENTION, (0.2, 0.6), (1, 3))
 
 
 def oracle_logits(stock, inputs, kept_mask, layer):
@@ -46,8 +41,7 @@ def surviving(inputs, outputs):
     return outputs.kept_mask[-1] & inputs["attention_mask"].bool()
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "batch", "ratio", "layer"), FLOAT32)
+@pytest.mark.parametrize(("family", "batch", "attention", "ratio", "layer"), FLOAT32)
 def test_prompt_float32(family, batch, ratio, layer, attention):
     stock, pruned = tiny_pair(family, attention=attention, pruner_ratio=ratio, pruner_layer=layer)
     inputs = build_inputs(family, samples_of(batch, family))
@@ -72,8 +66,7 @@ def test_text_models_and_padding_sides(family, text, side):
     assert (outputs.logits - expected)[surviving(inputs, outputs)].abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "batch", "ratio", "layer"), BFLOAT16)
+@pytest.mark.parametrize(("family", "batch", "attention", "ratio", "layer"), BFLOAT16)
 def test_prompt_bfloat16(family, batch, ratio, layer, attention):
     """Against a float32 oracle at the same kept sets: at most twice the stock model's own bfloat16 error there."""
     stock, pruned = tiny_pair(family, attention=attention, dtype=torch.bfloat16, pruner_ratio=ratio, pruner_layer=layer)
@@ -111,8 +104,7 @@ def assert_within_stock_error(stock, pruned, inputs):
     assert (outputs.logits.float() - expected)[rows].abs().max() <= 2 * stock_error
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("family", "batch"), with_videos(BATCHES))
+@pytest.mark.parametrize(("family", "batch", "attention"), covering(with_videos(BATCHES), ATTENTION))
 def test_generated_tokens(family, attention, batch):
     """Every step of cached greedy decoding against one masked, uncached run over prompt and answer."""
     stock, pruned = tiny_pair(family, attention=attention)

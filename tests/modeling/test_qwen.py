@@ -15,6 +15,7 @@ from tiny_models import (
     QWEN,
     VIDEO,
     build_inputs,
+    covering,
     image_tokens,
     pixels_of,
     positions,
@@ -178,10 +179,14 @@ def test_first_cut_of_each_part(family, batch, per_frame):
         assert not len(columns)
 
 
-@pytest.mark.parametrize("floor", [1, 7])
-@pytest.mark.parametrize("per_frame", [True, False])
-@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.5])
-@pytest.mark.parametrize("batch", ["mixed", "video", "image_and_video"])
+@pytest.mark.parametrize(
+    ("ratio", "floor", "per_frame", "batch"),
+    covering(
+        [(ratio, floor) for ratio in (0.05, 0.2, 0.5) for floor in (1, 7)],
+        (True, False),
+        ("mixed", "video", "image_and_video"),
+    ),
+)
 def test_budgets(family, batch, ratio, per_frame, floor):
     """Exact: by the tokens of each image, each group of frames or each clip, with a floor for the small."""
     _, pruned = tiny_pair(family, pruner_ratio=ratio, pruner_per_frame=per_frame, pruner_min_tokens=floor)

@@ -1,7 +1,5 @@
 """The selection is right, not only the cutting: both cuts against literal references."""
 
-from itertools import product
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,11 +12,11 @@ from tiny_models import (
     FAMILIES,
     IMAGE,
     LAYERS,
-    LLAVA,
     PATCHES,
     QWEN,
     TEXT_MODELS,
     build_inputs,
+    covering,
     pixels_of,
     samples_of,
     tiny_pair,
@@ -61,11 +59,13 @@ def vision_columns(inputs):
     return [row.nonzero().flatten().tolist() for row in inputs["input_ids"] == IMAGE]
 
 
-FIRST_CUTS = [*product(LLAVA, (0.1, 0.3, 0.55), (0.0, 0.1, 0.5, 1.0)), *product(QWEN, (0.3,), (0.0, 0.5))]
+DIVERSITY = (0.0, 0.1, 0.5, 1.0)
 
 
-@pytest.mark.parametrize("batch", ["padded", "mixed"])
-@pytest.mark.parametrize(("family", "ratio", "diversity"), FIRST_CUTS)
+@pytest.mark.parametrize(
+    ("family", "diversity", "ratio", "batch"),
+    covering([(family, share) for family in FAMILIES for share in DIVERSITY], (0.1, 0.3, 0.55), ("padded", "mixed")),
+)
 def test_first_cut(family, ratio, diversity, batch):
     stock, pruned = tiny_pair(family, pruner_ratio=ratio, pruner_diversity=diversity)
     inputs = build_inputs(family, samples_of(batch, family))
@@ -83,10 +83,10 @@ def test_first_cut(family, ratio, diversity, batch):
     assert not images
 
 
-@pytest.mark.parametrize("query", ["all", "last"])
-@pytest.mark.parametrize("layer", [1, 2, 3])
-@pytest.mark.parametrize("batch", ["padded", "mixed"])
-@pytest.mark.parametrize(("family", "text"), TEXT_MODELS)
+@pytest.mark.parametrize(
+    ("family", "text", "layer", "batch", "query"),
+    covering([(*model, layer) for model in TEXT_MODELS for layer in (1, 2, 3)], ("padded", "mixed"), ("all", "last")),
+)
 def test_second_cut_is_the_top_of_the_stock_models_eager_attention(family, batch, text, layer, query):
     stock, pruned = tiny_pair(family, text=text, pruner_layer=layer, pruner_query=query)
     inputs = build_inputs(family, samples_of(batch, family))
@@ -104,9 +104,12 @@ def test_second_cut_is_the_top_of_the_stock_models_eager_attention(family, batch
             assert outputs.vision_scores[1][row, column].item() == pytest.approx(score, abs=1e-6)
 
 
-@pytest.mark.parametrize("ratio", [0.05, 0.2, 0.4, 0.9])
-@pytest.mark.parametrize("batch", ["padded", "two_images", "mixed"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "ratio", "batch"),
+    covering(
+        [(family, ratio) for family in FAMILIES for ratio in (0.05, 0.2, 0.4, 0.9)], ("padded", "two_images", "mixed")
+    ),
+)
 def test_budgets_are_exact(family, batch, ratio):
     """Stage 1 per image, stage 2 per sample (invariant 7)."""
     _, pruned = tiny_pair(family, pruner_ratio=ratio)

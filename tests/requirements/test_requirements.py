@@ -146,6 +146,13 @@ def test_torch_has_one_pin_of_its_own(python):
     assert {"sympy", "networkx", "mpmath"} <= set(pins("torch.txt", python)) - set(locked)
 
 
+def test_workflows_install_the_pinned_torch():
+    (pin,) = re.findall(r"^TORCH \?= (.*)$", MAKEFILE, re.MULTILINE)
+    for name in ("tests", "nightly"):
+        workflow = (ROOT / ".github" / "workflows" / f"{name}.yml").read_text()
+        assert re.findall(r"^  TORCH: (\S+) torchvision==", workflow, re.MULTILINE) == [pin]
+
+
 @pytest.fixture
 def tree(tmp_path):
     for name in (*caps.CAPPED, "modeling"):

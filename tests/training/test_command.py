@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from processes import run_group, start
 from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration, cli
@@ -23,12 +24,19 @@ import tiny_llava
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
     processor = tiny_llava.build_processor()
-    tiny_llava.build_model(processor).save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
+    tiny_llava.build_model(processor).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
     Image.new("RGB", (192, 192), "red").save(tmp_path / "0.png")
     turns = [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no no 3 no"}]
     seen = [{"from": "human", "value": "<image>\nis there a circle?"}, {"from": "gpt", "value": "no"}]
@@ -88,16 +96,14 @@ def test_what_it_records(folder, capsys):
 @pytest.mark.parametrize("after", [1, 3])
 def test_a_killed_run_goes_on(after, folder):
     """Killed as soon as so many checkpoints have been begun: the weights are the uninterrupted run's."""
-    arguments = ["train", str(folder / "config.yaml"), "--max_steps", "6", "--output_dir"]
-    command = [sys.executable, "-m", "learnpruner.cli", *arguments, str(folder / "cut")]
+    arguments = ["train", str(folder / "config.yaml"), "--max_steps", "4", "--output_dir"]
     # As many threads as here: sums of more would round otherwise.
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    run = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
+    run = start([*arguments, str(folder / "cut")], threads=torch.get_num_threads())
     while len(list((folder / "cut").glob("checkpoint-*"))) < after:
-        assert run.poll() is None
+        assert run.is_alive()
         time.sleep(0.01)
     run.kill()
-    run.wait()
+    run.join()
     assert not (folder / "cut" / "model.safetensors").exists()
     for name in ("cut", "whole"):
         assert cli.main([*arguments, str(folder / name)]) == 0
@@ -113,12 +119,14 @@ def test_two_processes_are_one_batch(objective, folder):
     """
     arguments = ["train", str(folder / "config.yaml"), "--max_steps", "3", "--objective", objective]
     arguments += ["--optim", "sgd", "--learning_rate", "0.1", "--output_dir"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "learnpruner.cli"]
-    two = [str(folder / "two"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, *launch, *arguments, *two], check=True, capture_output=True, env=environment, timeout=300
-    )
+    two = [*arguments, str(folder / "two"), "--per_device_train_batch_size", "1", "--ddp_backend", "gloo"]
+    if objective == "default":
+        good, printed = run_group(2, two, folder)
+        assert good, printed[-3000:]
+    else:  # as a user starts them
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "learnpruner.cli"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *launch, *two], check=True, capture_output=True, env=environment, timeout=300)
     assert cli.main([*arguments, str(folder / "one"), "--save_steps", "3"]) == 0
     one, other = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
     start = load_file(folder / "two" / "checkpoint-1" / "model.safetensors")
