@@ -36,6 +36,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.accounting import mean_tokens
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest
 from learnpruner.keys_learnpruner import PrunedCache
 from learnpruner.methods import METHODS, Method, OracleBoxes, Random
@@ -145,7 +146,7 @@ def answer_questions(
         answers += [reply.strip() for reply in processor.batch_decode(replies, skip_special_tokens=True)]
         vision = inputs["input_ids"] == config.image_token_id
         # Where nothing was cut the cache is the stock model's, which keeps no record.
-        cache = output.past_key_values
+        cache = output[CACHE]
         masks = cache.kept_mask if isinstance(cache, PrunedCache) else ()
         counts = set(zip(*((mask & vision).sum(1).tolist() for mask in (vision, *masks))))
         if len(counts | ({kept} if kept else set())) != 1:

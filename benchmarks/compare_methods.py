@@ -32,6 +32,7 @@ import learnpruner.accounting
 from learnpruner import LearnPrunerForConditionalGeneration, cli
 from learnpruner.cli import Parser, positive
 from learnpruner.compare import build_prompt, load_processor
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.cuts_learnpruner import Cut
 from learnpruner.hub_cards.records import weights_digest
 from learnpruner.methods import METHODS, Method
@@ -186,7 +187,7 @@ def measure_cost(runs: list[Run], model_path: Path, batch_size: int, repeats: in
     def prefill(schedule) -> tuple[float, int]:
         call = partial(model, **inputs, schedule=schedule, logits_to_keep=1, use_cache=True)
         seconds, outputs = timed(call, model.device)
-        return seconds, cache_bytes(outputs.past_key_values)
+        return seconds, cache_bytes(outputs[CACHE])
 
     unique = {(run.method, run.tokens, run.cap): run for run in runs}
     found = []

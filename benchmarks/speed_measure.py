@@ -18,6 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask
 
+from learnpruner.compat_learnpruner import CACHE
+
 CONFIDENCE = 0.95
 
 
@@ -142,7 +144,7 @@ class StockParts:
         for layers, rows in spans:
             states = self._states(rows)
             mask = create_causal_mask(
-                config=self.text.config, inputs_embeds=states, attention_mask=None, past_key_values=None
+                config=self.text.config, inputs_embeds=states, attention_mask=None, **{CACHE: None}
             )
             self.runs.append((self.text.layers[start : start + layers], states, mask, self._rotary(states)))
             start += layers
@@ -170,7 +172,7 @@ class StockParts:
         for layers, states, mask, rotary in self.runs:
             for layer in layers:
                 states = layer(
-                    states, attention_mask=mask, position_embeddings=rotary, past_key_values=cache, use_cache=True
+                    states, attention_mask=mask, position_embeddings=rotary, **{CACHE: cache}, use_cache=True
                 )
         return cache
 
@@ -191,9 +193,7 @@ class StockParts:
         states = self.runs[0][1][:, :1]
         rotary = tuple(part[..., :1, :] for part in self.runs[0][3])
         for layer in self.text.layers:
-            states = layer(
-                states, attention_mask=None, position_embeddings=rotary, past_key_values=cache, use_cache=True
-            )
+            states = layer(states, attention_mask=None, position_embeddings=rotary, **{CACHE: cache}, use_cache=True)
 
     def times(self) -> dict[str, float]:
         """Seconds of each part. They add up to more than those of [`prefill`]: each waits for the device. `token` is

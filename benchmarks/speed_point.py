@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from learnpruner.accounting import mean_tokens
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.cuts_learnpruner import learnpruner_schedule
 
 import speed_formulas
@@ -81,7 +82,7 @@ class Measurement:
 
     def _stock_prefill(self) -> dict[str, float]:
         seconds, outputs = timed(lambda: prefill(self.stock, self.inputs), self.device)
-        token, _ = timed(lambda: self.parts.run_token(outputs.past_key_values), self.device)
+        token, _ = timed(lambda: self.parts.run_token(outputs[CACHE]), self.device)
         return {"prefill": seconds, "token": token}
 
     def _pruned_prefill(self) -> dict[str, float]:
@@ -104,7 +105,7 @@ class Measurement:
         """Measured. Raises `RuntimeError` where a cache is not what the formula says."""
         measured = {}
         for name, (model, arguments) in self.models.items():
-            held = cache_bytes(prefill(model, self.inputs, **arguments).past_key_values)
+            held = cache_bytes(prefill(model, self.inputs, **arguments)[CACHE])
             formula = speed_formulas.kv_bytes(model.config, self.spans[name], self.point.batch_size, model.dtype)
             if held != formula:
                 raise RuntimeError(f"The {name} cache holds {held} bytes, and the formula says {formula}.")

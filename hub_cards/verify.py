@@ -14,6 +14,7 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, PROCESSOR_NAME
 import learnpruner
 from learnpruner.auto import LearnPrunerForConditionalGeneration
 from learnpruner.compare import build_prompt, load_image, load_processor
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.keys_learnpruner import PrunedCache
 
 from .card import ACCURACY, accuracy_rows, check_card
@@ -170,7 +171,7 @@ def _ask(
         **inputs, pruner_ratio=ratio, do_sample=False, max_new_tokens=16, return_dict_in_generate=True
     )
     vision = inputs["input_ids"] == model.config.image_token_id
-    cache = output.past_key_values
+    cache = output[CACHE]
     # Where nothing was cut the cache is the stock model's, which keeps no record.
     masks = cache.kept_mask if isinstance(cache, PrunedCache) else ()
     tokens = tuple(int(mask.sum()) for mask in (vision, *(kept & vision for kept in masks)))

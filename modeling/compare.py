@@ -14,6 +14,7 @@ from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
 from .accounting import mean_tokens
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
+from .compat_learnpruner import CACHE
 from .hub_learnpruner import find_base
 from .keys_learnpruner import PrunedCache
 
@@ -153,7 +154,7 @@ def compare(
             seconds[name].append(time.perf_counter() - start)
             results[name, "answer"] = processor.decode(answer, skip_special_tokens=True).strip()
     vision = inputs["input_ids"][0] == model.config.image_token_id
-    cache = results["pruned"].past_key_values
+    cache = results["pruned"][CACHE]
     # Where nothing was cut the cache is the stock model's, which keeps no record.
     kept = cache.kept_mask if isinstance(cache, PrunedCache) else ()
     kept = tuple(mask[0, vision].cpu() for mask in kept)
@@ -168,7 +169,7 @@ def compare(
         seconds=statistics.median(seconds["pruned"][1:]),
         stock_seconds=statistics.median(seconds["stock"][1:]),
         cache_bytes=cache_bytes(cache),
-        stock_cache_bytes=cache_bytes(results["stock"].past_key_values),
+        stock_cache_bytes=cache_bytes(results["stock"][CACHE]),
         kept=kept,
         pixels=shown_pixels(processor, inputs),
     )

@@ -12,8 +12,6 @@ __version__ = "0.1.0"
 # The paper's second cut on a 32-layer decoder (arXiv 2604.23950), scaled to other depths.
 PAPER_LAYER, PAPER_DEPTH = 12, 32
 
-NO_PREDICTIONS = ["past_key_values", "image_hidden_states", "rope_deltas", "kept_mask", "vision_scores"]
-
 
 def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
     """Raises `ValueError` where `value` is outside what the pruner field `name` allows.
@@ -80,7 +78,6 @@ class PrunerConfig:
         learnpruner_version (`str`): Release that wrote the configuration.
     """
 
-    keys_to_ignore_at_inference = NO_PREDICTIONS
     pruner_ratio: float | int = 1 / 9
     pruner_layer: int | None = None
     pruner_stage_ratio: float | int = 3.0

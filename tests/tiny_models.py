@@ -58,8 +58,8 @@ TEXT_CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Co
 # Families and the text models they come with.
 TEXT_MODELS = [(family, text) for family in LLAVA for text in TEXT_CONFIGS] + [(family, None) for family in QWEN]
 IMAGE, VIDEO, PAD, VOCAB, SIDE, PATCH, LAYERS = 120, 121, 0, 128, 32, 8, 4
-# A random model may answer with a placeholder or padding; run again as part of a prompt, stock models refuse the one, and
-# `generate` takes the other for what it is not.
+# A random model may answer with a placeholder, which stock models refuse as part of a prompt, or with padding, which
+# `generate` would mask there.
 NO_PLACEHOLDERS = {"suppress_tokens": [PAD, IMAGE, VIDEO]}
 PATCHES = (SIDE // PATCH) ** 2
 PINPOINTS = [[32, 64], [64, 32], [64, 64]]
@@ -431,3 +431,10 @@ def labelled(family, samples, seed=0, answer=4):
     labels = inputs["input_ids"].clone()
     labels[:, :-answer] = -100
     return {**inputs, "labels": labels.masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def image_states(outputs):
+    """What the projector made of a LLaVA's images, as the output of any release has it: `(tokens, hidden)`."""
+    if "image_outputs" in outputs:
+        return torch.cat(list(outputs.image_outputs.pooler_output))
+    return outputs.image_hidden_states.flatten(0, -2)

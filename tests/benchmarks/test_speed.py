@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.hub_cards.records import SPEEDS, read_result
 
 import speed_measure
@@ -99,13 +100,13 @@ def test_operations_are_those_that_torch_counts(family, ratio):
     for name, model, arguments in (("stock", stock, {}), ("pruned", pruned, {"pruner_ratio": ratio})):
         with FlopCounterMode(display=False) as counter:
             outputs = model(**inputs, **arguments, logits_to_keep=1)
-        keys = sum(layer.keys.shape[2] for layer in outputs.past_key_values.layers)
-        step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": outputs.past_key_values}
+        keys = sum(layer.keys.shape[2] for layer in outputs[CACHE].layers)
+        step = {"input_ids": inputs["input_ids"][:, -1:], CACHE: outputs[CACHE]}
         with FlopCounterMode(display=False) as token:
             model(**step, logits_to_keep=1)
         text = model.config.text_config
         # The formula leaves out the new row's own key.
-        assert sum(layer.keys.shape[2] for layer in outputs.past_key_values.layers) == keys + LAYERS
+        assert sum(layer.keys.shape[2] for layer in outputs[CACHE].layers) == keys + LAYERS
         own = LAYERS * 4 * text.hidden_size * 2
         counted[name] = {"prefill": counter.get_total_flops(), "decode_token": token.get_total_flops() - own}
     assert counted == {name: costs[name] for name in counted}
@@ -240,7 +241,7 @@ def test_stock_parts_are_the_stock_forward(family, backend):
     rows = inputs["input_ids"].shape[1]
     embeds = stock.get_input_embeddings()(inputs["input_ids"])
     text = stock.model.language_model
-    expected = text(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=True).past_key_values
+    expected = text(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], use_cache=True)[CACHE]
     parts = speed_measure.StockParts(stock, inputs, [(LAYERS, rows)])
     ((layers, _, mask, rotary),) = parts.runs
     parts.runs = [(layers, embeds, mask, rotary)]

@@ -205,7 +205,7 @@ for revision in sys.argv[1:]:
     results[revision] = {
         "pruner": state["model.pruner.output.weight"].sum().item(),
         "base": state["lm_head.weight"].sum().item(),
-        "kept": [int(mask.sum()) for mask in output.past_key_values.kept_mask],
+        "kept": [int(mask.sum()) for mask in output[CACHE].kept_mask],
         "revision": model.config.base_model_revision,
     }
 print("RESULTS" + json.dumps(results))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.methods import DART
 
 from decoder_oracle import CASES, SlowDecoder, assert_equals, run_until
@@ -65,8 +66,8 @@ def test_key_norms_in_a_later_turn_on_one_cache():
     cache = None
     for turn, method in zip(turns, ({"pruner_ratio": 1.0}, {"schedule": DART(ratio=0.7, layer=2)})):
         arguments = {"input_ids": turn[0], "attention_mask": turn[1], **pixels_of("llava", inputs, turn[2])}
-        outputs = pruned(**arguments, **method, past_key_values=cache, use_cache=True)
-        cache = outputs.past_key_values
+        outputs = pruned(**arguments, **method, **{CACHE: cache}, use_cache=True)
+        cache = outputs[CACHE]
     slow = SlowDecoder(stock, inputs, inputs["input_ids"][0] > 0)
     run_until(slow, 2)
     projection = slow.model.layers[1].self_attn.k_proj

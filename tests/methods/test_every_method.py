@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import learnpruner
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.methods import METHODS, Composed
 
 from oracles import masked
@@ -129,7 +130,7 @@ def test_generate_equals_teacher_forcing(name, family):
     arguments = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     output = pruned.generate(**inputs, **arguments, **NO_PLACEHOLDERS, schedule=method)
     forward = pruned(**inputs, schedule=method)
-    for generated, mask in zip(output.past_key_values.kept_mask, forward.kept_mask, strict=True):
+    for generated, mask in zip(output[CACHE].kept_mask, forward.kept_mask, strict=True):
         assert torch.equal(generated, mask)
     length = inputs["input_ids"].shape[1]
     whole = with_answer(inputs, output.sequences)

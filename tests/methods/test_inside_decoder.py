@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.methods import METHODS
 from learnpruner.methods.decoder import RowValues, scaled_layers
 
@@ -79,9 +80,9 @@ def test_an_image_in_a_later_turn(name):
     first = 1 + 2 + 16 + 1
     method = METHODS[name](ratio=0.7)
     turn = {"input_ids": inputs["input_ids"][:, :first], **pixels_of("llava", inputs, slice(1))}
-    cache = pruned(**turn, schedule=method, use_cache=True).past_key_values
+    cache = pruned(**turn, schedule=method, use_cache=True)[CACHE]
     turn = {"input_ids": inputs["input_ids"][:, first:], **pixels_of("llava", inputs, slice(1, 2))}
-    outputs = pruned(**turn, schedule=method, past_key_values=cache)
+    outputs = pruned(**turn, schedule=method, **{CACHE: cache})
     assert outputs.logits.shape[1] == length - first
     vision = turn["input_ids"] == pruned.config.image_token_id
     for cut, mask in zip(method.cuts(pruned.model), outputs.kept_mask, strict=True):

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from learnpruner import LearnPrunerLlavaConfig
+from learnpruner.compat_learnpruner import CACHE
 
 from tiny_models import FAMILIES, LAYERS, PRUNED, tiny_config
 
@@ -36,7 +37,7 @@ def test_defaults(family):
     assert (config.pruner_stage_ratio, config.pruner_diversity, config.pruner_hidden_size) == (3.0, 0.1, 512)
     assert (config.pruner_query, config.pruner_trained) == ("all", False)
     assert (config.base_model_name_or_path, config.base_model_revision) == (None, None)
-    assert {"kept_mask", "vision_scores", "past_key_values"} < set(config.keys_to_ignore_at_inference)
+    assert {"kept_mask", "vision_scores", CACHE} < set(config.keys_to_ignore_at_inference)
 
 
 @pytest.mark.parametrize(("depth", "layer"), [(32, 12), (28, 11), (40, 15), (8, 3), (2, 1), (1, 1)])

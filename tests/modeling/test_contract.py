@@ -11,6 +11,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
+from learnpruner.compat_learnpruner import CACHE
 
 from oracles import masked
 from tiny_models import (
@@ -23,6 +24,7 @@ from tiny_models import (
     STOCK,
     VOCAB,
     build_inputs,
+    image_states,
     pixels_of,
     positions,
     samples_of,
@@ -55,10 +57,10 @@ def test_shapes(family):
     batch, sequence = inputs["input_ids"].shape
     assert outputs.logits.shape == expected.logits.shape
     if family in LLAVA:
-        assert outputs.image_hidden_states.shape == expected.image_hidden_states.shape
+        assert image_states(outputs).shape == image_states(expected).shape
     assert [kept.shape for kept in outputs.kept_mask] == [(batch, sequence)] * 2
     assert [scores.dtype for scores in outputs.vision_scores] == [torch.float32] * 2
-    assert type(outputs.past_key_values) is PrunedCache
+    assert type(outputs[CACHE]) is PrunedCache
     # Physical: R1 rows before the second cut, R2 from there on.
     first, second = (int(kept.sum(1).max()) for kept in outputs.kept_mask)
     k = pruned.config.pruner_layer
@@ -250,13 +252,13 @@ def test_copies_of_model_and_cache(family):
     inputs = build_inputs(family, samples_of("padded", family))
     outputs = pruned(**inputs)
     assert torch.equal(copy.deepcopy(pruned)(**inputs).logits, outputs.logits)
-    cache = pickle.loads(pickle.dumps(outputs.past_key_values))
+    cache = pickle.loads(pickle.dumps(outputs[CACHE]))
     token = {"input_ids": torch.tensor([[5], [6]]), "attention_mask": torch.ones(2, cache.get_seq_length() + 1)}
     token["attention_mask"][:, : inputs["attention_mask"].shape[1]] = inputs["attention_mask"]
     if family in QWEN:
         # With a mask the stock class has no positions of single tokens.
         token["position_ids"] = positions(family, pruned, inputs, 1)[..., -1:]
-    one, other = (pruned(**token, past_key_values=held).logits for held in (cache, outputs.past_key_values))
+    one, other = (pruned(**token, **{CACHE: held}).logits for held in (cache, outputs[CACHE]))
     assert torch.equal(one, other)
 
 
@@ -331,7 +333,7 @@ def test_really_fewer_rows_and_keys(family):
     first, second = (int(kept.sum()) for kept in outputs.kept_mask)
     k = pruned.config.pruner_layer
     assert seen == [first] * k + [second] * (LAYERS - k)
-    assert [layer.keys.shape[2] for layer in outputs.past_key_values.layers] == seen
+    assert [layer.keys.shape[2] for layer in outputs[CACHE].layers] == seen
 
 
 @ONE_OF_EACH

@@ -8,6 +8,8 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM, set_seed
 from transformers.generation.candidate_generator import CandidateGenerator
 
+from learnpruner.compat_learnpruner import CACHE
+
 from oracles import masked
 from tiny_models import (
     FAMILIES,
@@ -56,8 +58,8 @@ def test_greedy_equals_teacher_forcing(family, batch):
     assert (torch.stack(generated.logits, 1) - expected).abs().max() < 1e-4
     prompt = inputs["input_ids"].shape[1]
     for cut in range(2):
-        assert torch.equal(generated.past_key_values.kept_mask[cut], outputs.kept_mask[cut][:, :prompt])
-    for layer, physical in zip(generated.past_key_values.layers, (0, 0, 1, 1)):
+        assert torch.equal(generated[CACHE].kept_mask[cut], outputs.kept_mask[cut][:, :prompt])
+    for layer, physical in zip(generated[CACHE].layers, (0, 0, 1, 1)):
         held = int(outputs.kept_mask[physical].sum(1).max())
         assert layer.keys.shape[2] == held - 1  # the last token was never run
         assert layer.get_seq_length() == generated.sequences.shape[1] - 1
@@ -90,7 +92,7 @@ def test_beams(family, mode):
     steps = log_probs[:, :1].cumsum(1)  # the first transition starts from zero
     assert (scores[:, 0] - steps[:, 0]).abs().max() < 1e-4
     assert (scores.sum(1) - log_probs.sum(1)).abs().max() < 1e-3
-    assert generated.past_key_values.kept_mask[0].shape[0] == mode["num_beams"]
+    assert generated[CACHE].kept_mask[0].shape[0] == mode["num_beams"]
 
 
 @pytest.mark.parametrize(("family", "batch"), with_videos(("mixed",)))
@@ -111,7 +113,7 @@ def test_the_cache_follows_reordered_beams(family):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("mixed", family))
     expected = pruned(**inputs, position_ids=positions(family, pruned, inputs))
-    cache = pruned.generate(**inputs, **GREEDY, num_beams=2, return_dict_in_generate=True).past_key_values
+    cache = pruned.generate(**inputs, **GREEDY, num_beams=2, return_dict_in_generate=True)[CACHE]
     for cut in range(2):
         assert torch.equal(cache.kept_mask[cut], expected.kept_mask[cut].repeat_interleave(2, 0))
         scores = expected.vision_scores[cut].repeat_interleave(2, 0)
@@ -196,8 +198,8 @@ def test_accepted_and_rejected_candidates(family, batch, monkeypatch):
     assert lengths[0] == inputs["input_ids"].shape[1] + 4  # in the first step too
     expected = pruned(**inputs)
     for cut in range(2):
-        assert torch.equal(result.past_key_values.kept_mask[cut], expected.kept_mask[cut])
-        assert result.past_key_values.vision_scores[cut].shape == expected.vision_scores[cut].shape
+        assert torch.equal(result[CACHE].kept_mask[cut], expected.kept_mask[cut])
+        assert result[CACHE].vision_scores[cut].shape == expected.vision_scores[cut].shape
 
 
 @ONE_OF_EACH
@@ -237,7 +239,7 @@ def test_a_second_turn_on_the_same_cache(family, second, cache):
     size = (24, 48) if family in QWEN else (30, 60)
     more = build_inputs(family, [[3, size, 5]] if second == "image" else [[5]], seed=7)
     held = cache()
-    answer = pruned.generate(**first, **GREEDY, past_key_values=held)
+    answer = pruned.generate(**first, **GREEDY, **{CACHE: held})
     kept = [mask.clone() for mask in pruned(**first).kept_mask]
     whole = torch.cat([answer, more["input_ids"]], dim=1)
     turns = [pixels_of(family, turn) for turn in (first, more)]
@@ -247,12 +249,12 @@ def test_a_second_turn_on_the_same_cache(family, second, cache):
         **turns[1],
         **next_turn(family, pruned, both),
         **GREEDY,
-        past_key_values=held,
+        **{CACHE: held},
         return_dict_in_generate=True,
         output_logits=True,
     )
     if second == "image":
-        new_kept = result.past_key_values.kept_mask
+        new_kept = result[CACHE].kept_mask
         assert new_kept[0].shape[1] == whole.shape[1] - answer.shape[1] + 1
         kept = [
             torch.cat([old, torch.ones(1, whole.shape[1] - old.shape[1] - new.shape[1], dtype=torch.bool), new], 1)
@@ -278,9 +280,9 @@ def test_a_second_turn_of_a_padded_batch(family, how):
     stock, pruned = tiny_pair(family)
     first = build_inputs(family, samples_of("mixed", family))
     held = DynamicCache()
-    arguments = {**GREEDY, "max_new_tokens": 5, "past_key_values": held, "return_dict_in_generate": True}
+    arguments = {**GREEDY, "max_new_tokens": 5, CACHE: held, "return_dict_in_generate": True}
     result = pruned.generate(**first, **arguments)
-    kept_first = [mask.clone() for mask in result.past_key_values.kept_mask]
+    kept_first = [mask.clone() for mask in result[CACHE].kept_mask]
     more = build_inputs(family, [[2, (32, 32), 5], [4], [1, (32, 32), 1, (32, 32), 3]], seed=9)
     answered = torch.ones(3, 5, dtype=torch.long)
     answered[1, -2:] = 0
@@ -293,7 +295,7 @@ def test_a_second_turn_of_a_padded_batch(family, how):
     result = pruned.generate(**prompt, attention_mask=mask, **arguments, output_logits=True)
 
     kept = []
-    for old, new in zip(kept_first, result.past_key_values.kept_mask):
+    for old, new in zip(kept_first, result[CACHE].kept_mask):
         between = mask[:, old.shape[1] : ids.shape[1] - new.shape[1]].bool()
         kept.append(torch.cat([old, between, new, torch.ones(3, 5, dtype=torch.bool)], 1))
     where = positions(family, stock, both, 5)
@@ -308,21 +310,21 @@ def test_text_first_image_in_the_second_turn_with_padding(family):
     """A plain cache that the stock path filled takes a cut later, and keeps its padding masked."""
     _, pruned = tiny_pair(family)
     text = build_inputs(family, [[4], [9]])
-    cache = pruned(**text, position_ids=positions(family, pruned, text)).past_key_values
+    cache = pruned(**text, position_ids=positions(family, pruned, text))[CACHE]
     assert type(cache) is DynamicCache
     samples = [[2, (32, 32), 6], [2, (32, 32), 6]]
     image = build_inputs(family, samples, seed=5)
     both = {**image, **{name: torch.cat([text[name], image[name]], 1) for name in TEXT_INPUTS if name in image}}
     where = positions(family, pruned, both)[..., -image["input_ids"].shape[1] :]
-    outputs = pruned(**{**image, "attention_mask": both["attention_mask"]}, position_ids=where, past_key_values=cache)
+    outputs = pruned(**{**image, "attention_mask": both["attention_mask"]}, position_ids=where, **{CACHE: cache})
     for row in range(2):
         valid = text["attention_mask"][row].bool()
-        alone_cache = pruned(input_ids=text["input_ids"][row : row + 1, valid]).past_key_values
+        alone_cache = pruned(input_ids=text["input_ids"][row : row + 1, valid])[CACHE]
         single, _ = row_alone(family, image, samples, row)
         del single["attention_mask"]
         # LLaVA's follow from the cache.
         own = {"position_ids": where[:, row : row + 1]} if family in QWEN else {}
-        alone = pruned(**single, **own, past_key_values=alone_cache)
+        alone = pruned(**single, **own, **{CACHE: alone_cache})
         assert torch.equal(alone.kept_mask[1][0], outputs.kept_mask[1][row])
         assert (alone.logits[0] - outputs.logits[row]).abs().max() < 1e-4
 
@@ -339,15 +341,15 @@ def test_several_tokens_at_once_and_crop(batch, family):
     def continue_from(cache, ids, seen):
         total = torch.cat([mask, torch.ones(len(mask), seen + ids.shape[1], dtype=torch.long)], 1)
         where = positions(family, pruned, inputs, seen + ids.shape[1])[..., -ids.shape[1] :]
-        return pruned(input_ids=ids, attention_mask=total, position_ids=where, past_key_values=cache).logits
+        return pruned(input_ids=ids, attention_mask=total, position_ids=where, **{CACHE: cache}).logits
 
-    cache = pruned(**inputs, **prompt).past_key_values
+    cache = pruned(**inputs, **prompt)[CACHE]
     at_once = continue_from(cache, tokens, 0)
     cache.crop(-3)
     assert cache.get_seq_length() == inputs["input_ids"].shape[1] + 2
     again = continue_from(cache, tokens[:, 2:], 2)
     assert (again - at_once[:, 2:]).abs().max() < 1e-5
-    cache = pruned(**inputs, **prompt).past_key_values
+    cache = pruned(**inputs, **prompt)[CACHE]
     one_by_one = torch.cat([continue_from(cache, tokens[:, i : i + 1], i) for i in range(5)], 1)
     assert (one_by_one - at_once).abs().max() < 1e-4
 
@@ -362,7 +364,7 @@ def test_manual_decoding_needs_no_positions(family):
     tokens = []
     for _ in range(8):
         tokens.append(outputs.logits[:, -1:].argmax(-1))
-        outputs = pruned(input_ids=tokens[-1], past_key_values=outputs.past_key_values)
+        outputs = pruned(input_ids=tokens[-1], **{CACHE: outputs[CACHE]})
     assert torch.equal(torch.cat(tokens, 1), expected[:, -8:])
 
 
@@ -381,7 +383,7 @@ def test_generate_from_embeddings(family):
 def test_cache_tools_keep_the_bookkeeping(family):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("mixed", family))
-    cache = pruned(**inputs).past_key_values
+    cache = pruned(**inputs)[CACHE]
     copied = copy.deepcopy(cache)
     copied.batch_repeat_interleave(2)
     copied.batch_select_indices(torch.tensor([0, 2, 4]))
@@ -393,7 +395,7 @@ def test_cache_tools_keep_the_bookkeeping(family):
     copied.reset()
     assert copied.get_seq_length() == 0
     assert copied.kept_mask is None
-    again = pruned(**inputs, past_key_values=copied)
+    again = pruned(**inputs, **{CACHE: copied})
     assert torch.equal(again.logits, pruned(**inputs).logits)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from learnpruner import LearnPrunerForConditionalGeneration, LearnPrunerLlavaForConditionalGeneration
 from learnpruner import guards_learnpruner as guards
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.hub_learnpruner import find_base
 
 from tiny_models import (
@@ -467,7 +468,7 @@ def results_of(folder):
         assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
         results[auto.__name__] = output.sequences.tolist()
-        results["kept"].append(output.past_key_values.kept_mask[-1].sum().item())
+        results["kept"].append(output[CACHE].kept_mask[-1].sum().item())
     if with_processor:
         pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
         answer = pipe(images=Image.open(image), text=prompt, generate_kwargs={"max_new_tokens": 6, "do_sample": False})
@@ -498,7 +499,7 @@ def test_a_saved_folder_opens_without_the_package(kind, tmp_path):
     found = json.loads(run.stdout.split("RESULTS")[1])
     for (folder, processor, inputs, expected), results in zip(made, found, strict=True):
         assert results["AutoModel"] == results["AutoModelForImageTextToText"] == expected.sequences.tolist()
-        assert results["kept"] == [expected.past_key_values.kept_mask[-1].sum().item()] * 2
+        assert results["kept"] == [expected[CACHE].kept_mask[-1].sum().item()] * 2
         if processor is not None:
             new = expected.sequences[:, inputs["input_ids"].shape[1] :]
             assert results["pipeline"].endswith(processor.batch_decode(new, skip_special_tokens=True)[0])

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from learnpruner.compat_learnpruner import CACHE
+
 from oracles import masked
 from tiny_models import (
     FAMILIES,
@@ -114,7 +116,7 @@ def test_generated_tokens(family, attention, batch):
     generated = pruned.generate(**inputs, **arguments, return_dict_in_generate=True, output_logits=True)
     prompt = inputs["input_ids"].shape[1]
     answer = torch.ones(len(generated.sequences), steps, dtype=torch.bool)
-    kept_mask = [torch.cat([kept, answer], dim=1) for kept in generated.past_key_values.kept_mask]
+    kept_mask = [torch.cat([kept, answer], dim=1) for kept in generated[CACHE].kept_mask]
     whole = with_answer(inputs, generated.sequences)
     where = positions(family, stock, inputs, steps)
     with masked(stock, kept_mask, (0, pruned.config.pruner_layer), whole["attention_mask"], LAYERS):

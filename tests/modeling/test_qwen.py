@@ -6,6 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from learnpruner.budget_learnpruner import keep_counts
+from learnpruner.compat_learnpruner import CACHE
 
 import oracles
 from tiny_models import (
@@ -82,7 +83,7 @@ def test_mrope_is_the_stock_models_token_by_token(family, batch, mode):
         if mode == "forward":
             result = model(**inputs)
         else:
-            cache = model.generate(**inputs, **SAME, return_dict_in_generate=True).past_key_values
+            cache = model.generate(**inputs, **SAME, return_dict_in_generate=True)[CACHE]
             result = {"kept_mask": cache.kept_mask if model is pruned else None}
     kept_mask = result["kept_mask"]
     steps = 1 if mode == "forward" else SAME["max_new_tokens"]
@@ -216,7 +217,7 @@ def test_an_image_whose_share_rounds_to_zero_keeps_a_token(family):
     # At the second cut the text decides which image matters, out of a budget that counts every image.
     assert [second[row, vision[row]].sum().item() for row in range(2)] == [1 + keep_of(28, pruned.config)[1], 1]
     generated = pruned.generate(**inputs, **NEW, return_dict_in_generate=True)
-    assert torch.equal(generated.past_key_values.kept_mask[1], second)
+    assert torch.equal(generated[CACHE].kept_mask[1], second)
 
 
 def keep_of(tokens, config):
@@ -273,8 +274,8 @@ def test_grids_of_a_whole_conversation(family):
         pixels,
         {"image_grid_thw": whole["image_grid_thw"], "mm_encoder_outputs": encoded(pruned, pixels)},
     ):
-        cache = pruned(**first, **pixels_of(family, whole, slice(0, 1))).past_key_values
-        results.append(pruned(**turn, **images, past_key_values=cache))
+        cache = pruned(**first, **pixels_of(family, whole, slice(0, 1)))[CACHE]
+        results.append(pruned(**turn, **images, **{CACHE: cache}))
     assert torch.equal(results[0].kept_mask[1], results[1].kept_mask[1])
     assert torch.equal(results[0].logits, results[1].logits)
 
@@ -384,9 +385,9 @@ def test_a_later_image_needs_positions(family):
         first = pruned(
             input_ids=ids[:, :-new], mm_token_type_ids=types[:, :-new], **pixels_of(family, whole, slice(0, 1))
         )
-        cache = first.past_key_values
-        refused(pruned, "forward", {**given, "past_key_values": cache}, "position_ids")
-        results.append(pruned(**given, past_key_values=cache, position_ids=where))
+        cache = first[CACHE]
+        refused(pruned, "forward", {**given, CACHE: cache}, "position_ids")
+        results.append(pruned(**given, **{CACHE: cache}, position_ids=where))
     assert torch.equal(results[0].logits, results[1].logits)
     kept = [torch.cat(masks, 1) for masks in zip(first.kept_mask, results[0].kept_mask)]
     with oracles.masked(stock, kept, (0, pruned.config.pruner_layer), whole["attention_mask"], LAYERS):
@@ -404,12 +405,12 @@ def test_pixels_of_a_whole_conversation(family, pixels):
     if pixels == "of the turn":
         both["pixel_values"] = pixels_of(family, whole, slice(1, 2))["pixel_values"]
     first = {name: whole[name][:, :-new] for name in ("input_ids", "attention_mask", "mm_token_type_ids")}
-    cache = pruned(**first, **pixels_of(family, whole, slice(0, 1))).past_key_values
+    cache = pruned(**first, **pixels_of(family, whole, slice(0, 1)))[CACHE]
     where = positions(family, pruned, whole)
     turn = {"input_ids": whole["input_ids"][:, -new:], "position_ids": where[..., -new:], **both}
-    refused(pruned, "forward", {**turn, "past_key_values": cache}, "turn")
+    refused(pruned, "forward", {**turn, CACHE: cache}, "turn")
     for given in ({}, {"position_ids": where}):
-        refused(pruned, "generate", {**whole, **both, **given, "past_key_values": cache}, "turn")
+        refused(pruned, "generate", {**whole, **both, **given, CACHE: cache}, "turn")
 
 
 def test_generate_finds_the_positions_of_a_second_turn(family):
@@ -420,7 +421,7 @@ def test_generate_finds_the_positions_of_a_second_turn(family):
     results = []
     for given in (False, True):
         cache = DynamicCache()
-        answer = pruned.generate(**first, **NEW, past_key_values=cache)
+        answer = pruned.generate(**first, **NEW, **{CACHE: cache})
         both = with_answer(first, answer)
         both = {
             name: torch.cat([both[name], more[name]], 1)
@@ -434,7 +435,7 @@ def test_generate_finds_the_positions_of_a_second_turn(family):
                 **where,
                 **NEW,
                 mm_encoder_outputs={"image": images},
-                past_key_values=cache,
+                **{CACHE: cache},
                 return_dict_in_generate=True,
                 output_logits=True,
             )
@@ -442,10 +443,10 @@ def test_generate_finds_the_positions_of_a_second_turn(family):
     found, given = results
     assert torch.equal(found.sequences, given.sequences)
     assert torch.equal(torch.stack(found.logits), torch.stack(given.logits))
-    assert found.past_key_values.kept_mask[0].shape[1] == more["input_ids"].shape[1] + 1
+    assert found[CACHE].kept_mask[0].shape[1] == more["input_ids"].shape[1] + 1
     # A wrong account of the whole is found, too.
     wrong = {**both, "mm_token_type_ids": both["mm_token_type_ids"].roll(1, 1), "mm_encoder_outputs": {"image": images}}
-    refused(pruned, "generate", {**wrong, "past_key_values": cache}, "mm_token_type_ids")
+    refused(pruned, "generate", {**wrong, CACHE: cache}, "mm_token_type_ids")
 
 
 @pytest.mark.parametrize("call", CALLS)

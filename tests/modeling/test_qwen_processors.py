@@ -10,6 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
+from learnpruner.compat_learnpruner import CACHE
+
 from tiny_models import IMAGE, PAD, PATCH, QWEN, VIDEO, VOCAB, tiny_pair
 
 pytest.importorskip("torchvision")
@@ -96,6 +98,6 @@ def test_the_pruned_model_answers_from_what_the_processor_returns(family):
     arguments = {**inputs, "max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
     generated = pruned.generate(**arguments, return_dict_in_generate=True)
     for cut in range(2):
-        assert torch.equal(generated.past_key_values.kept_mask[cut], outputs.kept_mask[cut])
+        assert torch.equal(generated[CACHE].kept_mask[cut], outputs.kept_mask[cut])
     assert torch.equal(pruned(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
     assert torch.equal(pruned.generate(**arguments, pruner_ratio=1.0), stock.generate(**arguments))

@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedLayer
 
 from learnpruner import Cut, LearnedScore, TextAttention
+from learnpruner.compat_learnpruner import CACHE
 
 from tiny_models import (
     FAMILIES,
@@ -88,7 +89,7 @@ def test_caches_whose_layers_cannot_differ(cache, family):
     inputs = build_inputs(family, samples_of("one", family))
     for call in (pruned, lambda **kwargs: pruned.generate(**NEW, **kwargs)):
         with pytest.raises(ValueError, match="DynamicCache"):
-            call(**inputs, past_key_values=cache_of(cache, family))
+            call(**inputs, **{CACHE: cache_of(cache, family)})
 
 
 @ONE_OF_EACH
@@ -96,7 +97,7 @@ def test_static_cache_in_forward_runs_where_nothing_is_cut(family):
     stock, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("one", family))
     results = [
-        model(**inputs, past_key_values=cache_of("static", family), **ratio).logits
+        model(**inputs, **{CACHE: cache_of("static", family)}, **ratio).logits
         for model, ratio in ((stock, {}), (pruned, {"pruner_ratio": 1.0}))
     ]
     assert torch.equal(*results)
@@ -158,12 +159,12 @@ def test_prepared_masks(family):
 @ONE_OF_EACH
 def test_prepared_masks_on_a_pruned_cache(family):
     _, pruned = tiny_pair(family)
-    cache = pruned(**build_inputs(family, samples_of("one", family))).past_key_values
+    cache = pruned(**build_inputs(family, samples_of("one", family)))[CACHE]
     with pytest.raises(ValueError, match="2D attention_mask"):
-        pruned(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.zeros(1, 1, 1, 40))
+        pruned(input_ids=torch.tensor([[5]]), **{CACHE: cache}, attention_mask=torch.zeros(1, 1, 1, 40))
     for columns in (0, 1, cache.get_seq_length(), cache.get_seq_length() + 2):
         with pytest.raises(ValueError, match="whole conversation"):
-            pruned(input_ids=torch.tensor([[5]]), past_key_values=cache, attention_mask=torch.ones(1, columns))
+            pruned(input_ids=torch.tensor([[5]]), **{CACHE: cache}, attention_mask=torch.ones(1, columns))
 
 
 @pytest.mark.parametrize(
@@ -220,13 +221,13 @@ def test_continuous_batching(family):
 def test_cropping_into_the_pruned_prompt_changes_nothing(remove, family):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("one", family))
-    cache = pruned(**inputs).past_key_values
+    cache = pruned(**inputs)[CACHE]
     before = [(layer.keys.shape[2], layer.get_seq_length()) for layer in cache.layers]
     with pytest.raises(ValueError, match="fresh cache"):
         cache.crop(-remove)
     assert [(layer.keys.shape[2], layer.get_seq_length()) for layer in cache.layers] == before
     cache.crop(0)
-    unpruned = pruned(**inputs, pruner_ratio=1.0).past_key_values
+    unpruned = pruned(**inputs, pruner_ratio=1.0)[CACHE]
     unpruned.crop(-remove)
 
 

@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.compare import load_processor
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.training import PrunerCollator, PrunerTrainer, PrunerTrainingArguments
 
 pytest.importorskip("bitsandbytes")
@@ -39,7 +40,7 @@ def test_the_pruner_is_left_out(bits, batch):
     assert {parameter.dtype for parameter in model.model.pruner.parameters()} == {torch.float32}
     prompt = {name: value for name, value in batch.items() if name != "labels"}
     output = model.generate(**prompt, max_new_tokens=2, do_sample=False, return_dict_in_generate=True)
-    counts = [int(mask.sum()) for mask in output.past_key_values.kept_mask]
+    counts = [int(mask.sum()) for mask in output[CACHE].kept_mask]
     assert batch["input_ids"].numel() > counts[0] > counts[1]
 
 
