@@ -33,7 +33,7 @@ from transformers.utils.hub import extract_commit_hash
 
 import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.accounting import mean_tokens
+from learnpruner.budget_learnpruner import mean_tokens
 from learnpruner.cache_learnpruner import PrunedCache
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor

@@ -28,8 +28,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import learnpruner
-import learnpruner.accounting
 from learnpruner import LearnPrunerForConditionalGeneration, cli
+from learnpruner.budget_learnpruner import half_up, mean_tokens
 from learnpruner.cli import Parser, positive
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.cuts_learnpruner import Cut
@@ -79,8 +79,8 @@ def reachable(method: str, tokens: int, model: PreTrainedModel) -> bool:
 def paper_tokens(method: str, model: PreTrainedModel) -> int:
     """Mean tokens at the weights of a method's own places, where the paper gives them as shares of the image."""
     places, depth = METHODS[method]().places(model.model), model.config.text_config.num_hidden_layers
-    counts = tuple(round(place.weight * TOKENS) for place in places)
-    return round(learnpruner.accounting.mean_tokens(counts, tuple(p.layer for p in places), TOKENS, depth))
+    counts = [half_up(place.weight * TOKENS) for place in places]
+    return half_up(mean_tokens(counts, [place.layer for place in places], TOKENS, depth))
 
 
 def runs_of(model: PreTrainedModel) -> list[Run]:

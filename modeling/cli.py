@@ -42,7 +42,7 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def run_budget(arguments: argparse.Namespace) -> None:
-    from .accounting import mean_tokens
+    from .budget_learnpruner import mean_tokens
     from .auto import pruned_class
     from .cuts_learnpruner import learnpruner_schedule
 

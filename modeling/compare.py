@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
-from .accounting import mean_tokens
+from .budget_learnpruner import mean_tokens
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
 from .cache_learnpruner import PrunedCache
 from .hub_learnpruner import find_base
