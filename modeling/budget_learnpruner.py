@@ -48,18 +48,18 @@ def spread_budget(
     """Tokens of one image that survive each cut, so that the mean over the decoder's layers is the budget.
 
     The cuts keep tokens in the proportion of `weights`, as nearly as whole numbers allow. They are rounded from the
-    last to the first, and each takes up what the later ones were rounded by. A first cut that would keep the whole image
-    does so, and the others share what is left. So no more than the rounding of one cut is left over: the mean is off by
-    at most half of the share of the layers that one cut counts for, hence by at most half a token, unless the budget is
-    below the mean of one token for each cut.
+    last to the first, and each takes up what the later ones were rounded by. A first cut that would keep the whole
+    image does so, and the others share what is left. So no more than the rounding of one cut is left over, half a token
+    in each layer from there to the next cut: the mean is off by at most half a token, unless the budget is below the
+    mean of one token for each cut.
 
     Args:
         num_tokens (`int`): Vision tokens of the image.
         budget (`float`): Mean number of tokens over the decoder's layers, in (0, `num_tokens`].
         layers (`Sequence[int]`): The 0-based decoder layer before which each cut falls, ascending. The layers before
             the first see the whole image.
-        weights (`Sequence[float]`): Of each cut, positive. LearnPruner's two cuts have the layers (0, k) and the weights
-            (`stage_ratio`, 1).
+        weights (`Sequence[float]`): Of each cut, positive. LearnPruner's two cuts have the layers (0, k) and the
+            weights (`stage_ratio`, 1).
         num_layers (`int`): Decoder layers.
 
     Returns:

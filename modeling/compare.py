@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
-from .budget_learnpruner import mean_tokens
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
+from .budget_learnpruner import mean_tokens
 from .cache_learnpruner import PrunedCache
 from .hub_learnpruner import find_base
 
