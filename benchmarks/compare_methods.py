@@ -33,6 +33,7 @@ from learnpruner.budget_learnpruner import half_up, mean_tokens
 from learnpruner.cli import Parser, positive
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.cuts_learnpruner import Cut
+from learnpruner.hub_cards.recorded_counts import MARK, arrows, is_marked, note
 from learnpruner.hub_cards.records import weights_digest
 from learnpruner.methods import METHODS, Method
 
@@ -208,6 +209,7 @@ def measure_cost(runs: list[Run], model_path: Path, batch_size: int, repeats: in
                 "method": run.method,
                 "tokens": run.tokens,
                 "accounting": method.accounting,
+                "after_cuts": [cut.keep(TOKENS) for cut in method.cuts(model.model)],
                 "prefill_ms": 1000 * statistics.median(pruned),
                 "prefill_speedup": statistics.median(one / other for one, other in zip(stock, pruned)),
                 "selection_ms": 1000 * statistics.median(selection),
@@ -239,7 +241,8 @@ def read_unpruned() -> dict[str, dict]:
 
 
 def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str:
-    """Markdown: a row for each method at each budget, the best first; what has not been measured is named.
+    """Markdown: a row for each method at each budget, the best first; what has not been measured is named, and rows
+    whose counts are not those of today's formula are marked.
 
     Args:
         unpruned: Level of the scenes -> the unpruned run.
@@ -249,7 +252,7 @@ def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str
     head = ["scenes", "budget", "method", "mean tokens", "left at the end", "after each cut", "runs", "RelAcc", *kinds]
     head += ["prefill, ms", "x stock", "selection, ms", "KV, kB"]
     lines, missing = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
-    rows = []
+    rows, shown = [], []
     for run in runs:
         files = [run.file(seed) for seed in run.seeds if run.file(seed).exists()]
         missing += [
@@ -261,8 +264,12 @@ def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str
         relative = [accuracy.relative_accuracy(result, unpruned[run.level]) for result in results]
         tokens = results[0]["tokens"]
         spent = cost.get((run.method, run.tokens, "mean" if run.cap is None else "cap"))
+        # The cost of other counts is not this row's. Until version 0.2 the counts were not recorded.
+        if spent and spent.get("after_cuts", tokens["after_cuts"]) != tokens["after_cuts"]:
+            spent = None
         cells = [run.level, str(run.tokens), run.label, f"{tokens['mean']:.0f}", str(tokens["after_cuts"][-1])]
-        cells.append(" -> ".join(map(str, tokens["after_cuts"])))
+        shown += results
+        cells.append(arrows(tokens["after_cuts"]) + (f" {MARK}" if any(map(is_marked, results)) else ""))
         cells += [str(len(results)), render_accuracy.spread(relative)]
         cells += [render_accuracy.spread([r["by_kind"][kind]["accuracy"] for r in results]) for kind in kinds]
         names = ("prefill_ms", "prefill_speedup", "selection_ms")
@@ -274,6 +281,8 @@ def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str
     if costs:
         what = f"{costs['threads']} CPU thread(s)" if costs["device"] == "cpu" else costs["device"]
         lines += ["", f"Cost: batch {costs['batch_size']}, {what}, {costs['dtype']}, median of {costs['repeats']}."]
+    if explained := note(shown):
+        lines += ["", explained]
     if missing:
         lines += ["", f"Not measured: {'; '.join(missing)}."]
     return "\n".join(lines)

@@ -55,9 +55,7 @@ def _configuration(fields: Mapping, layers: list[int], depth: int) -> SimpleName
         known["pruner_layer"] = layers[-1] if len(layers) == 2 else depth
     for name, value in known.items():
         check_pruner_field(name, value, depth)
-    return SimpleNamespace(
-        text_config=SimpleNamespace(num_hidden_layers=depth, num_attention_heads=1), **known
-    )
+    return SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=depth, num_attention_heads=1), **known)
 
 
 def _depth(tokens: Mapping, pruner_layer) -> int | None:
