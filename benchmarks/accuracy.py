@@ -33,7 +33,7 @@ from transformers.utils.hub import extract_commit_hash
 
 import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.accounting import mean_tokens
+from learnpruner.budget_learnpruner import mean_tokens
 from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.compat_learnpruner import CACHE

@@ -28,12 +28,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import learnpruner
-import learnpruner.accounting
 from learnpruner import LearnPrunerForConditionalGeneration, cli
+from learnpruner.budget_learnpruner import half_up, mean_tokens
 from learnpruner.cli import Parser, positive
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.cuts_learnpruner import Cut
+from learnpruner.hub_cards.recorded_counts import MARK, arrows, is_marked, note
 from learnpruner.hub_cards.records import weights_digest
 from learnpruner.methods import METHODS, Method
 
@@ -80,8 +81,8 @@ def reachable(method: str, tokens: int, model: PreTrainedModel) -> bool:
 def paper_tokens(method: str, model: PreTrainedModel) -> int:
     """Mean tokens at the weights of a method's own places, where the paper gives them as shares of the image."""
     places, depth = METHODS[method]().places(model.model), model.config.text_config.num_hidden_layers
-    counts = tuple(round(place.weight * TOKENS) for place in places)
-    return round(learnpruner.accounting.mean_tokens(counts, tuple(p.layer for p in places), TOKENS, depth))
+    counts = [half_up(place.weight * TOKENS) for place in places]
+    return half_up(mean_tokens(counts, [place.layer for place in places], TOKENS, depth))
 
 
 def runs_of(model: PreTrainedModel) -> list[Run]:
@@ -209,6 +210,7 @@ def measure_cost(runs: list[Run], model_path: Path, batch_size: int, repeats: in
                 "method": run.method,
                 "tokens": run.tokens,
                 "accounting": method.accounting,
+                "after_cuts": [cut.keep(TOKENS) for cut in method.cuts(model.model)],
                 "prefill_ms": 1000 * statistics.median(pruned),
                 "prefill_speedup": statistics.median(one / other for one, other in zip(stock, pruned)),
                 "selection_ms": 1000 * statistics.median(selection),
@@ -240,7 +242,8 @@ def read_unpruned() -> dict[str, dict]:
 
 
 def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str:
-    """Markdown: a row for each method at each budget, the best first; what has not been measured is named.
+    """Markdown: a row for each method at each budget, the best first; what has not been measured is named, and rows
+    whose counts are not those of today's formula are marked.
 
     Args:
         unpruned: Level of the scenes -> the unpruned run.
@@ -250,7 +253,7 @@ def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str
     head = ["scenes", "budget", "method", "mean tokens", "left at the end", "after each cut", "runs", "RelAcc", *kinds]
     head += ["prefill, ms", "x stock", "selection, ms", "KV, kB"]
     lines, missing = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
-    rows = []
+    rows, shown = [], []
     for run in runs:
         files = [run.file(seed) for seed in run.seeds if run.file(seed).exists()]
         missing += [
@@ -262,8 +265,12 @@ def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str
         relative = [accuracy.relative_accuracy(result, unpruned[run.level]) for result in results]
         tokens = results[0]["tokens"]
         spent = cost.get((run.method, run.tokens, "mean" if run.cap is None else "cap"))
+        # The cost of other counts is not this row's. Until version 0.2 the counts were not recorded.
+        if spent and spent.get("after_cuts", tokens["after_cuts"]) != tokens["after_cuts"]:
+            spent = None
         cells = [run.level, str(run.tokens), run.label, f"{tokens['mean']:.0f}", str(tokens["after_cuts"][-1])]
-        cells.append(" -> ".join(map(str, tokens["after_cuts"])))
+        shown += results
+        cells.append(arrows(tokens["after_cuts"]) + (f" {MARK}" if any(map(is_marked, results)) else ""))
         cells += [str(len(results)), render_accuracy.spread(relative)]
         cells += [render_accuracy.spread([r["by_kind"][kind]["accuracy"] for r in results]) for kind in kinds]
         names = ("prefill_ms", "prefill_speedup", "selection_ms")
@@ -275,6 +282,8 @@ def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str
     if costs:
         what = f"{costs['threads']} CPU thread(s)" if costs["device"] == "cpu" else costs["device"]
         lines += ["", f"Cost: batch {costs['batch_size']}, {what}, {costs['dtype']}, median of {costs['repeats']}."]
+    if explained := note(shown):
+        lines += ["", explained]
     if missing:
         lines += ["", f"Not measured: {'; '.join(missing)}."]
     return "\n".join(lines)

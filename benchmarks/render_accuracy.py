@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from learnpruner.cli import Parser
+from learnpruner.hub_cards.recorded_counts import MARK, arrows, is_marked, note
 from learnpruner.hub_cards.records import read_result, relative_accuracy
 
 MISSING = "not measured"
@@ -56,7 +57,8 @@ def _left(run: dict) -> tuple[float, float]:
 
 
 def table(groups: dict[tuple, list[dict]]) -> str:
-    """Markdown, in percent. "Boxes kept" is foreground recall: the share of the patches in objects' boxes."""
+    """Markdown, in percent. "Boxes kept" is foreground recall: the share of the patches in objects' boxes. Rows whose
+    counts are not those of today's formula are marked."""
     kinds = sorted({kind for runs in groups.values() for run in runs for kind in run["by_kind"]})
     head = [
         "scenes",
@@ -72,8 +74,9 @@ def table(groups: dict[tuple, list[dict]]) -> str:
     ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for (level, name, mean), runs in groups.items():
-        cuts = " -> ".join(map(str, runs[0]["tokens"]["after_cuts"])) or "none"
-        cells = [level, name, f"{mean:.1f}", cuts, str(len(runs))]
+        cuts = arrows(runs[0]["tokens"]["after_cuts"]) or "none"
+        mark = f" {MARK}" if any(map(is_marked, runs)) else ""
+        cells = [level, name, f"{mean:.1f}", f"{cuts}{mark}", str(len(runs))]
         cells += [spread([run[name] for run in runs]) for name in ("accuracy", "relative_accuracy")]
         cells += [spread([run["by_kind"][kind]["accuracy"] for run in runs]) for kind in kinds]
         for values in ([], []) if cuts == "none" else zip(*(_left(run) for run in runs)):
@@ -82,6 +85,8 @@ def table(groups: dict[tuple, list[dict]]) -> str:
     questions = sorted({run["n"] for runs in groups.values() for run in runs})
     versions = sorted({f"transformers {r['versions']['transformers']}" for runs in groups.values() for r in runs})
     lines += ["", f"Percent; {' or '.join(map(str, questions))} test questions a run; {', '.join(versions)}."]
+    if explained := note(run for runs in groups.values() for run in runs):
+        lines += ["", explained]
     return "\n".join(lines)
 
 

@@ -3,7 +3,8 @@
     python benchmarks/render_speed.py benchmarks/results/speed --into benchmarks/SPEED.md --plot FILE.png
 
 `--into` fills the parts of a Markdown file between `<!-- speed -->` and `<!-- /speed -->`, and those called `bars`,
-`costs` and `growth`; without it they are printed. A preset or a bar without a result is a row that says so.
+`costs` and `growth`; without it they are printed. A preset or a bar without a result is a row that says so, and what
+was measured with other counts than today's formula gives is marked.
 """
 
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy
 
 from learnpruner.cli import Parser
+from learnpruner.hub_cards.recorded_counts import MARK, is_marked, note
 from learnpruner.hub_cards.records import read_result
 
 from render_accuracy import MISSING, fill
@@ -120,10 +122,10 @@ def bar_table(results: list[dict]) -> str:
         if result is not None:
             settings = result["settings"]
             place = "" if bar.backend else f", batch {settings['batch_size']}, {settings['backend']}"
-            measured = f"{_interval(result, bar.figure, digits=4)}{place}"
+            measured = f"{_interval(result, bar.figure, digits=4)}{place}{_mark(result)}"
             verdict = [measured, bar.verdict(result["intervals"][bar.figure])]
         rows.append([*bar.cells, *verdict])
-    return _table(["of", "bar", "measured", ""], rows)
+    return _explained(_table(["of", "bar", "measured", ""], rows), results)
 
 
 def read_folder(folder: Path) -> list[dict]:
@@ -152,7 +154,17 @@ def _settings(result: dict) -> tuple:
 
 def _first_cells(result: dict) -> list[str]:
     tokens = result["tokens"]
-    return [*map(str, _settings(result)), f"{tokens['mean']:.0f} of {tokens['image']}"]
+    return [*map(str, _settings(result)), f"{tokens['mean']:.0f} of {tokens['image']}{_mark(result)}"]
+
+
+def _mark(result: dict) -> str:
+    return f" {MARK}" if is_marked(result) else ""
+
+
+def _explained(table: str, results: list[dict]) -> str:
+    """The table, and what the mark means where it has one."""
+    explained = note(results) if MARK in table else ""
+    return f"{table}\n\n{explained}" if explained else table
 
 
 def _interval(result: dict, name: str, digits: int = 2) -> str:
@@ -214,7 +226,8 @@ def speed_table(results: list[dict]) -> str:
         overheads = (_median(result, f"{part}_overhead_at_ratio_one", 3) for part in ("prefill", "decode"))
         cells += [", ".join(filter(None, overheads)), _median(result, "scoring_and_selection_share", 4)]
         rows.append(cells)
-    return "\n".join([_table(head, _with_missing(rows, results, len(head))), "", *_conditions(results)])
+    table = _explained(_table(head, _with_missing(rows, results, len(head))), results)
+    return "\n".join([table, "", *_conditions(results)])
 
 
 def _conditions(results: list[dict]) -> list[str]:
@@ -245,7 +258,7 @@ def cost_table(results: list[dict]) -> str:
         cells.append(" -> ".join(f"{result['flops'][who]['prefill'] / 1e12:.2f}" for who in both))
         cells.append(" -> ".join(f"{result['flops'][who]['decode_token'] / 1e9:.1f}" for who in both))
         rows.append(cells)
-    return _table(head, _with_missing(rows, results, len(head)))
+    return _explained(_table(head, _with_missing(rows, results, len(head))), results)
 
 
 def sweeps(results: list[dict]) -> list[tuple[str, list[tuple[float, float]], list[float]]]:
@@ -289,15 +302,15 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float, float | None]:
 
 
 def growth_table(results: list[dict]) -> str:
-    rows = []
+    rows, marks = [], {result["tokens"]["mean"]: _mark(result) for result in results}
     for place, points, stock in sweeps(results):
         slope, start, explained = fit(points)
-        measured = ", ".join(f"{time:.0f} at {tokens:.0f}" for tokens, time in points)
+        measured = ", ".join(f"{time:.0f} at {tokens:.0f}{marks[tokens]}" for tokens, time in points)
         line = f"{start:.0f} + {slope:.2f} x tokens"
         beside = f"{min(stock):.0f} to {max(stock):.0f}"
         rows.append([place, measured, line, "" if explained is None else f"{explained:.4f}", beside])
     head = ["prefill", "ms at mean tokens kept", "fitted line, ms", "R2", "stock beside them, ms"]
-    return _table(head, rows) if rows else MISSING
+    return _explained(_table(head, rows), results) if rows else MISSING
 
 
 def save_plot(results: list[dict], path: Path) -> None:

@@ -22,6 +22,7 @@ from learnpruner.guards_learnpruner import NEWEST_TESTED, OLDEST
 from learnpruner.hub_learnpruner import PRUNER
 
 from .checks import of_release
+from .recorded_counts import MARK, arrows, is_marked, note
 from .records import COST, SETTINGS, SPEEDS, is_speed, relative_accuracy, weights_digest
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md.jinja"
@@ -87,6 +88,8 @@ def write_card(
         code=code,
         columns=ACCURACY,
         accuracy_versions=_versions(_sorted(records).values()),
+        accuracy_note=note(_sorted(records).values()),
+        speed_note=note(record for record in records.values() if is_speed(record)),
         picture=PICTURE if (folder / PICTURE).exists() else None,
         **{title.lower(): rows for title, rows in _tables(records, training).items()},
     )
@@ -178,7 +181,8 @@ def percent(value: float | None) -> str:
 
 
 def accuracy_rows(records: Mapping[str, dict]) -> list[list]:
-    """A row of `ACCURACY` for each record of accuracy, from many tokens to few."""
+    """A row of `ACCURACY` for each record of accuracy, from many tokens to few. Marked are those whose counts are not
+    what this release keeps at their settings."""
     accuracy = list(_sorted(records).values())
     unpruned = {(record["level"], record["data"]): record for record in accuracy if record["method"] == "none"}
     rows = []
@@ -188,7 +192,7 @@ def accuracy_rows(records: Mapping[str, dict]) -> list[list]:
         if stock := unpruned.get((record["level"], record["data"])):
             with suppress(ValueError):  # where the unpruned model has none of a kind right, there is no ratio
                 relative = relative_accuracy(record, stock)
-        cuts = " -> ".join(map(str, tokens["after_cuts"])) or "no cut"
+        cuts = (arrows(tokens["after_cuts"]) or "no cut") + (f" {MARK}" if is_marked(record) else "")
         ratio, mean = f"{record['ratio']:.4g}", f"{tokens['mean']:g} of {tokens['image']}"
         shown = percent(record["accuracy"]), percent(relative)
         rows.append([record["level"], record["name"], record["seed"], ratio, mean, cuts, record["n"], *shown])
@@ -202,7 +206,7 @@ def _versions(records: Iterable[Mapping]) -> str:
 def _speed_row(record: Mapping) -> list:
     settings = ", ".join(f"{name} {value}" for name, value in {**record["settings"], **record["versions"]}.items())
     speeds = [MISSING if record[name] is None else f"{record[name]:g}" for name in SPEEDS]
-    return [f"{record['ratio']:.4g}", record["device"], settings, *speeds]
+    return [f"{record['ratio']:.4g}" + (f" {MARK}" if is_marked(record) else ""), record["device"], settings, *speeds]
 
 
 def _training_rows(training: Mapping) -> list[list]:

@@ -29,6 +29,9 @@ KNOWN = re.compile(
 # Beside a download or a clone; nothing is loaded from there.
 NOT_READ = (".cache", ".git")
 
+# The file of the shipped code that says of which release it is.
+CONFIGURATION = "configuration_learnpruner.py"
+
 # Keys of configurations that name code, those whose value may name a repository of kernels to run, and the file that
 # names another model to open in place of this one.
 CODE = {"auto_map", "custom_pipelines", "custom_generate"}
@@ -186,13 +189,19 @@ def _json(path: Path):
 
 
 def of_release(folder: Path) -> str:
-    """How to verify what another release wrote, by what its configuration says of itself."""
-    config = folder / CONFIG_NAME
-    content = _json(config) if config.is_file() else None
-    written = str(content.get("learnpruner_version")) if isinstance(content, dict) else ""
+    """How to verify what another release wrote, by what its code says of itself. A configuration keeps the release that
+    wrote it first, so that it speaks for the code only where there is none."""
+    code, config = folder / CONFIGURATION, folder / CONFIG_NAME
+    if code.is_file():
+        found = re.search(r'^__version__ = "(.*)"$', code.read_text(errors="replace"), re.MULTILINE)
+        what, written = "Its code is of", found[1] if found else ""
+    else:
+        content = _json(config) if config.is_file() else None
+        what = "Its configuration was written by"
+        written = str(content.get("learnpruner_version")) if isinstance(content, dict) else ""
     if written == learnpruner.__version__ or not re.fullmatch(r"\d+[\w.]*", written):
         return ""
-    return f" Its configuration was written by {written}: `pip install learnpruner=={written}` to verify it."
+    return f" {what} {written}: `pip install learnpruner=={written}` to verify it."
 
 
 def _is_text(content: Mapping, name: str) -> bool:

@@ -20,7 +20,8 @@ from learnpruner.keys_learnpruner import PrunedCache
 from .card import ACCURACY, accuracy_rows, check_card
 from .checks import check_code, hub_reached, list_files, refuse_processor_code, refuse_unknown, refuse_weights
 from .push import RESULTS
-from .records import TRAINING, check_recorded_of, read_results, read_training, weights_digest
+from .recorded_counts import note
+from .records import TRAINING, check_recorded_of, is_speed, read_results, read_training, weights_digest
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Verified:
         pruner_sha256 (`str`).
         results (`list[str]`): Recorded results, all of these weights.
         accuracy (`list[list]`): The rows of those of accuracy, as on the card, by the columns of its table.
+        accuracy_note (`str`): What the mark in a row means; empty where none has it.
         training (`bool`): Whether the training of this pruner is recorded.
         tokens (`tuple[int, ...]`): Vision tokens of one image, then after each cut.
         answer (`str`): What the model said of it.
@@ -45,6 +47,7 @@ class Verified:
     pruner_sha256: str
     results: list[str]
     accuracy: list[list]
+    accuracy_note: str
     training: bool
     tokens: tuple[int, ...]
     answer: str
@@ -68,6 +71,8 @@ class Verified:
             table = [list(ACCURACY), *([str(cell) for cell in row] for row in self.accuracy)]
             widths = [max(map(len, column)) for column in zip(*table)]
             lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in table)]
+        if self.accuracy_note:
+            lines += ["", self.accuracy_note]
         return "\n".join(lines)
 
 
@@ -147,6 +152,7 @@ def verify(
         pruner_sha256=weights_digest(model, pruner=True),
         results=list(results),
         accuracy=accuracy_rows(results),
+        accuracy_note=note(record for record in results.values() if not is_speed(record)),
         training=training is not None,
         tokens=tokens,
         answer=answer,

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from learnpruner.accounting import spread_budget
+from learnpruner.budget_learnpruner import half_up, spread_budget
 from learnpruner.configuration_learnpruner import check_pruner_field
 from learnpruner.cuts_learnpruner import Cut, DecoderScore, DecoderState, EncodedImages, EncoderScore
 from learnpruner.prompt_learnpruner import send
@@ -89,20 +89,32 @@ class Method(ABC):
             for step, place in enumerate(places)
         )
 
-    def _keep(self, places: tuple[Place, ...], depth: int, step: int, num_tokens: int) -> int:
-        layers, weights = [place.layer for place in places], [place.weight for place in places]
-        budget, place = self.ratio * num_tokens, places[step]
+    def keep_counts(self, places: tuple[Place, ...], depth: int, num_tokens: int) -> tuple[int, ...]:
+        """Tokens of one image that survive each of the places.
+
+        Args:
+            places (`tuple[Place, ...]`): By ascending layer.
+            depth (`int`): Decoder layers.
+            num_tokens (`int`): Vision tokens of the image.
+
+        Raises:
+            `ValueError`: where the layers before the first cut leave too little of the ratio.
+        """
+        weights, budget = [place.weight for place in places], self.ratio * num_tokens
         if self.accounting == "cap":
-            count = round(budget * weights[step] / weights[-1])
+            counts = [half_up(budget * weight / weights[-1]) for weight in weights]
         else:
             try:
-                count = spread_budget(num_tokens, budget, layers, weights, depth)[step]
+                counts = spread_budget(num_tokens, budget, [place.layer for place in places], weights, depth)
             except ValueError as error:
                 raise ValueError(
                     f"{type(self).__name__}: {error} Raise its ratio, cut in an earlier layer, or count what the last "
                     "cut leaves: accounting='cap'."
                 ) from error
-        return place.fits(min(num_tokens, max(place.least, count)))
+        return tuple(place.fits(min(num_tokens, max(place.least, count))) for place, count in zip(places, counts))
+
+    def _keep(self, places: tuple[Place, ...], depth: int, step: int, num_tokens: int) -> int:
+        return self.keep_counts(places, depth, num_tokens)[step]
 
     @contextmanager
     def __call__(self, model: PreTrainedModel) -> Iterator[PreTrainedModel]:

@@ -42,8 +42,8 @@ def add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def run_budget(arguments: argparse.Namespace) -> None:
-    from .accounting import mean_tokens
     from .auto import pruned_class
+    from .budget_learnpruner import mean_tokens
     from .cuts_learnpruner import learnpruner_schedule
 
     config = pruned_class(arguments.model).config_class.from_pretrained(arguments.model)

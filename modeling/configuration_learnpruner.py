@@ -7,7 +7,12 @@ from dataclasses import dataclass
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+# Release that changed defaults -> what they were before it. A stored configuration that lacks a field takes the default
+# of the release that wrote it, so that a checkpoint answers the same under every later one. A release that adds a field
+# says here what older ones did without it.
+DEFAULTS_BEFORE: dict[str, dict] = {}
 
 # The paper's second cut on a 32-layer decoder (arXiv 2604.23950), scaled to other depths.
 PAPER_LAYER, PAPER_DEPTH = 12, 32
@@ -39,6 +44,28 @@ def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
         raise ValueError(f"{name} must be at least 1, got {value}.")
     if name == "pruner_query" and value not in ("all", "last"):
         raise ValueError(f"pruner_query must be 'all' or 'last', got {value!r}.")
+
+
+def minor_release(version: str) -> tuple[int, int]:
+    """`"0.1.0"` -> `(0, 1)`: releases that agree in these read each other's configurations.
+
+    Raises:
+        `ValueError`: where `version` is no release.
+    """
+    parts = str(version).split(".")
+    if len(parts) < 2 or not (parts[0].isdecimal() and parts[1].isdecimal()):
+        raise ValueError(f"learnpruner_version is a release such as 0.1.0, got {version!r}.")
+    return int(parts[0]), int(parts[1])
+
+
+def defaults_of(version: str) -> dict:
+    """Those defaults of a release that are others today."""
+    found = {}
+    # From new to old: of several changes of one field, the first behind the release counts.
+    for changed in sorted(DEFAULTS_BEFORE, key=minor_release, reverse=True):
+        if minor_release(version) < minor_release(changed):
+            found |= DEFAULTS_BEFORE[changed]
+    return found
 
 
 @dataclass(kw_only=True, repr=False)
@@ -75,7 +102,9 @@ class PrunerConfig:
     Args:
         base_model_name_or_path (`str`, *optional*): The model that holds every weight but the pruner's.
         base_model_revision (`str`, *optional*): Its revision on the Hub.
-        learnpruner_version (`str`): Release that wrote the configuration.
+        learnpruner_version (`str`):
+            Release that wrote the configuration; loading and saving keep it. A stored configuration that lacks a field
+            takes that release's default.
     """
 
     pruner_ratio: float | int = 1 / 9
@@ -92,13 +121,11 @@ class PrunerConfig:
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        newest = tuple(int(part) for part in __version__.split(".")[:2])
-        if tuple(int(part) for part in self.learnpruner_version.split(".")[:2]) > newest:
+        if minor_release(self.learnpruner_version) > minor_release(__version__):
             raise ValueError(
                 f"This configuration was written by learnpruner {self.learnpruner_version}, newer than the "
                 f"{__version__} that reads it: run `pip install -U learnpruner`."
             )
-        self.learnpruner_version = __version__
         self.pruner_layer = self.pruner_layer  # now that the depth is known: the default, or a check
 
     def __setattr__(self, name, value):
@@ -116,6 +143,11 @@ class PrunerConfig:
         if config_dict.get("model_type") == cls.base_model_type:
             config_dict = cls._without_identity(config_dict)
         return config_dict, kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        version = config_dict.get("learnpruner_version", __version__)
+        return super().from_dict({**defaults_of(version), **config_dict}, **kwargs)
 
     @classmethod
     def from_base_config(cls, base_config: PreTrainedConfig, **fields):

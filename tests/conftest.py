@@ -9,10 +9,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait asleep: beside another busy process, spinning ones make tiny models many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import hypothesis
 import pytest
 import torch
 import transformers
 
+# The same inputs in every run, however slow the machine is.
+hypothesis.settings.register_profile("project", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("project")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 transformers.utils.logging.disable_progress_bar()
 

