@@ -1,7 +1,7 @@
 """What is chosen, against sorted lists."""
 
 from fractions import Fraction
-from math import inf, isnan, nan
+from math import inf, isnan, isqrt, nan
 from types import SimpleNamespace
 
 import pytest
@@ -103,16 +103,18 @@ def test_top_k_of_a_row_depends_on_its_candidates_alone(table, data):
         assert found[0].tolist() == [together[column] for column in own]
 
 
-# The corners of the 24-cell, of length 2: their cosines are 0, 1/2 and 1, or minus these, exactly in every dtype. They
-# are often equal, and equal ones go to the lower index.
+# The corners of the 24-cell, of length 2 or 8: their cosines are 0, 1/2 and 1, or minus these, exactly in every dtype.
+# They are often equal, and equal ones go to the lower index.
 AXES = [tuple(2 * sign * (place == axis) for place in range(4)) for axis in range(4) for sign in (1, -1)]
 CORNERS = [(a, b, c, d) for a in (1, -1) for b in (1, -1) for c in (1, -1) for d in (1, -1)]
 STRUCTURE = (nan,) * 4
-FEATURES = st.sampled_from([*AXES, *CORNERS, STRUCTURE])
+LONG = [tuple(4 * part for part in corner) for corner in AXES + CORNERS]
+FEATURES = st.sampled_from([*AXES, *CORNERS, *LONG, STRUCTURE])
 
 
 def cosine(one, other):
-    return Fraction(sum(a * b for a, b in zip(one, other)), 4)
+    squares = [sum(part * part for part in vector) for vector in (one, other)]
+    return Fraction(sum(a * b for a, b in zip(one, other)), isqrt(squares[0] * squares[1]))
 
 
 def with_diversity(scores, candidates, count, features, diversity):
@@ -157,6 +159,24 @@ def run_with_diversity(table, diversity, dtype=torch.float32, scale=1.0):
 
 @PROPERTY
 @given(case=images(), dtype=DTYPES, scale=st.sampled_from([1.0, 0.25, 64.0]))
+# The nearest of those chosen counts, not all together.
+@example(
+    case=([([3.0, 1.0, -2.0, -2.0], [0, 1, 2, 3], 3, [], [*AXES[:2], CORNERS[0], AXES[2]])], 0.25),
+    dtype=torch.float32,
+    scale=1.0,
+)
+# Structure comes after every patch.
+@example(
+    case=([([3.0, nan, 1.0], [0, 1, 2], 2, [], [AXES[0], STRUCTURE, CORNERS[0]])], 0.5), dtype=torch.float32, scale=1.0
+)
+# Structure that was chosen is like nothing.
+@example(
+    case=([([inf, 3.0, 0.0, 0.0], [0, 1, 2, 3], 3, [0], [STRUCTURE, AXES[0], CORNERS[8], AXES[1]])], 0.25),
+    dtype=torch.float32,
+    scale=1.0,
+)
+# Length is no likeness.
+@example(case=([([3.0, 1.0, 1.0], [0, 1, 2], 2, [], [AXES[0], AXES[0], LONG[8]])], 0.5), dtype=torch.float32, scale=1.0)
 def test_top_k_with_diversity(case, dtype, scale):
     table, diversity = case
     chosen = run_with_diversity(table, diversity, dtype, scale)
