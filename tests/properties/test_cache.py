@@ -17,8 +17,8 @@ from property_settings import PROPERTY
 pytestmark = pytest.mark.core
 
 LAYERS = 3
-MOST_SAMPLES = 4
-FLAGS = st.lists(st.booleans(), min_size=4, max_size=4)
+MOST_SAMPLES = 6
+FLAGS = st.lists(st.booleans(), min_size=6, max_size=6)
 
 
 @dataclass
@@ -84,11 +84,14 @@ def read(tensor):
 class CacheMachine(RuleBasedStateMachine):
     """A cache that the caller made, a pruned one from its first pruned prompt on."""
 
-    @initialize(batch=st.integers(1, 3))
-    def begin(self, batch):
+    @initialize(batch=st.integers(1, 3), length=st.integers(0, 2), flags=FLAGS)
+    def begin(self, batch, length, flags):
+        """With some text, or with nothing."""
         self.values = count(1)
         self.given = self.cache = DynamicCache()
         self.talk = Conversation([[] for _ in range(batch)], [Layer([[] for _ in range(batch)]) for _ in range(LAYERS)])
+        if length:
+            self.append_text(length, flags, wanted=False)
 
     def pruned(self):
         return is_pruned(self.cache)
@@ -291,4 +294,4 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(PROPERTY, max_examples=60, stateful_step_count=15)
+TestCache.settings = settings(PROPERTY, max_examples=80, stateful_step_count=15)

@@ -257,6 +257,7 @@ def run_by_text(table):
 @PROPERTY
 @given(table=samples())
 @example(table=[([nan, 0.5, nan, 0.25], [0.0, nan, 1.0, nan], [0, 1, 2, 3], 2, [])])
+@example(table=[([0.5, 0.25, nan], [0.0, 0.0, 1.0], [0, 1, 2], 2, [])])
 @example(table=[([0.5, 0.25, inf], [3.0, 3.0, -2.0], [0, 1, 2], 1, [2])])
 def test_second_cut(table):
     width = len(table[0][0])
