@@ -61,7 +61,9 @@ def best_first(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(rows, columns)`, int64.
     """
-    scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min, posinf=torch.inf, neginf=-torch.inf)
+    # Every number comes before NaN, minus infinity too, and every candidate before the others.
+    lowest = torch.finfo(scores.dtype)
+    scores = scores.clamp(min=lowest.min * (1 - lowest.eps)).nan_to_num(nan=lowest.min, posinf=torch.inf)
     return torch.where(candidates, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
 
 
