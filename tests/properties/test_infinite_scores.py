@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from learnpruner.scorer_learnpruner import top_k
+from learnpruner.scores_learnpruner import top_k
 
 from property_settings import PROPERTY
 
