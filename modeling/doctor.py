@@ -87,10 +87,12 @@ class Report:
         head, *starts = (f"{a:{widths[0]}}  {b:{widths[1]}}  {c:{widths[2]}}  {d:>7}  " for a, b, c, d in rows)
         lines = [f"{name:16}{value}" for name, value in self.versions.items()]
         lines += ["", f"{head}detail"]
-        before = None
+        seen = {}
         for start, check in zip(starts, self.checks):
-            detail = "as above" if not check.passed and check.detail == before else check.detail
-            before = check.detail
+            # One cause may fail many checks: it is written out once.
+            first = seen.setdefault(check.detail, f"{check.family}, {check.name}")
+            repeated = not check.passed and first != f"{check.family}, {check.name}"
+            detail = f"as in {first}" if repeated else check.detail
             indent = " " * len(start)
             wrapped = textwrap.wrap(detail, WIDTH, initial_indent=start, subsequent_indent=indent, **WHOLE)
             lines += wrapped or [start.rstrip()]
@@ -224,11 +226,13 @@ def _compare(logits: torch.Tensor, expected: torch.Tensor, what: str) -> float:
     return difference
 
 
-def _kept(holder, case: TinyCase) -> tuple[torch.Tensor, ...]:
+def _kept(holder, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """`kept_mask` of an output or a cache, if it says that vision tokens and nothing else left at both cuts."""
-    kept_mask = holder.kept_mask
-    _require(kept_mask is not None and len(kept_mask) == 2, "A call that should have been cut twice was not.")
-    valid, vision = case.batch["attention_mask"].bool(), case.batch["input_ids"] == IMAGE
+    # A stock cache, which has none, comes back where the pruned one was lost.
+    kept_mask = getattr(holder, "kept_mask", None)
+    named = f"{type(holder).__name__} has no kept_mask of two cuts: they were not made, or the cache was lost."
+    _require(kept_mask is not None and len(kept_mask) == 2, named)
+    valid, vision = inputs["attention_mask"].bool(), inputs["input_ids"] == IMAGE
     before = vision
     for kept in kept_mask:
         _require(torch.equal(kept & ~vision, valid & ~vision), "A cut dropped text, or kept padding.")
@@ -251,7 +255,7 @@ def _ratio_one(case: TinyCase) -> str:
 
 def _masked_prompt(case: TinyCase) -> str:
     outputs = _forward(case.pruned, case.batch)
-    kept_mask = _kept(outputs, case)
+    kept_mask = _kept(outputs, case.batch)
     nothing = case.batch["input_ids"][:, :0]
     expected = _oracle(case, kept_mask, nothing)
     rows = kept_mask[-1]
@@ -259,17 +263,17 @@ def _masked_prompt(case: TinyCase) -> str:
     moved = (_oracle(case, kept_mask, nothing, masked=False) - expected)[rows].abs().max().item()
     _require(moved > MOVED, f"Masking moved no logit by more than {moved:.1e}: this check proves nothing.")
     # Gone from the cache, and not only hidden.
-    held = [layer.keys.shape[-2] for layer in outputs[_cache_name()].layers]
+    held = [0 if layer.keys is None else layer.keys.shape[-2] for layer in outputs[_cache_name()].layers]
     first, second = (int(kept.sum(1).max()) for kept in kept_mask)
     cut = case.pruned.config.pruner_layer
-    planned = [first] * cut + [second] * (len(held) - cut)
+    planned = [first] * cut + [second] * (len(case.stock.get_decoder().layers) - cut)
     _require(held == planned, f"The cache holds {held} rows in its layers in place of the {planned} that were kept.")
     return f"difference {difference:.0e}, where masking moves logits by {moved:.1f}; rows in the cache {held}"
 
 
 def _masked_generate(case: TinyCase) -> str:
     answer, logits, outputs = _generate(case.pruned, case.batch)
-    kept_mask = _kept(outputs[_cache_name()], case)
+    kept_mask = _kept(outputs[_cache_name()], case.batch)
     first = case.batch["input_ids"].shape[1] - 1
     expected = _oracle(case, kept_mask, answer)[:, first:-1]
     difference = _compare(logits, expected, f"Logits of {STEPS} cached steps and of the masked stock model")
@@ -281,7 +285,7 @@ def _masked_generate(case: TinyCase) -> str:
 
 def _answer(case: TinyCase) -> str:
     """The masked stock model decodes by itself, at full length and without a cache at each step."""
-    kept_mask = _kept(_forward(case.pruned, case.batch), case)
+    kept_mask = _kept(_forward(case.pruned, case.batch), case.batch)
     expected = case.batch["input_ids"][:, :0]
     for _ in range(STEPS):
         logits = _oracle(case, kept_mask, expected)[:, -1]
@@ -295,14 +299,16 @@ def _answer(case: TinyCase) -> str:
 
 def _batch_and_rows(case: TinyCase) -> str:
     together = _forward(case.pruned, case.batch)
+    kept_mask = _kept(together, case.batch)
     answer, logits, _ = _generate(case.pruned, case.batch)
     difference = 0.0
     for number, row in enumerate(case.rows):
         valid = case.batch["attention_mask"][number].bool()
         alone = _forward(case.pruned, row)
-        for kept, own in zip(_kept(together, case), alone.kept_mask or ()):
+        kept_alone = _kept(alone, row)
+        for kept, own in zip(kept_mask, kept_alone):
             _require(torch.equal(kept[number, valid], own[0]), f"Sample {number} keeps other tokens alone.")
-        rows = alone.kept_mask[-1][0]
+        rows = kept_alone[-1][0]
         batched = together.logits[number, valid][rows]
         difference = max(difference, _compare(batched, alone.logits[0, rows], f"Logits of sample {number} alone"))
         own_answer, own_logits, _ = _generate(case.pruned, row)
@@ -334,7 +340,7 @@ def _run(family: str, name: str, check: Callable):
     except Exception as error:  # of any kind: on versions that do not fit, anything may be raised
         place = traceback.extract_tb(error.__traceback__)[-1]
         # The file within its package, not where this user has it.
-        where = "/".join(Path(place.filename).parts[-3:])
+        where = Path(*Path(place.filename).parts[-3:]).as_posix()
         message = " ".join(str(error).split())
         passed, detail = False, f"{type(error).__name__}: {message} ({where}:{place.lineno}, in {place.name})"
     return Check(family, name, passed, detail, time.perf_counter() - start), result
