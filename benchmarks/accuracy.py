@@ -35,12 +35,12 @@ import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.accounting import mean_tokens
 from learnpruner.cache_learnpruner import PrunedCache
-from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest
 from learnpruner.methods import METHODS, Method, OracleBoxes, Random
 from learnpruner.methods.baselines import box_patches
 from learnpruner.training.metrics import ExactMatch
+from learnpruner_commands.arguments import Parser, positive, ratio
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
 from scenes import OBJECTS, scene_dataset

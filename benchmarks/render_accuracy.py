@@ -12,8 +12,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from learnpruner.cli import Parser
 from learnpruner.hub_cards.records import read_result, relative_accuracy
+from learnpruner_commands.arguments import Parser
 
 MISSING = "not measured"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy
 
-from learnpruner.cli import Parser
 from learnpruner.hub_cards.records import read_result
+from learnpruner_commands.arguments import Parser
 
 from render_accuracy import MISSING, fill
 from speed_measure import CONFIDENCE

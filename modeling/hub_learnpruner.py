@@ -5,6 +5,8 @@ import os
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
@@ -24,6 +26,8 @@ PRUNER = "model.pruner."
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "trust_remote_code")
+# Pushes with a card. In the installed package it lies beside this file; in a checkpoint's folder there is none.
+HUB_CARDS = f"{__package__}.hub_cards"
 
 
 def register_key_conversion(cls: type, stock: str) -> None:
@@ -265,17 +269,50 @@ class HubMixin:
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(PRUNER))
 
-    def save_pretrained(self, save_directory, *args, pruner_only: bool | None = None, **kwargs):
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        every = sum(parameter.numel() for parameter in self.parameters())
+        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
+    def push_to_hub(self, repo_id: str, **options):
+        """Pushes the model with its processor and card. Code that came with a checkpoint pushes as transformers does.
+
+        Args:
+            repo_id (`str`): `user/name`.
+            options: Those of `learnpruner.hub_cards.push_pruner`.
+
+        Returns:
+            The commit ([`huggingface_hub.CommitInfo`]).
+        """
+        if not find_spec(HUB_CARDS):
+            return super().push_to_hub(repo_id, **options)
+        return import_module(HUB_CARDS).push_pruner(self, repo_id, **options).commit
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        *args,
+        pruner_only: bool | None = None,
+        **kwargs,
+    ):
         """Saves weights, configuration and code; the folder opens with `trust_remote_code=True`.
 
         Args:
+            push_to_hub (`bool`): Only for code that came with a checkpoint: the installed package has `push_to_hub`.
             pruner_only (`bool`, *optional*): The pruner's weights alone, with the base named in the configuration.
                 Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as only the
                 pruner is trainable and the base unchanged, else `False`: a full checkpoint, which needs no base.
 
         Raises:
-            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it.
+            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it;
+                with `push_to_hub`, in the installed package.
         """
+        if push_to_hub and find_spec(HUB_CARDS):
+            raise ValueError("Use model.push_to_hub(repo_id): save_pretrained would push no card, and check nothing.")
         base = self.config.base_model_name_or_path
         if pruner_only and base is None:
             raise ValueError("No base to name in a pruner-only checkpoint: load a stock one, call train_pruner_only().")
@@ -298,7 +335,7 @@ class HubMixin:
             "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
         }
         with self._config_to_save(pruner_only):
-            return super().save_pretrained(save_directory, *args, **kwargs)
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
 
     @contextmanager
     def _config_to_save(self, pruner_only: bool):
