@@ -2,7 +2,6 @@
 """Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
 
 import os
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields
 from importlib import import_module
@@ -271,47 +270,29 @@ class HubMixin:
 
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, of how many."""
-        every = sum(parameter.numel() for parameter in self.parameters())
-        trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+        every, trained = self.num_parameters(), self.num_parameters(only_trainable=True)
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
 
     def push_to_hub(self, repo_id: str, **options):
-        """Pushes the model with its processor and card. Code that came with a checkpoint pushes as transformers does.
-
-        Args:
-            repo_id (`str`): `user/name`.
-            options: Those of `learnpruner.hub_cards.push_pruner`.
-
-        Returns:
-            The commit ([`huggingface_hub.CommitInfo`]).
-        """
+        """Pushes the model with its processor and card, and returns the commit. The options are those of
+        `learnpruner.hub_cards.push_pruner`. Code that came with a checkpoint pushes as transformers does."""
         if not find_spec(HUB_CARDS):
             return super().push_to_hub(repo_id, **options)
         return import_module(HUB_CARDS).push_pruner(self, repo_id, **options).commit
 
-    def save_pretrained(
-        self,
-        save_directory,
-        is_main_process: bool = True,
-        state_dict: dict | None = None,
-        push_to_hub: bool = False,
-        *args,
-        pruner_only: bool | None = None,
-        **kwargs,
-    ):
+    def save_pretrained(self, save_directory, *args, pruner_only: bool | None = None, **kwargs):
         """Saves weights, configuration and code; the folder opens with `trust_remote_code=True`.
 
         Args:
-            push_to_hub (`bool`): Only for code that came with a checkpoint: the installed package has `push_to_hub`.
             pruner_only (`bool`, *optional*): The pruner's weights alone, with the base named in the configuration.
                 Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as only the
                 pruner is trainable and the base unchanged, else `False`: a full checkpoint, which needs no base.
 
         Raises:
-            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it;
-                with `push_to_hub`, in the installed package.
+            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it,
+                and with `push_to_hub`, unless the code came with a checkpoint.
         """
-        if push_to_hub and find_spec(HUB_CARDS):
+        if (kwargs.get("push_to_hub") or any(args[2:3])) and find_spec(HUB_CARDS):
             raise ValueError("Use model.push_to_hub(repo_id): save_pretrained would push no card, and check nothing.")
         base = self.config.base_model_name_or_path
         if pruner_only and base is None:
@@ -327,27 +308,21 @@ class HubMixin:
         beside = os.path.join(save_directory, base) if _is_relative(base) else base
         if pruner_only and os.path.realpath(save_directory) == os.path.realpath(beside):
             raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
-        if pruner_only:
-            # One file: `from_pretrained` reads no index, and Trainer resumes from none.
-            kwargs.pop("max_shard_size", None)
         self.config.auto_map = {
             "AutoConfig": f"configuration_learnpruner.{self.config_class.__name__}",
             "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
         }
-        with self._config_to_save(pruner_only):
-            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
-
-    @contextmanager
-    def _config_to_save(self, pruner_only: bool):
         config, self.config = self.config, copy(self.config)
         if pruner_only:
+            # One file: `from_pretrained` reads no index, and Trainer resumes from none.
+            kwargs.pop("max_shard_size", None)
             # How the base was quantised here is no part of the pruner: it opens on any copy of the base.
             vars(self.config).pop("quantization_config", None)
         else:
             self.config.base_model_name_or_path = self.config.base_model_revision = None
         self._follow_base_model_field()
         try:
-            yield
+            return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config = config
             self._follow_base_model_field()
