@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from learnpruner.cli import Parser, positive
 from learnpruner.training.command import RECORD
+from learnpruner_commands.arguments import Parser, positive
 
 import accuracy
 import render_accuracy
@@ -133,7 +133,7 @@ def train_pruner(training: Training, seed: int, base: Path, runs: Path, threads:
         settings = {"model_name_or_path": base, "train_data": data / "train.jsonl", "eval_data": data / "eval.jsonl"}
         settings |= {"output_dir": folder, "seed": seed}
         flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "learnpruner.cli", "train", str(CONFIG), *flags, *training.settings]
+        command = [sys.executable, "-m", "learnpruner", "train", str(CONFIG), *flags, *training.settings]
         command += ["--eval_strategy", "no"]  # it would not change the weights
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     record = RESULTS / "trainings" / f"{training.name}-{seed}.json"

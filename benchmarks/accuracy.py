@@ -34,7 +34,6 @@ from transformers.utils.hub import extract_commit_hash
 import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import mean_tokens
-from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest
@@ -42,6 +41,7 @@ from learnpruner.keys_learnpruner import PrunedCache
 from learnpruner.methods import METHODS, Method, OracleBoxes, Random
 from learnpruner.methods.baselines import box_patches
 from learnpruner.training.metrics import ExactMatch
+from learnpruner_commands.arguments import Parser, positive, ratio
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
 from scenes import OBJECTS, scene_dataset

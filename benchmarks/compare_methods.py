@@ -28,15 +28,16 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 import learnpruner
-from learnpruner import LearnPrunerForConditionalGeneration, cli
+import learnpruner_commands
+from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import half_up, mean_tokens
-from learnpruner.cli import Parser, positive
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.cuts_learnpruner import Cut
 from learnpruner.hub_cards.recorded_counts import MARK, arrows, is_marked, note
 from learnpruner.hub_cards.records import weights_digest
 from learnpruner.methods import METHODS, Method
+from learnpruner_commands.arguments import Parser, positive
 
 import ablations
 import accuracy
@@ -129,7 +130,7 @@ def measure(runs: list[Run], model: Path, folder: Path, limit: int, threads: int
 def calibrate_hawk(model: Path, folder: Path) -> None:
     data = ablations.make_scenes(folder) / "train.jsonl"
     command = ["calibrate-hawk", "--model", str(model), "--data", str(data), "--limit", str(HAWK_QUESTIONS)]
-    if cli.main([*command, "--output", str(HAWK_WEIGHTS)]) != 0:
+    if learnpruner_commands.main([*command, "--output", str(HAWK_WEIGHTS)]) != 0:
         raise RuntimeError("HAWK's heads were not calibrated; the message stands above.")
 
 

@@ -12,9 +12,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from learnpruner.cli import Parser
 from learnpruner.hub_cards.recorded_counts import MARK, arrows, is_marked, note
 from learnpruner.hub_cards.records import read_result, relative_accuracy
+from learnpruner_commands.arguments import Parser
 
 MISSING = "not measured"
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy
 
-from learnpruner.cli import Parser
 from learnpruner.hub_cards.recorded_counts import MARK, is_marked, note
 from learnpruner.hub_cards.records import read_result
+from learnpruner_commands.arguments import Parser
 
 from render_accuracy import MISSING, fill
 from speed_measure import CONFIDENCE

@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from learnpruner.cli import Parser, positive, ratio
+from learnpruner_commands.arguments import Parser, positive, ratio
 
 from speed_presets import PRESETS
 from speed_sweep import DTYPES, measure_all

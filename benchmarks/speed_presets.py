@@ -17,7 +17,7 @@ from transformers import (
     Qwen2_5_VLConfig,
 )
 
-from learnpruner.auto import FAMILIES
+from learnpruner.families import FAMILIES, model_class
 from learnpruner.scores_learnpruner import LearnedPruningModule
 
 # Ordinary tokens: no special one is below or above in any vocabulary here.
@@ -143,9 +143,9 @@ def build_pair(config: PreTrainedConfig, device: torch.device, dtype: torch.dtyp
     torch.manual_seed(seed)
     with torch.device(device):
         stock = stock_model(config, dtype)
-    (family,) = (family for family in FAMILIES if family.config_class.base_model_type == config.model_type)
+    (config_class,) = (family for family in FAMILIES if family.base_model_type == config.model_type)
     with torch.device("meta"):
-        pruned = family._from_config(family.config_class.from_base_config(config), dtype=dtype).eval()
+        pruned = model_class(config_class)._from_config(config_class.from_base_config(config), dtype=dtype).eval()
     width = pruned.model.encoder_width(pruned.config)
     pruned.model.pruner = LearnedPruningModule(width, pruned.config.pruner_hidden_size).to(device)
     share_tensors(stock, pruned)

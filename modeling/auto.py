@@ -3,18 +3,7 @@
 
 from transformers import PreTrainedConfig
 
-from .hub_learnpruner import PLACE
-from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration
-from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration
-from .modeling_learnpruner_qwen2_5_vl import LearnPrunerQwen2_5_VLForConditionalGeneration
-from .modeling_learnpruner_qwen2_vl import LearnPrunerQwen2VLForConditionalGeneration
-
-FAMILIES = (
-    LearnPrunerLlavaForConditionalGeneration,
-    LearnPrunerLlavaNextForConditionalGeneration,
-    LearnPrunerQwen2VLForConditionalGeneration,
-    LearnPrunerQwen2_5_VLForConditionalGeneration,
-)
+from .families import FAMILIES, model_class
 
 
 def pruned_class(pretrained_model_name_or_path, **place) -> type:
@@ -34,17 +23,17 @@ def pruned_class(pretrained_model_name_or_path, **place) -> type:
             f"No checkpoint at {pretrained_model_name_or_path!r}: it is no folder with a config.json, and no Hub "
             f"repository that can be reached ({str(error).splitlines()[0]})"
         ) from error
-    classes = {
-        model_type: family
-        for family in FAMILIES
-        for model_type in (family.config_class.base_model_type, family.config_class.model_type)
+    config_classes = {
+        model_type: config_class
+        for config_class in FAMILIES
+        for model_type in (config_class.base_model_type, config_class.model_type)
     }
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in classes:
+    if not isinstance(model_type, str) or model_type not in config_classes:
         raise ValueError(
-            f"{pretrained_model_name_or_path} is of type {model_type!r}; LearnPruner supports {sorted(classes)}."
+            f"{pretrained_model_name_or_path} is of type {model_type!r}; LearnPruner supports {sorted(config_classes)}."
         )
-    return classes[model_type]
+    return model_class(config_classes[model_type])
 
 
 class LearnPrunerForConditionalGeneration:
@@ -61,6 +50,8 @@ class LearnPrunerForConditionalGeneration:
         Raises:
             `ValueError`: where no class fits the checkpoint.
         """
+        from .hub_learnpruner import PLACE  # seconds of import
+
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
         cls = pruned_class(pretrained_model_name_or_path, **place)
         return cls.from_pretrained(pretrained_model_name_or_path, **kwargs)

@@ -6,7 +6,6 @@ forward hooks on the stock decoder layers hide the keys of dropped tokens. No ex
 judged.
 """
 
-import inspect
 import platform
 import textwrap
 import time
@@ -23,12 +22,13 @@ import transformers
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from torch.nn import functional as F
-from transformers import LlamaModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .auto import FAMILIES
+from .compat_learnpruner import CACHE
 from .configuration_learnpruner import __version__
 from .doctor_models import IMAGE, PLACEHOLDERS, CheckError, TinyCase, build_case
+from .families import FAMILIES
 
 # Greedy steps of every answer.
 STEPS = 8
@@ -135,15 +135,6 @@ def _with_answer(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[
         if name in inputs:
             whole[name] = F.pad(inputs[name], (0, answer.shape[1]), value=value)
     return whole
-
-
-def _cache_name() -> str:
-    """What this release of transformers calls the cache, among arguments and output fields: 5.24 renamed it."""
-    names = inspect.signature(LlamaModel.forward).parameters
-    for name in ("cache", "past_key_values"):
-        if name in names:
-            return name
-    raise CheckError(f"This transformers names the cache in a way that is unknown here; its arguments: {list(names)}.")
 
 
 def _generate(model: PreTrainedModel, inputs: dict, **arguments):
@@ -263,7 +254,7 @@ def _masked_prompt(case: TinyCase) -> str:
     moved = (_oracle(case, kept_mask, nothing, masked=False) - expected)[rows].abs().max().item()
     _require(moved > MOVED, f"Masking moved no logit by more than {moved:.1e}: this check proves nothing.")
     # Gone from the cache, and not only hidden.
-    held = [0 if layer.keys is None else layer.keys.shape[-2] for layer in outputs[_cache_name()].layers]
+    held = [0 if layer.keys is None else layer.keys.shape[-2] for layer in outputs[CACHE].layers]
     first, second = (int(kept.sum(1).max()) for kept in kept_mask)
     cut = case.pruned.config.pruner_layer
     planned = [first] * cut + [second] * (len(case.stock.get_decoder().layers) - cut)
@@ -273,7 +264,7 @@ def _masked_prompt(case: TinyCase) -> str:
 
 def _masked_generate(case: TinyCase) -> str:
     answer, logits, outputs = _generate(case.pruned, case.batch)
-    kept_mask = _kept(outputs[_cache_name()], case.batch)
+    kept_mask = _kept(outputs[CACHE], case.batch)
     first = case.batch["input_ids"].shape[1] - 1
     expected = _oracle(case, kept_mask, answer)[:, first:-1]
     difference = _compare(logits, expected, f"Logits of {STEPS} cached steps and of the masked stock model")

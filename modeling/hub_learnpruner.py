@@ -2,9 +2,10 @@
 """Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
 
 import os
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
@@ -24,6 +25,8 @@ PRUNER = "model.pruner."
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "trust_remote_code")
+# Pushes with a card. In the installed package it lies beside this file; in a checkpoint's folder there is none.
+HUB_CARDS = f"{__package__}.hub_cards"
 
 
 def register_key_conversion(cls: type, stock: str) -> None:
@@ -265,6 +268,18 @@ class HubMixin:
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(PRUNER))
 
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        every, trained = self.num_parameters(), self.num_parameters(only_trainable=True)
+        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
+
+    def push_to_hub(self, repo_id: str, **options):
+        """Pushes the model with its processor and card, and returns the commit. The options are those of
+        `learnpruner.hub_cards.push_pruner`. Code that came with a checkpoint pushes as transformers does."""
+        if not find_spec(HUB_CARDS):
+            return super().push_to_hub(repo_id, **options)
+        return import_module(HUB_CARDS).push_pruner(self, repo_id, **options).commit
+
     def save_pretrained(self, save_directory, *args, pruner_only: bool | None = None, **kwargs):
         """Saves weights, configuration and code; the folder opens with `trust_remote_code=True`.
 
@@ -274,8 +289,11 @@ class HubMixin:
                 pruner is trainable and the base unchanged, else `False`: a full checkpoint, which needs no base.
 
         Raises:
-            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it.
+            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it,
+                and with `push_to_hub`, unless the code came with a checkpoint.
         """
+        if (kwargs.get("push_to_hub") or any(args[2:3])) and find_spec(HUB_CARDS):
+            raise ValueError("Use model.push_to_hub(repo_id): save_pretrained would push no card, and check nothing.")
         base = self.config.base_model_name_or_path
         if pruner_only and base is None:
             raise ValueError("No base to name in a pruner-only checkpoint: load a stock one, call train_pruner_only().")
@@ -290,27 +308,21 @@ class HubMixin:
         beside = os.path.join(save_directory, base) if _is_relative(base) else base
         if pruner_only and os.path.realpath(save_directory) == os.path.realpath(beside):
             raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
-        if pruner_only:
-            # One file: `from_pretrained` reads no index, and Trainer resumes from none.
-            kwargs.pop("max_shard_size", None)
         self.config.auto_map = {
             "AutoConfig": f"configuration_learnpruner.{self.config_class.__name__}",
             "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
         }
-        with self._config_to_save(pruner_only):
-            return super().save_pretrained(save_directory, *args, **kwargs)
-
-    @contextmanager
-    def _config_to_save(self, pruner_only: bool):
         config, self.config = self.config, copy(self.config)
         if pruner_only:
+            # One file: `from_pretrained` reads no index, and Trainer resumes from none.
+            kwargs.pop("max_shard_size", None)
             # How the base was quantised here is no part of the pruner: it opens on any copy of the base.
             vars(self.config).pop("quantization_config", None)
         else:
             self.config.base_model_name_or_path = self.config.base_model_revision = None
         self._follow_base_model_field()
         try:
-            yield
+            return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config = config
             self._follow_base_model_field()

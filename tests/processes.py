@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from learnpruner import cli
+from learnpruner_commands import main
 
 # Windows has no fork: there each process imports for itself.
 FORKS = "forkserver" in multiprocessing.get_all_start_methods()
 CONTEXT = multiprocessing.get_context("forkserver" if FORKS else "spawn")
-IMPORTED = ["learnpruner.cli", "learnpruner.compare", "learnpruner.training.command", "torch.distributed.fsdp"]
+IMPORTED = ["learnpruner_commands", "learnpruner.compare", "learnpruner.training.command", "torch.distributed.fsdp"]
 
 
 def start(arguments, script=None, environment=None, threads=1, log=os.devnull):
@@ -45,7 +45,7 @@ def _run(arguments, script, environment, threads, log):
     os.environ.update(environment)
     torch.set_num_threads(threads)
     if script is None:
-        sys.exit(cli.main(arguments))
+        sys.exit(main(arguments))
     sys.argv = [str(script), *arguments]
     runpy.run_path(str(script), run_name="__main__")
 

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.cli import Parser, positive, ratio
 from learnpruner.compare import compare, load_processor, save_picture, token_side
+from learnpruner_commands.arguments import Parser, positive, ratio
 
 from scenes import OBJECTS, scene_dataset
 

@@ -24,7 +24,7 @@ from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from PIL import Image as Picture
 from tqdm import tqdm
 
-from learnpruner.cli import Parser, positive
+from learnpruner_commands.arguments import Parser, positive
 
 CELL, GRID = 64, 3
 SIDE = CELL * GRID

@@ -36,7 +36,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from learnpruner.cli import Parser, positive
+from learnpruner_commands.arguments import Parser, positive
 
 from scenes import CELL, GRID, KINDS, OBJECTS, Scene, ask, make_scene, sources
 from tiny_llava import (

@@ -19,7 +19,7 @@ WORKER = """
 import contextlib, io, json, os, sys, traceback
 import torch
 import learnpruner, learnpruner.hub_cards
-from learnpruner.cli import main
+from learnpruner_commands import main
 torch.set_num_threads(1)
 for line in sys.stdin:
     task = json.loads(line)

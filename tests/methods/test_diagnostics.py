@@ -12,12 +12,12 @@ from PIL import Image, ImageDraw
 from transformers import CLIPImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
-from learnpruner.cli import main
 from learnpruner.compare import load_processor, shown_pixels
 from learnpruner.methods import METHODS, diagnose_command
 from learnpruner.methods.diagnose_command import boxes_in_view, write_prompt
 from learnpruner.methods.diagnostics import PLACES, attention_figures, mean_figures, position_figures, summary
 from learnpruner.methods.observations import observe, why_no_cls
+from learnpruner_commands import main
 
 from oracles import second_cut
 from tiny_models import (

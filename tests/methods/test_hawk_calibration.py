@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from learnpruner import LearnPrunerForConditionalGeneration, cli
+from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.hub_cards.records import weights_digest
 from learnpruner.methods import METHODS, hawk_calibration
 from learnpruner.methods.hawk_calibration import calibrate, normalized, without_head
+from learnpruner_commands import main
 
 import tiny_llava
 import tiny_qwen2_vl
@@ -131,7 +132,7 @@ def folder(tmp_path):
 def run(folder, *flags, data=("one.json", "chat.json"), output="weights.json"):
     files = [str(folder / name) for name in data]
     flags = ["--data", *files, "--output", str(folder / output), *flags]
-    return cli.main(["calibrate-hawk", "--model", str(folder / "base"), *flags])
+    return main(["calibrate-hawk", "--model", str(folder / "base"), *flags])
 
 
 def test_the_command(folder, capsys):

@@ -7,8 +7,8 @@ from transformers import LlavaForConditionalGeneration
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts, mean_tokens
-from learnpruner.cli import main
 from learnpruner.compare import compare, dim_dropped, load_image, patch_grids, save_picture, token_side
+from learnpruner_commands import main
 
 import tiny_qwen2_vl
 from tiny_models import LAYERS, LLAVA, PATCH, PATCHES, QWEN, SIDE, tiny_config, tiny_pair, tiny_processor

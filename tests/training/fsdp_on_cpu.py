@@ -8,7 +8,7 @@ import sys
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from learnpruner import cli
+from learnpruner_commands import main
 
 plain_init = PartialState.__init__
 
@@ -20,4 +20,4 @@ def init(self, *args, **kwargs):
 
 
 PartialState.__init__ = init
-sys.exit(cli.main(sys.argv[1:]))
+sys.exit(main(sys.argv[1:]))

@@ -15,9 +15,10 @@ from PIL import Image
 from processes import run_group, start
 from safetensors.torch import load_file
 
-from learnpruner import LearnPrunerForConditionalGeneration, cli
+from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.compare import load_processor
 from learnpruner.training.command import parse_arguments
+from learnpruner_commands import main
 
 import tiny_llava
 
@@ -60,7 +61,7 @@ def folder(base, tmp_path):
 
 
 def test_train(folder):
-    assert cli.main(["train", str(folder / "config.yaml"), "--pruner_ratio", "0.2"]) == 0
+    assert main(["train", str(folder / "config.yaml"), "--pruner_ratio", "0.2"]) == 0
     weights = load_file(folder / "out" / "model.safetensors")
     assert all(name.startswith("model.pruner.") for name in weights)
     model = LearnPrunerForConditionalGeneration.from_pretrained(folder / "out")
@@ -68,7 +69,7 @@ def test_train(folder):
     assert model.config.pruner_ratio == 0.2
     # The same command goes on from the last checkpoint: at the last step there is nothing left to do, or to record.
     record = (folder / "out" / "training.json").read_text()
-    assert cli.main(["train", str(folder / "config.yaml"), "--pruner_ratio", "0.2"]) == 0
+    assert main(["train", str(folder / "config.yaml"), "--pruner_ratio", "0.2"]) == 0
     assert (folder / "out" / "training.json").read_text() == record
     again = load_file(folder / "out" / "model.safetensors")
     assert all(torch.equal(again[name], weights[name]) for name in weights)
@@ -76,7 +77,7 @@ def test_train(folder):
 
 def test_what_it_records(folder, capsys):
     arguments = ["--relative_base", "true", "--output_dir", str(folder / "deep" / "out")]
-    assert cli.main(["train", str(folder / "config.yaml"), *arguments]) == 0
+    assert main(["train", str(folder / "config.yaml"), *arguments]) == 0
     assert "trainable params" in capsys.readouterr().out
     record = json.loads((folder / "deep" / "out" / "training.json").read_text())
     assert record["metrics"]["trained_parameters"] == 2 * 128 + (128 + 1) * 512 + (512 + 1) * 2
@@ -106,7 +107,7 @@ def test_a_killed_run_goes_on(after, folder):
     run.join()
     assert not (folder / "cut" / "model.safetensors").exists()
     for name in ("cut", "whole"):
-        assert cli.main([*arguments, str(folder / name)]) == 0
+        assert main([*arguments, str(folder / name)]) == 0
     cut, whole = (load_file(folder / name / "model.safetensors") for name in ("cut", "whole"))
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
@@ -124,10 +125,10 @@ def test_two_processes_are_one_batch(objective, folder):
         good, printed = run_group(2, two, folder)
         assert good, printed[-3000:]
     else:  # as a user starts them
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "learnpruner.cli"]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "learnpruner"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *launch, *two], check=True, capture_output=True, env=environment, timeout=300)
-    assert cli.main([*arguments, str(folder / "one"), "--save_steps", "3"]) == 0
+    assert main([*arguments, str(folder / "one"), "--save_steps", "3"]) == 0
     one, other = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
     start = load_file(folder / "two" / "checkpoint-1" / "model.safetensors")
     assert any((one[name] - start[name]).abs().max() > 1e-5 for name in one)
@@ -158,7 +159,7 @@ def test_ready_configurations(path, tmp_path, monkeypatch):
 )
 def test_bad_files(text, says, folder, capsys):
     (folder / "bad.yaml").write_text(text if "learning" not in text else (folder / "config.yaml").read_text() + text)
-    assert cli.main(["train", str(folder / "bad.yaml")]) == 2
+    assert main(["train", str(folder / "bad.yaml")]) == 2
     assert says in capsys.readouterr().err
     assert not (folder / "out").exists()
 
@@ -178,21 +179,21 @@ def test_a_relative_base_must_be_a_folder(folder, capsys):
     LearnPrunerForConditionalGeneration.from_pretrained(folder / "base").save_pretrained(folder / "full")
     load_processor(str(folder / "base")).save_pretrained(folder / "full")
     command = ["train", str(folder / "config.yaml"), "--model_name_or_path", str(folder / "full")]
-    assert cli.main([*command, "--relative_base", "true"]) == 2
+    assert main([*command, "--relative_base", "true"]) == 2
     assert "relative_base" in capsys.readouterr().err
     assert not list((folder / "out").glob("checkpoint-*"))
 
 
 def test_missing_files(folder, capsys):
-    assert cli.main(["train", str(folder / "none.yaml")]) == 2
+    assert main(["train", str(folder / "none.yaml")]) == 2
     assert "none.yaml" in capsys.readouterr().err
-    assert cli.main(["train", str(folder / "config.yaml"), "--train_data", str(folder / "none.json")]) == 2
+    assert main(["train", str(folder / "config.yaml"), "--train_data", str(folder / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
 
 
 def test_the_base_is_not_overwritten(folder, capsys):
     before = (folder / "base" / "model.safetensors").read_bytes()
-    assert cli.main(["train", str(folder / "config.yaml"), "--output_dir", str(folder / "base")]) == 2
+    assert main(["train", str(folder / "config.yaml"), "--output_dir", str(folder / "base")]) == 2
     assert "would replace" in capsys.readouterr().err
     assert (folder / "base" / "model.safetensors").read_bytes() == before
 
@@ -200,6 +201,6 @@ def test_the_base_is_not_overwritten(folder, capsys):
 def test_a_base_of_another_shape(folder, capsys):
     config = (folder / "base" / "config.json").read_text()
     (folder / "base" / "config.json").write_text(config.replace('"intermediate_size": 512', '"intermediate_size": 256'))
-    assert cli.main(["train", str(folder / "config.yaml")]) == 2
+    assert main(["train", str(folder / "config.yaml")]) == 2
     assert "of another shape" in capsys.readouterr().err
     assert not (folder / "out").exists()

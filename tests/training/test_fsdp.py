@@ -12,7 +12,8 @@ from PIL import Image
 from processes import run_group
 from safetensors.torch import load_file
 
-from learnpruner import LearnPrunerForConditionalGeneration, cli
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner_commands import main
 
 import tiny_llava
 
@@ -63,7 +64,7 @@ def launch(folder, *arguments, check=True):
 def test_shared_layers(folder):
     launch(folder, "--output_dir", str(folder / "shared"))
     one = ["train", str(folder / "config.yaml"), "--per_device_train_batch_size", "2"]
-    assert cli.main([*one, "--output_dir", str(folder / "whole")]) == 0
+    assert main([*one, "--output_dir", str(folder / "whole")]) == 0
     shared, whole = (load_file(folder / name / "model.safetensors") for name in ("shared", "whole"))
     start = load_file(folder / "shared" / "checkpoint-1" / "model.safetensors")
     assert set(shared) == set(whole) == set(start)

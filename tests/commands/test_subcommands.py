@@ -1,13 +1,10 @@
 """The `learnpruner` command: its tables, its picture, and one clear line for bad input."""
 
-import subprocess
-import sys
-
 import pytest
 from PIL import Image
 
 from learnpruner.budget_learnpruner import keep_counts
-from learnpruner.cli import main
+from learnpruner_commands import main
 
 from tiny_models import FAMILIES, LAYERS, LLAVA, PATCHES, image_tokens, tiny_config, tiny_pair, tiny_processor
 
@@ -25,15 +22,6 @@ def checkpoint(family, tmp_path):
     tiny_processor(family).save_pretrained(folder)
     Image.new("RGB", (50, 40), "teal").save(tmp_path / "image.png")
     return folder
-
-
-def test_help_lists_the_commands():
-    run = subprocess.run(
-        [sys.executable, "-m", "learnpruner.cli", "--help"], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0
-    assert "budget" in run.stdout
-    assert "compare" in run.stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)

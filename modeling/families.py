@@ -1,0 +1,81 @@
+# Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
+"""The families, by their configurations, and their entries in transformers' registries.
+
+A model class is loaded when it is used. What it needs of transformers takes seconds to import.
+"""
+
+import copyreg
+from importlib import import_module
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+from .configuration_learnpruner import (
+    LearnPrunerLlavaConfig,
+    LearnPrunerLlavaNextConfig,
+    LearnPrunerQwen2_5_VLConfig,
+    LearnPrunerQwen2VLConfig,
+)
+
+FAMILIES = (
+    LearnPrunerLlavaConfig,
+    LearnPrunerLlavaNextConfig,
+    LearnPrunerQwen2VLConfig,
+    LearnPrunerQwen2_5_VLConfig,
+)
+
+
+def model_module(config_class: type) -> str:
+    """Name of the module, in this package, that holds a family's classes."""
+    return f"modeling_{config_class.model_type}"
+
+
+def model_name(config_class: type) -> str:
+    """Name of a family's model class."""
+    return f"{config_class.__name__.removesuffix('Config')}ForConditionalGeneration"
+
+
+def model_class(config_class: type) -> type:
+    """A family's model class, loaded now."""
+    module = import_module(f"{__package__}.{model_module(config_class)}")
+    return getattr(module, model_name(config_class))
+
+
+class StandIn(type):
+    """The type of a class that stands for a family's model class in transformers' registries.
+
+    Such a class knows its `config_class`. For anything else (`from_pretrained`, `_from_config`, a call, `isinstance`)
+    it loads the family and asks the model class. Pickled, it is the model class.
+    """
+
+    def __new__(cls, config_class: type):
+        described = {"config_class": config_class, "__module__": __name__, "__doc__": cls.__doc__}
+        return super().__new__(cls, model_name(config_class), (), described)
+
+    def __init__(cls, config_class: type):
+        super().__init__(model_name(config_class), (), {})
+
+    def __getattr__(cls, name: str):
+        return getattr(model_class(cls.config_class), name)
+
+    def __call__(cls, *args, **kwargs):
+        return model_class(cls.config_class)(*args, **kwargs)
+
+    def __instancecheck__(cls, instance) -> bool:
+        return isinstance(instance, model_class(cls.config_class))
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, model_class(cls.config_class))
+
+
+def _reduce_stand_in(stand_in: StandIn):
+    return model_class, (stand_in.config_class,)
+
+
+def register() -> None:
+    """Registers the families with transformers' Auto classes."""
+    copyreg.pickle(StandIn, _reduce_stand_in)
+    for config_class in FAMILIES:
+        stand_in = StandIn(config_class)
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, stand_in, exist_ok=True)
+        AutoModelForImageTextToText.register(config_class, stand_in, exist_ok=True)

@@ -1,0 +1,128 @@
+"""`import learnpruner` registers the families and loads none: each is loaded when it is used."""
+
+import ast
+import json
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+
+import learnpruner
+
+from tiny_models import FAMILIES, PRUNED, tiny_pair
+
+pytestmark = pytest.mark.core
+AUTOS = (AutoModel, AutoModelForImageTextToText)
+BUILDS_ON = {"llava_next": "llava", "qwen2_5_vl": "qwen2_vl"}
+PACKAGE = Path(learnpruner.__file__)
+
+LOADED = """
+print("LOADED" + __import__("json").dumps([name for name in __import__("sys").modules]))
+"""
+
+
+def modules_after(code, *arguments):
+    """Names of all modules that a new process has after `code`."""
+    command = [sys.executable, "-c", code + LOADED, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return set(json.loads(run.stdout.split("LOADED")[1]))
+
+
+def families_in(modules):
+    prefix = "learnpruner.modeling_"
+    return {name.removeprefix(prefix) for name in modules if name.startswith(prefix)}
+
+
+def test_the_import_loads_nothing_that_takes_long():
+    """Over transformers' Auto classes: configurations, and nothing of torch that they had not loaded."""
+    before = modules_after("from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText")
+    after = modules_after("import learnpruner")
+    new = after - before
+    assert not {name for name in new if name.split(".")[0] == "torch"}
+    assert not {name for name in new if ".modeling_" in name or name == "transformers.modeling_utils"}
+    assert {name for name in new if name.startswith("learnpruner.")} == {
+        f"learnpruner.{name}" for name in ("auto", "configuration_learnpruner", "families")
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_class_loads_its_family_and_what_it_builds_on(family):
+    loaded = families_in(modules_after(f"from learnpruner import {PRUNED[family].__name__}"))
+    assert loaded == {f"learnpruner_{name}" for name in (family, BUILDS_ON.get(family, family))}
+
+
+def test_the_factory_and_the_auto_classes_load_one_family(tmp_path):
+    tiny_pair("llava")[1].save_pretrained(tmp_path)
+    for code in (
+        "from learnpruner import LearnPrunerForConditionalGeneration as Auto; Auto.from_pretrained(sys.argv[1])",
+        "from transformers import AutoModel; import learnpruner; AutoModel.from_pretrained(sys.argv[1])",
+    ):
+        assert families_in(modules_after(f"import sys; {code}", tmp_path)) == {"learnpruner_llava"}
+
+
+def test_every_public_name_is_there():
+    assert len(set(learnpruner.__all__)) == len(learnpruner.__all__)
+    assert set(learnpruner.__all__) <= set(dir(learnpruner))
+    for name in learnpruner.__all__:
+        assert getattr(learnpruner, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'LearnPruner'"):
+        _ = learnpruner.LearnPruner
+    with pytest.raises(ImportError):
+        from learnpruner import LearnPruner  # noqa: F401
+
+
+def test_type_checkers_see_what_is_loaded_later():
+    (block,) = (node for node in ast.parse(PACKAGE.read_text()).body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    assert {alias.name: node.module for node in block.body for alias in node.names} == learnpruner._MODULES
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.parent.glob("*.py")), ids=lambda path: path.name)
+def test_nothing_is_patched_at_import(path):
+    """What a file does besides declaring: calls that register, and nothing is assigned but names of its own."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            continue
+        stored = [part for part in ast.walk(node) if isinstance(part, ast.Attribute | ast.Subscript)]
+        assert not [ast.unparse(part) for part in stored if isinstance(part.ctx, ast.Store)]
+        if not isinstance(node, ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.If):
+            assert re.match(r'["\']|register\w*\(', ast.unparse(node)), ast.unparse(node)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("auto", AUTOS)
+def test_the_registered_class_passes_for_the_family(auto, family):
+    _, pruned = tiny_pair(family)
+    cls, config = PRUNED[family], pruned.config
+    registered = auto._model_mapping[type(config)]
+    assert registered.__name__ == cls.__name__
+    assert registered.config_class is cls.config_class
+    assert isinstance(pruned, registered)
+    assert issubclass(cls, registered)
+    assert not isinstance(tiny_pair(family)[0], registered)
+    assert registered._no_split_modules == cls._no_split_modules
+    with pytest.raises(AttributeError, match=cls.__name__):
+        _ = registered.no_such_attribute
+    assert pickle.loads(pickle.dumps(registered)) is cls
+    assert AutoConfig.for_model(config.model_type).__class__ is cls.config_class
+    for model in (auto.from_config(config), registered(config), registered._from_config(config)):
+        assert type(model) is cls
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classes_and_configurations_come_out_of_a_pickle_in_another_process(family, tmp_path):
+    config = tiny_pair(family)[1].config
+    (tmp_path / "pickle").write_bytes(pickle.dumps((PRUNED[family], config)))
+    code = """
+import pickle, sys
+cls, config = pickle.load(open(sys.argv[1], "rb"))
+assert type(config) is cls.config_class
+from transformers import AutoModel
+assert type(AutoModel.from_config(config)) is cls
+"""
+    assert f"learnpruner_{family}" in families_in(modules_after(code, tmp_path / "pickle"))
