@@ -28,7 +28,7 @@ from transformers.utils import logging
 from .compat_learnpruner import CACHE
 from .configuration_learnpruner import __version__
 from .doctor_models import IMAGE, PLACEHOLDERS, CheckError, TinyCase, build_case
-from .families import FAMILIES
+from .families import FAMILIES, model_class
 
 # Greedy steps of every answer.
 STEPS = 8
@@ -363,7 +363,7 @@ def doctor(families: Sequence[str] | None = None) -> Report:
     Raises:
         `ValueError`: where a family is unknown, or none is given.
     """
-    known = {family.config_class.base_model_type: family for family in FAMILIES}
+    known = {config_class.base_model_type: config_class for config_class in FAMILIES}
     families = list(known) if families is None else list(families)
     if not families or not set(families) <= set(known):
         raise ValueError(f"There are no families {families}: choose from {list(known)}.")
@@ -384,7 +384,7 @@ def doctor(families: Sequence[str] | None = None) -> Report:
     ):
         for name in families:
             progress.set_postfix_str(name)
-            built, case = _run(name, "models are built", lambda family=known[name]: build_case(family))
+            built, case = _run(name, "models are built", lambda config_class=known[name]: build_case(model_class(config_class)))
             progress.update()
             if not built.passed:
                 checks.append(built)

@@ -107,7 +107,11 @@ def attend(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: 
     return stock(own, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register(PROBE, attend)
+def register_probe() -> None:
+    AttentionInterface.register(PROBE, attend)
+
+
+register_probe()
 
 
 def install_probe(attention: nn.Module) -> None:
