@@ -384,7 +384,9 @@ def doctor(families: Sequence[str] | None = None) -> Report:
     ):
         for name in families:
             progress.set_postfix_str(name)
-            built, case = _run(name, "models are built", lambda config_class=known[name]: build_case(model_class(config_class)))
+            built, case = _run(
+                name, "models are built", lambda config_class=known[name]: build_case(model_class(config_class))
+            )
             progress.update()
             if not built.passed:
                 checks.append(built)

@@ -107,12 +107,12 @@ class PrunedGenerationMixin:
         outputs = super().forward(**stock, pruning=call, return_dict=True)
         check_cache(outputs.get(CACHE), given, before, call)
         loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock, budget_share)
-        return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.record.fields())
+        return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.records())
 
     def _loss(self, call: PruningCall, logits, labels, logits_to_keep, stock: dict, budget_share) -> torch.Tensor:
         others = {name: value for name, value in stock.items() if name not in type(self).forward.stock_names}
-        if call.record.decisions:
-            predicts = call.record.decisions[-1][0][:, logits_to_keep]
+        if call.decisions:
+            predicts = call.decisions[-1][0][:, logits_to_keep]
             labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)
             if others.get("shift_labels") is not None:
                 others["shift_labels"] = others["shift_labels"].masked_fill(~predicts, -100)

@@ -176,7 +176,7 @@ def check_cache(cache: Cache | None, given: Cache | None, before: list[int] | No
         before (`list[int]`): [`held_lengths`] of the given one, before the call.
         call ([`PruningCall`]): The call, after it.
     """
-    if not call.record.decisions or (cache is None and given is None):
+    if not call.decisions or (cache is None and given is None):
         return
     layers, cuts = [] if cache is None else cache.layers, [cut.layer for cut in call.schedule]
     expected = [

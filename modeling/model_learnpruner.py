@@ -190,7 +190,7 @@ class PrunedModelMixin:
         before = held_lengths(stock.get(CACHE)) if cuts else None
         outputs = self._run(call, stock)
         check_cache(outputs.get(CACHE), stock.get(CACHE), before, call)
-        return output_with_records(type(outputs))(**outputs, **call.record.fields())
+        return output_with_records(type(outputs))(**outputs, **call.records())
 
     def _run(self, call: PruningCall, stock: dict) -> ModelOutput:
         # Given both, the stock model says so.

@@ -20,13 +20,10 @@ def plan_counts(
 
     Args:
         lengths (`list[int]`): Rows of each sample that are not padding.
-        owners (`list[int]`): The sample of each part.
-        sizes (`list[int]`): Vision tokens of each part.
-        schedule (`tuple[Cut, ...]`): The cuts, by ascending layer.
+        owners, sizes (`list[int]`): The sample of each part, and its vision tokens.
 
     Returns:
-        `tuple`: for each cut, how many tokens of each part it may keep; and for each sample: text tokens, vision tokens
-        before the first cut, and after each.
+        `tuple`: for each cut, how many tokens of each part it may keep; and `counts` as in [`Plan`].
     """
     kept = [sizes]
     for cut in schedule:
@@ -173,32 +170,6 @@ class Plan:
 
 
 @dataclass
-class Record:
-    """What the cuts of a call decided.
-
-    Attributes:
-        decisions (`list[tuple[torch.Tensor, torch.Tensor]]`): Kept mask and scores of each cut made, each
-            `(batch, sequence)`.
-        gated (`torch.Tensor` of shape `(batch, sequence)`, float32, *optional*): In training, the first cut's scores.
-    """
-
-    decisions: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-    gated: torch.Tensor | None = None
-
-    @property
-    def kept_mask(self) -> tuple[torch.Tensor, ...] | None:
-        return tuple(kept for kept, _ in self.decisions) or None
-
-    @property
-    def vision_scores(self) -> tuple[torch.Tensor, ...] | None:
-        return (self.gated,) if self.gated is not None else tuple(scores for _, scores in self.decisions) or None
-
-    def fields(self) -> dict:
-        """As an output has them."""
-        return {"kept_mask": self.kept_mask, "vision_scores": self.vision_scores}
-
-
-@dataclass
 class PruningCall:
     """What the classes with and without a head, and the hooks of the text model, share of one call.
 
@@ -207,20 +178,28 @@ class PruningCall:
         query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that may rank tokens.
         soft (`bool`): Gate at full length instead of cutting.
         plan ([`Plan`], *optional*): Once the prompt was read and its images encoded.
-        record ([`Record`]): What was decided.
+        decisions (`list[tuple[torch.Tensor, torch.Tensor]]`): Kept mask and scores of each cut made, each
+            `(batch, sequence)`.
     """
 
     schedule: tuple[Cut, ...] = ()
     query_mask: torch.Tensor | None = None
     soft: bool = False
     plan: Plan | None = None
-    record: Record = field(default_factory=Record)
+    decisions: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def acts(self) -> bool:
         """Whether the text model has anything to do but what the stock one does."""
         # In training, a schedule without a learned cut has nothing to gate.
         return self.plan is not None and self.plan.will_cut and not (self.soft and self.plan.gates is None)
+
+    def records(self) -> dict[str, tuple[torch.Tensor, ...] | None]:
+        """`kept_mask` and `vision_scores`, as outputs have them."""
+        scores = tuple(scores for _, scores in self.decisions)
+        if self.plan is not None and self.plan.gates is not None:
+            scores = (self.plan.scores.detach(),)
+        return {"kept_mask": tuple(kept for kept, _ in self.decisions) or None, "vision_scores": scores or None}
 
 
 def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prompt) -> dict:
@@ -265,7 +244,6 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     plan.scores = parts.to_prompt(scores, plan.scores)
     if call.soft:
         _gate(plan, cut.score, parts, scores, present, kept[0])
-        call.record.gated = plan.scores.detach()
         return outputs
     must = parts.ending(plan.last)
     chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[0])

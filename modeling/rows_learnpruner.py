@@ -1,10 +1,9 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """How rows leave a stock text model, and are put back: hooks on the model and on its layers.
 
-The stock model runs: its loop, norm, rotary embeddings, masks and outputs. Where a cut falls, the hook in front of a layer
-hands on fewer rows, with the mask and the rotary embeddings of those that stay; the hook behind the model puts the rows
-back where the caller had them. Logical is the caller's sequence, physical what is held; both meet here, and in the cache,
-which keeps the same account of its keys.
+The stock model runs: its loop, norm, rotary embeddings and outputs. Where a cut falls, the hook in front of a layer hands
+on fewer rows, with the mask and rotary embeddings of those that stay; the hook behind the model puts the rows back where
+the caller had them. Logical is the caller's sequence, physical what is held: they meet here and in the cache alone.
 """
 
 from contextlib import ExitStack
@@ -76,39 +75,22 @@ def gather_rows(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass
-class Step:
-    """What the hook in front of a layer decided, so that a second pass of the layer (recomputation under checkpointing)
-    is the same.
-
-    Attributes:
-        order (`torch.Tensor` of shape `(batch, length)`, int64, or `None`): Where the rows that stay were, at a cut.
-        arguments (`dict`): The layer's, in place of the stock model's.
-        index (`torch.Tensor` of shape `(batch, length)`, int64): The logical row of each row.
-    """
-
-    order: torch.Tensor | None
-    arguments: dict
-    index: torch.Tensor
-
-
-@dataclass
 class Run:
-    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' keyword
-    arguments.
+    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments.
 
     Attributes:
         decoder (`nn.Module`): The text model.
         call ([`PruningCall`], *optional*): The prompt's; `None` for a step on a cache that was pruned before.
-        cache ([`PrunedCache`], *optional*): The caller's, or the one that the stock model makes.
+        cache ([`PrunedCache`], *optional*): The caller's, or, `adopted`, the one that the stock model makes.
         attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, bool, *optional*): The caller's.
         sequence (`int`): Rows of the call before any cut.
         added (`list[torch.Tensor]`, each `(batch, sequence, hidden)`): What the stock loop would add to the rows behind
             its first layers (DeepStack).
-        rows ([`PhysicalRows`]): Those still there, from the first layer on.
-        position_embeddings: cos and sin of the unpruned prompt's positions, each `(batch or 1, length, head_dim)`.
-        steps (`dict[int, Step]`): What each layer's hook decided.
-        note ([`Note`]): What the probe found.
-        adopted (`bool`): Whether the stock model made the cache.
+        steps (`list[tuple]`): What the hook in front of each layer decided, by which a second pass of the layer
+            (recomputation under checkpointing) is the same: where the rows that stay were, `(batch, length)` int64 or
+            `None`; arguments in place of the stock model's; and the logical row of each row.
+        number, hidden_states: The layer that runs, and what it was given.
+        note ([`Note`]): What the probe found there.
     """
 
     decoder: nn.Module
@@ -117,23 +99,22 @@ class Run:
     attention_mask: torch.Tensor | None
     sequence: int
     added: list[torch.Tensor]
+    adopted: bool = False
+    cuts: dict[int, Cut] = field(default_factory=dict)
     rows: PhysicalRows | None = None
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-    steps: dict[int, Step] = field(default_factory=dict)
-    note: Note = field(default_factory=Note)
-    adopted: bool = False
-    cuts: dict[int, Cut] = field(init=False)
-    watch: ExitStack = field(default_factory=ExitStack)
     mask: torch.Tensor | None = None
     key_valid: torch.Tensor | None = None
     history: tuple[int, ...] | None = None
-    # The layer that runs, and what it was given.
+    steps: list[tuple] = field(default_factory=list)
     number: int = -1
     hidden_states: torch.Tensor | None = None
-    given_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
+    note: Note = field(default_factory=Note)
+    watch: ExitStack = field(default_factory=ExitStack)
 
-    def __post_init__(self):
-        self.cuts = {} if self.call is None else {cut.layer: cut for cut in self.call.schedule}
+    @property
+    def depth(self) -> int:
+        return self.decoder.config.num_hidden_layers
 
     def begin(self, hidden_states: torch.Tensor, arguments: dict) -> None:
         """In front of the first layer."""
@@ -146,59 +127,48 @@ class Run:
         if self.call is not None and self.cache is None and arguments.get(CACHE) is not None:
             self.cache, self.adopted = PrunedCache.adopt(arguments[CACHE], self.depth), True
 
-    @property
-    def depth(self) -> int:
-        return self.decoder.config.num_hidden_layers
-
     def cut(self, number: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Makes the cut in front of a layer, if one falls there. Returns the rows that stay, `(batch, length)` int64."""
+        """Makes the cut in front of a layer, if one falls there. Returns where the rows that stay were."""
         cut, rows, plan = self.cuts.get(number), self.rows, self.call and self.call.plan
         if cut is None:
             return None
-        record, (vision, text) = self.call.record, self._kinds()
+        decisions, (vision, text) = self.call.decisions, self._kinds()
         if cut.layer == 0:
             scores, chosen = plan.scores, rows.to_physical(plan.kept)
         else:
             state = self._state(hidden_states, self.note.take())
             scores = cut.score(state)
             must = (rows.index == plan.last.unsqueeze(1).to(rows.index.device)) & vision
-            counts = send([row[2 + len(record.decisions)] for row in plan.counts], scores.device)
+            counts = send([row[2 + len(decisions)] for row in plan.counts], scores.device)
             chosen = cut.score.select(scores.masked_fill(must.to(scores.device), torch.inf), state, counts)
-            chosen = chosen.to(text.device)
             scores = rows.to_logical(scores.to(text.device), self.sequence, torch.nan)
-        order = rows.keep(chosen | text, plan.lengths(1 + len(record.decisions)))
+        order = rows.keep(chosen.to(text.device) | text, plan.lengths(1 + len(decisions)))
         kept = rows.to_logical(torch.ones_like(rows.index, dtype=torch.bool), self.sequence, False)
-        record.decisions.append((kept, scores))
+        decisions.append((kept, scores))
         self.position_embeddings = tuple(gather_rows(part, order) for part in self.position_embeddings)
         return order
 
     def announce(self, number: int, hidden_states: torch.Tensor) -> dict:
-        """Tells the cache what layer `number` is about to be given. Returns the layer's arguments, where they are not
-        the stock model's."""
+        """Tells the cache what a layer is about to be given. Returns arguments in place of the stock model's."""
         rows, held = self.rows, None if self.cache is None else self.cache.layers[number]
         stale = number == 0 or number in self.cuts or (held is not None and held.history != self.history)
         if stale:
             self.key_valid = rows.valid if held is None else _join(held, self.attention_mask, rows, self.sequence)
         if held is not None:
             self.history = held.history
-            if self.call is not None:
-                self._hold(number, held)
+        if held is not None and self.call is not None:
+            self._hold(number, held)
         if stale:
             self.mask = self._mask(number, hidden_states)
-        self.number, self.hidden_states, self.given_embeddings = number, hidden_states, self.position_embeddings
+        self.number, self.hidden_states = number, hidden_states
         self.note = Note(wanted=number + 1 in self.cuts)
         self.watch = watching(self.cuts.values(), number, partial(self._state, hidden_states, None))
         # Packed sequences were refused, so the layers need positions for nothing but the rotary embeddings; the gaps
         # left by a cut would even look like packing to flash attention.
-        return {
-            "attention_mask": self.mask,
-            "position_embeddings": self.position_embeddings,
-            "position_ids": None,
-        }
+        return {"attention_mask": self.mask, "position_embeddings": self.position_embeddings, "position_ids": None}
 
     def _hold(self, number: int, held: PrunedCacheLayer) -> None:
-        plan, decisions = self.call.plan, self.call.record.decisions
-        length = self.rows.length
+        plan, decisions, length = self.call.plan, self.call.decisions, self.rows.length
         held.hold(self.key_valid, self.sequence - length, length - plan.answer_length, len(decisions))
         held.kept_mask = held.vision_scores = None
         if number in self.cuts:
@@ -235,7 +205,7 @@ class Run:
             number=self.number,
             hidden_states=self.hidden_states.to(device),
             output=output,
-            position_embeddings=tuple(part.to(device) for part in self.given_embeddings),
+            position_embeddings=tuple(part.to(device) for part in self.position_embeddings),
             attended=None if attended is None else attended.to(device),
             key_valid=None if self.key_valid is None else self.key_valid.to(device),
             index=rows.index.to(device),
@@ -262,8 +232,8 @@ def _join(held: PrunedCacheLayer, attention_mask, rows: PhysicalRows, sequence: 
 def install_hooks(decoder: nn.Module) -> None:
     """Lets a stock text model run a schedule of cuts. Hooks that are there already are replaced.
 
-    Text tokens are never cut. Positions, rotary embeddings and everything that the caller sees are the unpruned prompt's.
-    Without a planned call (`pruning` among the arguments) and without a pruned cache the hooks change nothing.
+    Text tokens are never cut. Positions and everything that the caller sees are the unpruned prompt's. Without a planned
+    call (`pruning` among the arguments) and without a pruned cache the hooks change nothing.
     """
     _install(decoder, partial(enter), partial(leave), always_call=True)  # after an error, too
     for number, layer in enumerate(decoder.layers):
@@ -303,11 +273,12 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
         nothing = torch.zeros_like(inputs_embeds)
         added = [nothing.masked_scatter(where.unsqueeze(-1), feature.to(nothing)) for feature in features]
     mask = None if attention_mask is None else attention_mask.bool()
-    run = Run(decoder, call, cache, mask, inputs_embeds.shape[1], added)
+    cuts = {} if call is None else {cut.layer: cut for cut in call.schedule}
+    run = Run(decoder, call, cache, mask, inputs_embeds.shape[1], added, cuts=cuts)
     own = {
         "inputs_embeds": inputs_embeds,
         CACHE: cache,
-        # Prepared masks are handed on as they are, so that the stock model makes none: each layer's comes from its hook.
+        # The stock model hands prepared masks on as they are, and makes none: each layer's comes from its hook.
         "attention_mask": inputs_embeds.new_zeros(1, 1, 1, 1),
         "return_dict": True,
         RUN: run,
@@ -323,8 +294,7 @@ def leave(decoder: nn.Module, args: tuple, arguments: dict, outputs) -> None:
     run.watch.close()
     if outputs is None:  # an error
         return
-    made = 0 if run.call is None else len(run.call.record.decisions)
-    if list(run.steps) != list(range(run.depth)) or made != len(run.cuts):
+    if len(run.steps) != run.depth or (run.call is not None and len(run.call.decisions) != len(run.cuts)):
         raise RuntimeError(_unhooked(len(run.steps)))
     if run.adopted:
         outputs[CACHE] = run.cache
@@ -338,35 +308,29 @@ def enter_layer(number: int, layer: nn.Module, args: tuple, arguments: dict) -> 
     if run is None:
         return None
     hidden_states, *rest = args
-    if number in run.steps:  # again, in the backward pass: nothing is decided twice
-        step = run.steps[number]
-        hidden_states = hidden_states if step.order is None else gather_rows(hidden_states, step.order)
-        return (hidden_states, *rest), {**arguments, **step.arguments}
-    if number != len(run.steps):
+    first = number >= len(run.steps)  # else again, in the backward pass: nothing is decided twice
+    if number > len(run.steps):
         raise RuntimeError(_unhooked(len(run.steps)))
     with torch.no_grad():
-        if number == 0:
+        if number == 0 and first:
             run.begin(hidden_states, arguments)
-        order = run.cut(number, hidden_states.detach())
+        order = run.cut(number, hidden_states.detach()) if first else run.steps[number][0]
     # The gather of rows alone carries gradients.
     hidden_states = hidden_states if order is None else gather_rows(hidden_states, order)
-    with torch.no_grad():
-        own = run.announce(number, hidden_states.detach())
-    run.steps[number] = Step(order, own, run.rows.index)
-    return (hidden_states, *rest), {**arguments, **own}
+    if first:
+        with torch.no_grad():
+            run.steps.append((order, run.announce(number, hidden_states.detach()), run.rows.index))
+    return (hidden_states, *rest), {**arguments, **run.steps[number][1]}
 
 
-def leave_layer(
-    number: int, layer: nn.Module, args: tuple, arguments: dict, output: torch.Tensor
-) -> torch.Tensor | None:
+def leave_layer(number: int, layer: nn.Module, args: tuple, arguments: dict, output: torch.Tensor):
     """Behind a decoder layer."""
     run = arguments.get(RUN)
-    if run is None:
+    if run is not None:
+        run.watch.close()
+    if run is None or number >= len(run.added):
         return None
-    run.watch.close()
-    if number >= len(run.added):
-        return None
-    return output + gather_rows(run.added[number], run.steps[number].index).to(output.device)
+    return output + gather_rows(run.added[number], run.steps[number][2]).to(output.device)
 
 
 def _unhooked(number: int) -> str:
