@@ -1,8 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The names of transformers that this package depends on, in one place.
 
-What can be asked of a stock class is asked: the arguments of its forward, the class of its output. What cannot be asked
-(private hooks, the range of releases) is named here. A rename in transformers costs at most one line of this file.
+What can be asked of a stock class is asked: its forward's arguments, the class of its output. What cannot be asked
+(private hooks, the range of releases) is named here, so that a rename costs at most one line.
 """
 
 import sys
@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput, logging
 logger = logging.get_logger(__name__)
 
 # transformers: the oldest release that has what this package builds on (checkpoint conversion for custom classes,
-# mm_encoder_outputs, create_causal_mask(layer_idx=...)), and the newest minor release that the tests passed on.
+# mm_encoder_outputs, create_causal_mask(layer_idx=...)), and the newest that the tests passed on.
 OLDEST, NEWEST_TESTED = (5, 20), (5, 24)
 
 # The KV cache among the arguments and outputs of stock classes: `cache` from 5.24 on, `past_key_values` before.
@@ -43,71 +43,65 @@ def check_transformers() -> None:
     """Raises `ImportError` where transformers is too old or lacks a name of this file; warns where it is newer than
     tested."""
     installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST_TESTED))
     if installed < OLDEST:
-        wanted = f"transformers>={OLDEST[0]}.{OLDEST[1]}"
+        wanted = f"transformers>={oldest}"
         raise ImportError(f"learnpruner needs {wanted} and found {transformers.__version__}: pip install -U '{wanted}'")
-    missing = [name for name in GENERATE_STEPS if not hasattr(GenerationMixin, name)]
-    missing += [] if CACHE else ["cache"]
+    missing = [name for name in GENERATE_STEPS if not hasattr(GenerationMixin, name)] + ([] if CACHE else ["cache"])
     if missing:
         raise ImportError(
-            f"transformers {transformers.__version__} no longer has {', '.join(missing)}, which learnpruner builds on: "
-            f"run `pip install -U learnpruner`, or install transformers {NEWEST_TESTED[0]}.{NEWEST_TESTED[1]}."
+            f"transformers {transformers.__version__} has no {', '.join(missing)}, which learnpruner builds on: run "
+            f"`pip install -U learnpruner`, or install transformers {newest}."
         )
     if installed > NEWEST_TESTED:
         logger.warning_once(
-            f"learnpruner was tested up to transformers {NEWEST_TESTED[0]}.{NEWEST_TESTED[1]} and runs on "
-            f"{transformers.__version__}. Run `learnpruner doctor` before you rely on it."
+            f"learnpruner was tested up to transformers {newest} and runs on {transformers.__version__}. Run "
+            "`learnpruner doctor` before you rely on it."
         )
 
 
 def installed_names(arguments: dict) -> dict:
-    """The same arguments with the KV cache under the name that the installed transformers gives it.
+    """The same arguments, the KV cache under the name of the installed transformers. `None` never overrules a cache.
 
     Raises:
         `TypeError`: where two different caches came under two names.
     """
     for name in CACHE_NAMES:
-        if name == CACHE or name not in arguments:
-            continue
-        arguments = dict(arguments)
-        other = arguments.pop(name)
-        # `None` never overrules a cache that came under the other name.
-        if other is None:
-            continue
-        if arguments.get(CACHE) is not None and arguments[CACHE] is not other:
-            raise TypeError(f"Two different caches were given, as {name} and as {CACHE}: pass one.")
-        arguments[CACHE] = other
+        if name != CACHE and name in arguments:
+            arguments = dict(arguments)
+            cache = arguments.pop(name)
+            if cache is not None and arguments.setdefault(CACHE, cache) is None:
+                arguments[CACHE] = cache
+            if cache is not None and arguments[CACHE] is not cache:
+                raise TypeError(f"Two different caches were given, as {name} and as {CACHE}: pass one.")
     return arguments
 
 
-def derive_method(cls: type, mixin: type, name: str) -> None:
-    """Gives `cls` the method `name` of `mixin` under the signature of the stock method that it extends.
+def derive_forward(cls: type, mixin: type) -> None:
+    """Gives `cls` the forward of `mixin` under the signature of the stock forward behind it.
 
-    The mixin's method takes keyword arguments alone. Callers may pass stock arguments by position, and the KV cache under
-    any of its names.
-
-    Args:
-        cls (`type`): A class that inherits from `mixin` and, behind it, from a stock class.
-        mixin (`type`): Has the method, whose keyword-only arguments are added behind the stock ones.
+    The mixin's takes keyword arguments alone; those that it names stand behind the stock ones. Callers may pass stock
+    arguments by position, and the KV cache under any of its names.
 
     Raises:
-        `TypeError`: where the stock method takes the KV cache under no known name.
+        `TypeError`: where the stock forward takes the KV cache under no known name.
     """
-    own, stock = mixin.__dict__[name], getattr(super(mixin, cls), name, None)
-    if stock is None or getattr(cls, name) is not own:
-        return  # a mixin of a family, which is no model yet, or a subclass that has its own method
+    own, stock = mixin.forward, getattr(super(mixin, cls), "forward", None)
+    if stock is None or cls.forward is not own:
+        return  # a mixin of a family, which is no model yet, or a subclass with a forward of its own
     parameters = signature(stock).parameters
-    if not parameters.keys() & set(CACHE_NAMES):
+    if CACHE not in parameters:
         raise TypeError(
-            f"{stock.__qualname__} takes no argument {' or '.join(CACHE_NAMES)}: transformers {transformers.__version__} "
-            "may have renamed the KV cache. Run `pip install -U learnpruner`."
+            f"{stock.__qualname__} takes no {CACHE}: transformers {transformers.__version__} may have renamed the KV "
+            "cache. Run `pip install -U learnpruner`."
         )
     named = [each for each in parameters.values() if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    added = [each for each in signature(own).parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
     rest = [each for each in parameters.values() if each.kind is Parameter.VAR_KEYWORD]
-    names = tuple(each.name for each in named[1:])
+    added = [each for each in signature(own).parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
+    added = [each for each in added if each.name not in parameters]
+    names = [each.name for each in named[1:]]
 
-    def method(self, *args, **kwargs):
+    def forward(self, *args, **kwargs):
         if args:
             given = dict(zip(names, args))
             if len(args) > len(names) or given.keys() & kwargs.keys():
@@ -115,12 +109,13 @@ def derive_method(cls: type, mixin: type, name: str) -> None:
             kwargs = given | kwargs
         return own(self, **installed_names(kwargs))
 
-    method.__name__, method.__doc__, method.__module__ = name, own.__doc__, own.__module__
-    method.__qualname__ = f"{cls.__qualname__}.{name}"
-    added = [each for each in added if each.name not in parameters]
-    method.__signature__ = signature(stock).replace(parameters=[*named, *added, *rest])
-    method.stock_names = frozenset(names)
-    setattr(cls, name, method)
+    forward.__doc__, forward.__module__, forward.__qualname__ = (
+        own.__doc__,
+        cls.__module__,
+        f"{cls.__qualname__}.forward",
+    )
+    forward.__signature__ = signature(stock).replace(parameters=[*named, *added, *rest])
+    cls.forward, cls.stock_arguments = forward, frozenset(names)
 
 
 RECORDS = ("kept_mask", "vision_scores")
@@ -129,7 +124,8 @@ _OUTPUTS: dict[type, type] = {}
 
 
 class Recorded:
-    """What is added to the output of a stock class.
+    """What is added to the output of a stock class, whose `logits` and `last_hidden_state` keep the caller's length, with
+    zeros in rows of dropped tokens. `hidden_states` and `attentions` are what the layers held, shorter after each cut.
 
     Attributes:
         kept_mask (`tuple[torch.Tensor]`, each `(batch, sequence)` bool, or `None`):
@@ -139,44 +135,31 @@ class Recorded:
     """
 
     def __reduce__(self):
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return _restore_output, (type(self).__mro__[2], values)
+        return _restore, (type(self).__mro__[2], {each.name: getattr(self, each.name) for each in fields(self)})
 
 
 def output_with_records(stock: type[ModelOutput]) -> type[ModelOutput]:
-    """The output class `stock`, whichever it is, with the fields of [`Recorded`].
-
-    `logits` and `last_hidden_state` have the caller's length, with zeros in the rows of dropped tokens. `hidden_states`
-    and `attentions` hold what the layers held, so they get shorter after each cut.
-    """
+    """The output class `stock`, whichever it is, with the fields of [`Recorded`]."""
     if stock not in _OUTPUTS:
         annotations = dict.fromkeys(RECORDS, tuple[torch.Tensor, ...] | None)
-        body = {
-            "__module__": __name__,
-            "__annotations__": annotations,
-            **dict.fromkeys(RECORDS),
-            "__doc__": stock.__doc__,
-        }
+        body = {"__module__": __name__, "__annotations__": annotations, **dict.fromkeys(RECORDS)}
         _OUTPUTS[stock] = dataclass(type(f"LearnPruner{stock.__name__}", (Recorded, stock), body))
     return _OUTPUTS[stock]
 
 
-def _restore_output(stock: type[ModelOutput], values: dict) -> ModelOutput:
+def _restore(stock: type[ModelOutput], values: dict) -> ModelOutput:
     return output_with_records(stock)(**values)
 
 
 def fields_beside_predictions(cls: type) -> list[str]:
-    """All fields of the output of `cls`, a class with a head, but loss and logits: what `Trainer.evaluate` must not
-    gather. Empty where its forward names no output class."""
+    """All output fields of a class with a head but loss and logits: what `Trainer.evaluate` must not gather."""
     annotated = signature(cls.forward).return_annotation
-    kinds = get_args(annotated) or (annotated,)
-    outputs = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)]
-    names = [each.name for kind in outputs for each in fields(kind)]
-    return [name for name in dict.fromkeys((*names, *RECORDS)) if name not in ("loss", "logits")] if outputs else []
+    outputs = [kind for kind in get_args(annotated) or (annotated,) if isinstance(kind, type)]
+    names = [each.name for kind in outputs if issubclass(kind, ModelOutput) for each in fields(kind)]
+    return [name for name in (*names, *RECORDS) if name not in ("loss", "logits")]
 
 
 def eager_attention(attention: nn.Module) -> Callable:
-    """The eager attention function of an attention module: that of the file which its class, or the one that it
-    inherits from, stands in. The name holds for 5.20 to 5.24."""
+    """The eager attention function of an attention module, which stands beside its class, 5.20 to 5.24."""
     files = (sys.modules[kind.__module__] for kind in type(attention).__mro__)
     return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))

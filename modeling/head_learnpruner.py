@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .compat_learnpruner import CACHE, derive_method, fields_beside_predictions, installed_names, output_with_records
+from .compat_learnpruner import CACHE, derive_forward, fields_beside_predictions, installed_names, output_with_records
 from .cuts_learnpruner import Cut, Schedule, watching
 from .guards_learnpruner import (
     OR_NO_PRUNING,
@@ -30,7 +30,7 @@ PROMPT, PLAN = "pruner_prompt", "pruner_plan"
 class PrunedGenerationMixin:
     """A stock class for conditional generation over a [`PrunedModelMixin`].
 
-    A family adds `model_class`. The signatures are the stock ones, with what is added here behind.
+    A family adds `model_class`. The signature of forward is the stock one, with what is added here behind.
     """
 
     # The pruner keeps its precision in a low-precision model: scores that tie would choose by place.
@@ -40,7 +40,7 @@ class PrunedGenerationMixin:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        derive_method(cls, PrunedGenerationMixin, "forward")
+        derive_forward(cls, PrunedGenerationMixin)
         if "model_class" in vars(cls):
             cls.config_class.keys_to_ignore_at_inference = fields_beside_predictions(cls)
 
@@ -88,8 +88,7 @@ class PrunedGenerationMixin:
         refuse_lost_cache(stock.get("attention_mask"), given, prompt.shape[1])
         logits_to_keep = stock.get("logits_to_keep", 0)
         logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        call = PruningCall(query_mask=None if query_mask is None else query_mask.bool())
-        call.soft = self.training and labels is not None
+        call = PruningCall(query_mask=query_mask, soft=self.training and labels is not None)
         if labels is not None and query_mask is None:
             # An answer must never choose its own evidence.
             supervised = torch.zeros(prompt.shape[:2], dtype=torch.bool, device=labels.device)
@@ -110,7 +109,7 @@ class PrunedGenerationMixin:
         return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.records())
 
     def _loss(self, call: PruningCall, logits, labels, logits_to_keep, stock: dict, budget_share) -> torch.Tensor:
-        others = {name: value for name, value in stock.items() if name not in type(self).forward.stock_names}
+        others = {name: value for name, value in stock.items() if name not in self.stock_arguments}
         if call.decisions:
             predicts = call.decisions[-1][0][:, logits_to_keep]
             labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .compat_learnpruner import CACHE, check_transformers, derive_method, output_with_records
+from .compat_learnpruner import CACHE, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
 from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
 from .guards_learnpruner import refuse_decoder_inputs
@@ -72,7 +72,7 @@ class PrunedModelMixin:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        derive_method(cls, PrunedModelMixin, "forward")
+        derive_forward(cls, PrunedModelMixin)
 
     def __init__(self, config):
         super().__init__(config)
@@ -108,11 +108,7 @@ class PrunedModelMixin:
         self, ratio: float | None = None, schedule: tuple[Cut, ...] | Schedule | None = None
     ) -> tuple[Cut, ...]:
         """The cuts of a call: those of `schedule`, or LearnPruner's at `ratio`, or those of the [`scheduled`] block
-        around the call, or LearnPruner's at the configuration's ratio. At a ratio of 1 there are none.
-
-        Raises:
-            `ValueError`: where both are given, or one is not valid.
-        """
+        around the call, or LearnPruner's at the configuration's ratio. At a ratio of 1 there are none."""
         if schedule is None and ratio is None:
             schedule = next((each for model, each in reversed(SCHEDULES.get()) if model is self), None)
         if schedule is None:
@@ -123,7 +119,7 @@ class PrunedModelMixin:
 
     @contextmanager
     def scheduled(self, schedule: Schedule) -> Iterator[None]:
-        """The block in which calls of this model that say nothing else run `schedule`; those of other threads do not."""
+        """The block in which calls of this model run `schedule`, unless they say otherwise. Not for other threads."""
         token = SCHEDULES.set((*SCHEDULES.get(), (self, schedule)))
         try:
             yield
@@ -138,15 +134,8 @@ class PrunedModelMixin:
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def read_prompt(self, arguments: dict, start: int = 0) -> Prompt:
-        """Reads and checks all that the host must know of a prompt; the one place that does.
-
-        Args:
-            arguments (`dict`): The stock forward's.
-            start (`int`): The first column of `input_ids` that this call runs; a cache holds those before it.
-
-        Raises:
-            `ValueError`: where the prompt, its images and what describes them do not fit.
-        """
+        """Reads and checks all that the host must know of a prompt, whose first `start` columns a cache holds. The one
+        place that does. Raises `ValueError` where the prompt, its images and what describes them do not fit."""
         kinds = self.vision_kinds(arguments.get("input_ids"), arguments.get("inputs_embeds"))
         mask = arguments.get("attention_mask")
         valid = None if mask is None else mask[:, -kinds.shape[1] :].bool()

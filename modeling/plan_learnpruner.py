@@ -13,28 +13,6 @@ from .cuts_learnpruner import Cut, EncodedImages, LearnedScore
 from .prompt_learnpruner import MODALITIES, Prompt, send
 
 
-def plan_counts(
-    lengths: list[int], owners: list[int], sizes: list[int], schedule: tuple[Cut, ...]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """How many tokens each cut keeps, from the numbers of tokens alone.
-
-    Args:
-        lengths (`list[int]`): Rows of each sample that are not padding.
-        owners, sizes (`list[int]`): The sample of each part, and its vision tokens.
-
-    Returns:
-        `tuple`: for each cut, how many tokens of each part it may keep; and `counts` as in [`Plan`].
-    """
-    kept = [sizes]
-    for cut in schedule:
-        kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], sizes)])
-    counts = []
-    for sample, length in enumerate(lengths):
-        own = [sum(count for count, owner in zip(counts, owners) if owner == sample) for counts in kept]
-        counts.append([length - own[0], *own])
-    return kept[1:], counts
-
-
 @dataclass
 class Parts:
     """The parts of a prompt that have a budget of their own: images, or groups of a video's frames.
@@ -42,8 +20,7 @@ class Parts:
     Attributes:
         prompt ([`Prompt`]): Where they are.
         features (`list[torch.Tensor]`, each `(tokens, d)`): Of each part; rows of NaN are structure.
-        kinds (`list[int]`): The kind of each part's placeholders, as in [`Prompt`].
-        owners (`list[int]`): The sample of each part.
+        kinds, owners (`list[int]`): The kind of each part's placeholders, as in [`Prompt`], and its sample.
     """
 
     prompt: Prompt
@@ -53,13 +30,8 @@ class Parts:
 
     @classmethod
     def of(cls, features: dict[str, list[torch.Tensor]], prompt: Prompt) -> "Parts":
-        """
-        Args:
-            features (`dict[str, list[torch.Tensor]]`): For each modality, its parts in the order of the prompt.
-
-        Raises:
-            `ValueError`: where the placeholders of a sample are not those of a whole number of parts.
-        """
+        """Of each modality's features, in the order of the prompt. Raises `ValueError` where the placeholders of a sample
+        are not those of a whole number of parts."""
         parts = cls(prompt, [], [], [])
         for kind, modality in enumerate(MODALITIES, 1):
             own = features.get(modality, [])
@@ -77,11 +49,16 @@ class Parts:
         # With a device map, or inputs left on the host, the prompt may be elsewhere.
         return self.features[0].device
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features `(parts, tokens, d)`, smaller parts filled up, and which rows are there, `(parts, tokens)` bool."""
-        features = pad_sequence(self.features, batch_first=True)
-        length = send(self.sizes, self.device).unsqueeze(1)
-        return features, torch.arange(features.shape[1], device=self.device) < length
+    def counts(self, schedule: tuple[Cut, ...]) -> tuple[list[list[int]], list[list[int]]]:
+        """How many tokens of each part each cut may keep, and the `counts` of [`Plan`]: from numbers of tokens alone."""
+        kept = [self.sizes]
+        for cut in schedule:
+            kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], self.sizes)])
+        rows = []
+        for sample, length in enumerate(self.prompt.lengths):
+            own = [sum(count for count, owner in zip(counts, self.owners) if owner == sample) for counts in kept]
+            rows.append([length - own[0], *own])
+        return kept[1:], rows
 
     def to_prompt(self, values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """`(parts, tokens)` -> `(batch, sequence)`: `rest`, with the values of each part at its placeholders."""
@@ -90,27 +67,26 @@ class Parts:
             rest = rest.masked_scatter(self.prompt.kinds == kind, flat.to(rest.device))
         return rest
 
-    def ending(self, last: torch.Tensor) -> torch.Tensor:
-        """The token that is its sample's `last` row, where that is a vision token: `(parts, tokens)`, bool."""
+    def ending(self, last: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        """The token that is its sample's `last` row, where that is a vision token: `(parts, tokens)` bool, as
+        `present`."""
         # It belongs to the last of the sample's images, or of its videos.
         places = list(zip(self.owners, self.kinds))
         is_last = [place != after for place, after in zip(places, [*places[1:], None])]
         length, owner, kind, is_last = send([self.sizes, self.owners, self.kinds, is_last], self.device)
         ends = self.prompt.kinds.gather(1, last.unsqueeze(1)).to(self.device)[owner, 0] == kind
-        marks = torch.zeros(len(self.sizes), max(self.sizes), dtype=torch.bool, device=self.device)
-        return marks.scatter(1, length.unsqueeze(1) - 1, (is_last.bool() & ends).unsqueeze(1))
+        return torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, (is_last.bool() & ends).unsqueeze(1))
 
 
 @dataclass
 class Plan:
-    """What is fixed before the decoder runs. `generate` carries it from its prompt to each forward that runs the prompt.
-
+    """What is fixed before the decoder runs; `generate` carries it from its prompt to each forward that runs the prompt.
     Tensors of shape `(batch, sequence)` are in the caller's coordinates.
 
     Attributes:
         schedule (`tuple[Cut, ...]`): The cuts, by ascending layer.
-        vision (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens of this call.
         counts (`list[list[int]]`): Of each sample: text tokens, vision tokens before the first cut, and after each.
+        vision (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens of this call.
         last (`torch.Tensor` of shape `(batch,)`, int64): Each sample's last row. It predicts the next token, so no
             cut drops it, even where it is a vision token.
         kept (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens that survive a cut before the decoder.
@@ -123,8 +99,8 @@ class Plan:
     """
 
     schedule: tuple[Cut, ...]
-    vision: torch.Tensor
     counts: list[list[int]]
+    vision: torch.Tensor
     last: torch.Tensor
     kept: torch.Tensor
     scores: torch.Tensor
@@ -136,21 +112,15 @@ class Plan:
 
     @property
     def will_cut(self) -> bool:
-        """Whether any token will leave."""
         return any(min(row[1:]) < row[1] for row in self.counts)
-
-    @property
-    def num_text(self) -> int:
-        """Text rows of the sample that has most."""
-        return max(text for text, *_ in self.counts)
 
     def lengths(self, cuts: int) -> list[int]:
         """Rows of each sample that are left behind so many cuts."""
         return [row[0] + row[1 + cuts] for row in self.counts]
 
     def resume(self, batch: int, sequence: int, device: torch.device) -> "Plan":
-        """The plan for a forward of `generate` on `batch` rows of `sequence` columns. Behind the planned columns stands an
-        answer: text that ranks nothing. The beams of a sample stand behind one another."""
+        """The plan for a forward of `generate` on `batch` rows of `sequence` columns. Behind the planned columns stands
+        an answer: text that ranks nothing. The beams of a sample stand behind one another."""
         answer, beams = sequence - self.vision.shape[1], batch // len(self.vision)
 
         def spread(values: torch.Tensor, fill: float = 0) -> torch.Tensor:
@@ -159,12 +129,12 @@ class Plan:
 
         return Plan(
             schedule=self.schedule,
-            vision=spread(self.vision),
             counts=[[text + answer, *rest] for text, *rest in self.counts for _ in range(beams)],
+            vision=spread(self.vision),
             last=self.last.to(device).repeat_interleave(beams, dim=0),
             kept=spread(self.kept),
             scores=spread(self.scores, torch.nan),
-            query_mask=spread(torch.ones_like(self.vision) if self.query_mask is None else self.query_mask),
+            query_mask=spread(self.query_mask),
             answer_length=answer,
         )
 
@@ -208,7 +178,6 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     Args:
         model (`nn.Module`): The vision-language model without its head.
         arguments (`dict`): The stock forward's, with encoded images beside their pixels.
-        prompt ([`Prompt`]): The call's.
 
     Returns:
         The encoded images (`mm_encoder_outputs`) that the decoder is given.
@@ -218,34 +187,30 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
             mask has another shape than the prompt.
     """
     vision, outputs = prompt.kinds > 0, arguments["mm_encoder_outputs"]
+    call.query_mask = None if call.query_mask is None else call.query_mask.bool()
     if call.query_mask is not None and call.query_mask.shape != vision.shape:
         raise ValueError(
             f"query_mask has the shape {tuple(call.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it "
             "marks rows of the prompt, (batch, sequence)."
         )
     parts = Parts.of(model.pruner_features(arguments, prompt), prompt)
-    kept, counts = plan_counts(prompt.lengths, parts.owners, parts.sizes, call.schedule)
+    kept, counts = parts.counts(call.schedule)
     columns = torch.arange(vision.shape[1], device=vision.device).expand_as(vision)
-    call.plan = plan = Plan(
-        schedule=call.schedule,
-        vision=vision,
-        counts=counts,
-        last=columns.amax(1) if prompt.valid is None else (columns * prompt.valid).amax(1),
-        kept=vision,
-        scores=vision.new_full(vision.shape, torch.nan, dtype=torch.float32),
-        query_mask=call.query_mask,
-    )
+    last = columns.amax(1) if prompt.valid is None else (columns * prompt.valid).amax(1)
+    scores = vision.new_full(vision.shape, torch.nan, dtype=torch.float32)
+    call.plan = plan = Plan(call.schedule, counts, vision, last, vision, scores, call.query_mask)
     cut = call.schedule[0]
     if not plan.will_cut or cut.layer > 0 or (call.soft and not isinstance(cut.score, LearnedScore)):
         return outputs
-    features, present = parts.padded()
+    features = pad_sequence(parts.features, batch_first=True)
+    present = torch.arange(features.shape[1], device=parts.device) < send(parts.sizes, parts.device).unsqueeze(1)
     images = EncodedImages(model, features, present, parts.sizes, parts.owners, arguments, prompt, call.query_mask)
     scores = cut.score(images).to(parts.device)
     plan.scores = parts.to_prompt(scores, plan.scores)
     if call.soft:
         _gate(plan, cut.score, parts, scores, present, kept[0])
         return outputs
-    must = parts.ending(plan.last)
+    must = parts.ending(last, present)
     chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[0])
     plan.kept = parts.to_prompt(chosen, torch.zeros_like(vision))
     if cut.merge is None:
@@ -260,7 +225,7 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
 
 def _gate(
     plan: Plan, score: LearnedScore, parts: Parts, scores: torch.Tensor, present: torch.Tensor, counts: list[int]
-) -> None:
+):
     patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, parts.sizes)]
     if not all(len(patch) for patch in patches):
         raise FloatingPointError("An image has no score that is a number: its pixels, or the pruner, hold NaN.")

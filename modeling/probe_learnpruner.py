@@ -1,9 +1,9 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""The probe: how a cut learns what a layer's attention was given, on any attention backend.
+"""How a cut learns what a layer's attention was given, on any attention backend.
 
-Every attention module of a text model asks transformers for its function by the name in its configuration. The probe
-stands under that name: it notes queries and keys, normed and rotated as the architecture does, where a run of the text
-model asks for them, and calls the user's own function.
+An attention module asks transformers for its function by the name in its configuration. The probe stands under that
+name: it notes queries and keys, normed and rotated as the architecture does, where a run asks for them, and calls the
+user's own function.
 """
 
 from dataclasses import dataclass
@@ -28,36 +28,26 @@ UNSUPPORTED = ("s_aux", "softcap")
 
 @dataclass
 class Note:
-    """Where the probe puts what the next attention module is given.
-
-    Attributes:
-        wanted (`bool`): Whether it is to be noted.
-        only (`bool`): Whether nothing else is wanted of the attention module, so that attention itself is left out.
-        attended ([`Attended`], *optional*): What was noted.
-    """
+    """What the next attention module is given: whether it is `wanted`, `only` that and no attention, and what was
+    `attended`."""
 
     wanted: bool = False
     only: bool = False
     attended: Attended | None = None
 
     def take(self) -> Attended:
-        """What was noted, once.
-
-        Raises:
-            `RuntimeError`: where attention did not pass through the probe.
-        """
-        attended, self.attended = self.attended, None
-        if attended is None:
+        """What was noted. Raises `RuntimeError` where attention did not pass through the probe."""
+        if self.attended is None:
             raise RuntimeError(
-                "The second cut needs a layer's queries and keys, and its attention did not ask transformers for its "
-                "function: was the layer or its attention module replaced? Pass pruner_ratio=1.0 to run without cuts."
+                "A cut needs a layer's queries and keys, and its attention did not ask transformers for its function: "
+                "was the layer or its attention module replaced? Pass pruner_ratio=1.0 to run without cuts."
             )
-        return attended
+        return self.attended
 
 
 class ProbedConfig:
-    """What an attention module sees as its configuration: the text model's own, but for the name of its function.
-    Everything else is read and written through."""
+    """What an attention module sees as its configuration: the text model's, read and written through, but for the name
+    of its function."""
 
     def __init__(self, config: PreTrainedConfig):
         vars(self)["config"] = config
@@ -89,8 +79,7 @@ class OwnConfig:
 
 
 def attend(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **kwargs):
-    """The user's attention function, which the configuration names; arguments and results are those of transformers'
-    attention functions."""
+    """The user's attention function, with the arguments and results of those of transformers."""
     run = kwargs.pop(RUN, None)
     if run is not None and run.note.wanted:
         run.note.wanted = False
@@ -125,22 +114,14 @@ class _Look:
     note: Note
 
 
-def look_ahead(
-    layer: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
-) -> Attended:
-    """What the attention of a layer will be given for `hidden_states`, without the keys of a cache. Attention itself is
-    not computed.
+def look_ahead(layer: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple) -> Attended:
+    """What the attention of a layer that is about to run would be given, without the keys of a cache. Attention itself
+    is not computed.
 
     Args:
-        layer (`nn.Module`): A decoder layer that is about to run.
-        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): What it is given.
+        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): What the layer is given.
         position_embeddings: cos and sin, each `(batch or 1, length, head_dim)`.
     """
-    look = _Look(Note(wanted=True, only=True))
-    layer.self_attn(
-        hidden_states=layer.input_layernorm(hidden_states),
-        attention_mask=None,
-        position_embeddings=position_embeddings,
-        **{RUN: look},
-    )
+    look, states = _Look(Note(wanted=True, only=True)), layer.input_layernorm(hidden_states)
+    layer.self_attn(states, attention_mask=None, position_embeddings=position_embeddings, **{RUN: look})
     return look.note.take()

@@ -1,9 +1,10 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """How rows leave a stock text model, and are put back: hooks on the model and on its layers.
 
-The stock model runs: its loop, norm, rotary embeddings and outputs. Where a cut falls, the hook in front of a layer hands
-on fewer rows, with the mask and rotary embeddings of those that stay; the hook behind the model puts the rows back where
-the caller had them. Logical is the caller's sequence, physical what is held: they meet here and in the cache alone.
+The stock model runs: its loop, norm, rotary embeddings and outputs. Where a cut falls, the hook in front of a layer
+hands on fewer rows, with the mask and rotary embeddings of those that stay; the hook behind the model puts the rows
+back where the caller had them. Logical is the caller's sequence, physical what is held: they meet here and in the
+cache.
 """
 
 from contextlib import ExitStack
@@ -211,7 +212,7 @@ class Run:
             index=rows.index.to(device),
             vision=vision.to(device),
             queries=queries.to(device),
-            num_text=plan.num_text,
+            num_text=max(text for text, *_ in plan.counts),
             vision_scores=rows.to_physical(plan.scores).to(device),
         )
 
@@ -232,8 +233,8 @@ def _join(held: PrunedCacheLayer, attention_mask, rows: PhysicalRows, sequence: 
 def install_hooks(decoder: nn.Module) -> None:
     """Lets a stock text model run a schedule of cuts. Hooks that are there already are replaced.
 
-    Text tokens are never cut. Positions and everything that the caller sees are the unpruned prompt's. Without a planned
-    call (`pruning` among the arguments) and without a pruned cache the hooks change nothing.
+    Text tokens are never cut. Positions and all that the caller sees are the unpruned prompt's. Without a planned call
+    (`pruning` among the arguments) and without a pruned cache the hooks change nothing.
     """
     _install(decoder, partial(enter), partial(leave), always_call=True)  # after an error, too
     for number, layer in enumerate(decoder.layers):
