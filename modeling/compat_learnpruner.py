@@ -124,8 +124,8 @@ _OUTPUTS: dict[type, type] = {}
 
 
 class Recorded:
-    """What is added to the output of a stock class, whose `logits` and `last_hidden_state` keep the caller's length, with
-    zeros in rows of dropped tokens. `hidden_states` and `attentions` are what the layers held, shorter after each cut.
+    """What is added to the output of a stock class. Its `logits` and `last_hidden_state` keep the caller's length, with
+    zeros for dropped tokens; `hidden_states` and `attentions` are what the layers held, shorter after each cut.
 
     Attributes:
         kept_mask (`tuple[torch.Tensor]`, each `(batch, sequence)` bool, or `None`):

@@ -30,8 +30,8 @@ class Parts:
 
     @classmethod
     def of(cls, features: dict[str, list[torch.Tensor]], prompt: Prompt) -> "Parts":
-        """Of each modality's features, in the order of the prompt. Raises `ValueError` where the placeholders of a sample
-        are not those of a whole number of parts."""
+        """Of each modality's features, in the order of the prompt. Raises `ValueError` where the placeholders of a
+        sample are not those of a whole number of parts."""
         parts = cls(prompt, [], [], [])
         for kind, modality in enumerate(MODALITIES, 1):
             own = features.get(modality, [])
@@ -50,7 +50,7 @@ class Parts:
         return self.features[0].device
 
     def counts(self, schedule: tuple[Cut, ...]) -> tuple[list[list[int]], list[list[int]]]:
-        """How many tokens of each part each cut may keep, and the `counts` of [`Plan`]: from numbers of tokens alone."""
+        """How many tokens of each part each cut may keep, and `counts` as in [`Plan`]: from sizes alone."""
         kept = [self.sizes]
         for cut in schedule:
             kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], self.sizes)])
@@ -80,7 +80,7 @@ class Parts:
 
 @dataclass
 class Plan:
-    """What is fixed before the decoder runs; `generate` carries it from its prompt to each forward that runs the prompt.
+    """What is fixed before the decoder runs; `generate` carries it from its prompt to the forwards that run the prompt.
     Tensors of shape `(batch, sequence)` are in the caller's coordinates.
 
     Attributes:
