@@ -35,6 +35,12 @@ GENERATE_STEPS = (
     "prepare_inputs_for_generation",
 )
 
+# `model_type` of the text models whose layers the hooks were tested on, against a masked stock model.
+TEXT_MODELS = (
+    *("gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"),
+    *("qwen2_5_vl_text", "qwen2_vl_text"),
+)
+
 # What the stock loop of a text model with DeepStack (Qwen3-VL) adds to rows behind its first layers, 5.20 to 5.24.
 DEEPSTACK_WHERE, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"
 

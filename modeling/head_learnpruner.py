@@ -197,13 +197,13 @@ class PrunedGenerationMixin:
         query_mask = (
             torch.ones_like(prompt.kinds, dtype=torch.bool) if query_mask is None else query_mask.bool()[:, start:]
         )
+        images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
         with watching(cuts, -1, lambda: self.model):
             model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
         given = {
             name: None if value is None else value[:, start:]
             for name, value in prompt_arguments(inputs_tensor, model_kwargs).items()
         }
-        images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
         call = PruningCall(cuts, query_mask)
         images |= {**given, "mm_encoder_outputs": model_kwargs["mm_encoder_outputs"]}
         model_kwargs["mm_encoder_outputs"] = make_plan(call, self.model, images, prompt)

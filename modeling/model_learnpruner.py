@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .compat_learnpruner import CACHE, check_transformers, derive_forward, output_with_records
+from .compat_learnpruner import CACHE, TEXT_MODELS, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
 from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
 from .guards_learnpruner import refuse_decoder_inputs
@@ -88,6 +88,9 @@ class PrunedModelMixin:
 
     def _add_pruner(self) -> None:
         check_transformers()
+        text_type = self.config.text_config.model_type
+        if text_type not in TEXT_MODELS:
+            raise ValueError(f"Pruning runs over the text models {TEXT_MODELS}; this checkpoint has {text_type!r}.")
         install_hooks(self.language_model)
         self.pruner = LearnedPruningModule(self.encoder_width(self.config), self.config.pruner_hidden_size)
         # Right behind the vision tower: device_map="auto" fills devices in this order, and would offload the last. Not

@@ -1,6 +1,5 @@
 """`learnpruner doctor`: it passes where pruning is right, and fails where the cache, a layer or a cut is not."""
 
-import inspect
 import socket
 from functools import wraps
 
@@ -10,16 +9,12 @@ import torch
 import transformers
 
 from learnpruner import LearnPrunerLlavaForConditionalGeneration, __version__, doctor_models
-from learnpruner.auto import FAMILIES
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.doctor import CHECKS, Check, Report, doctor
+from learnpruner.families import FAMILIES
 
 pytestmark = pytest.mark.core
-NAMES = [family.config_class.base_model_type for family in FAMILIES]
-CACHE = next(
-    name
-    for name in inspect.signature(transformers.LlamaModel.forward).parameters
-    if name in ("cache", "past_key_values")
-)
+NAMES = [family.base_model_type for family in FAMILIES]
 
 
 def failed(report):
@@ -170,14 +165,14 @@ def test_other_tokens_than_were_dropped_fail(break_pruned):
 
 def test_padding_that_is_seen_fails(break_pruned):
     def forget_mask(model):
-        forward = model.model.language_model.forward
+        forward = model.model.forward
 
         @wraps(forward)
         def blind(*arguments, **keywords):
             keywords["attention_mask"] = None
             return forward(*arguments, **keywords)
 
-        model.model.language_model.forward = blind
+        model.model.forward = blind
 
     break_pruned(forget_mask)
     assert {"ratio 1", "masked prompt", "batch and rows"} <= set(failed(doctor(["qwen2_vl"])))

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from learnpruner import LearnPrunerForConditionalGeneration, LearnPrunerLlavaForConditionalGeneration
-from learnpruner import guards_learnpruner as guards
+from learnpruner import compat_learnpruner as compat
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.hub_learnpruner import find_base
 
@@ -221,8 +221,8 @@ def test_unsupported_checkpoints_name_what_is_supported(tmp_path):
     with pytest.raises(ValueError, match="picks the class"):
         LearnPrunerLlavaForConditionalGeneration.from_pretrained(tmp_path)
     config = PRUNED["llava"].config_class.from_base_config(tiny_config("llava"))
-    config.text_config = transformers.GemmaConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=4)
-    with pytest.raises(ValueError, match=r"llama.*mistral.*qwen2.*gemma"):
+    config.text_config = transformers.GPTNeoXConfig(num_hidden_layers=4, hidden_size=32, num_attention_heads=4)
+    with pytest.raises(ValueError, match=r"llama.*mistral.*qwen2.*gpt_neox"):
         LearnPrunerLlavaForConditionalGeneration(config)
 
 
@@ -432,17 +432,28 @@ def test_nothing_to_name_as_a_base(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("version", "error"), [("5.19.4", True), ("6.0.0", True), ("5.20.0", False), ("5.99.1", False)]
+    ("version", "error", "warns"),
+    [("5.19.4", True, False), ("5.20.0", False, False), ("5.99.1", False, True), ("6.0.0", False, True)],
 )
-def test_transformers_version(version, error, monkeypatch, stock_folder, caplog):
-    monkeypatch.setattr(guards.transformers, "__version__", version)
+def test_transformers_version(version, error, warns, monkeypatch, stock_folder, caplog):
+    """Too old is refused. Newer than tested runs, warns once, and names the command that checks."""
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     if error:
         with pytest.raises(ImportError, match="pip install"):
             LearnPrunerForConditionalGeneration.from_pretrained(stock_folder)
     else:
         with caplog.at_level("WARNING"):
-            guards.check_transformers_version()
-        assert ("was tested up to" in caplog.text) == (version == "5.99.1")
+            for _ in range(2):
+                compat.check_transformers()
+        warnings = [record.getMessage() for record in caplog.records if "was tested up to" in record.getMessage()]
+        assert len(warnings) == warns
+        assert all("learnpruner doctor" in warning for warning in warnings)
+
+
+def test_a_name_that_transformers_lost_is_named(monkeypatch):
+    monkeypatch.setattr(compat, "GENERATE_STEPS", (*compat.GENERATE_STEPS, "_prepare_what_no_release_has"))
+    with pytest.raises(ImportError, match=r"has no _prepare_what_no_release_has.*pip install -U learnpruner"):
+        compat.check_transformers()
 
 
 ELSEWHERE = """
@@ -468,7 +479,8 @@ def results_of(folder):
         assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True)
         results[auto.__name__] = output.sequences.tolist()
-        results["kept"].append(output[CACHE].kept_mask[-1].sum().item())
+        cache = next(output[name] for name in ("cache", "past_key_values") if name in output)
+        results["kept"].append(cache.kept_mask[-1].sum().item())
     if with_processor:
         pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
         answer = pipe(images=Image.open(image), text=prompt, generate_kwargs={"max_new_tokens": 6, "do_sample": False})

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 from learnpruner.compat_learnpruner import CACHE
 
@@ -16,6 +17,7 @@ from tiny_models import (
     covering,
     positions,
     samples_of,
+    tiny_config,
     tiny_pair,
     with_answer,
     with_videos,
@@ -122,3 +124,30 @@ def test_generated_tokens(family, attention, batch):
     with masked(stock, kept_mask, (0, pruned.config.pruner_layer), whole["attention_mask"], LAYERS):
         expected = stock(**whole, position_ids=where).logits[:, prompt - 1 : -1]
     assert (torch.stack(generated.logits, dim=1) - expected).abs().max() < 1e-4
+
+
+# What LLaVA checkpoints may have beside those of the other tests: norms of queries and keys (Qwen3, OLMo 2), one
+# projection for both (Phi-3), scaled embeddings (Gemma), scaled residuals (Granite).
+OTHERS = {
+    "gemma": (transformers.GemmaConfig, {"head_dim": 8, "tie_word_embeddings": False}),
+    "granite": (transformers.GraniteConfig, {}),
+    "olmo2": (transformers.Olmo2Config, {}),
+    "phi3": (transformers.Phi3Config, {"sliding_window": None}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+}
+
+
+@pytest.mark.parametrize("text", OTHERS)
+def test_other_text_models(text):
+    config_class, fields = OTHERS[text]
+    base = tiny_config("llava")
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shared += ("num_key_value_heads", "max_position_embeddings", "initializer_range", "pad_token_id", "bos_token_id")
+    base.text_config = config_class(**{name: getattr(base.text_config, name) for name in shared}, **fields)
+    stock, pruned = tiny_pair("llava", config=base)
+    inputs = build_inputs("llava", samples_of("mixed", "llava"))
+    outputs = pruned(**inputs)
+    expected = oracle_logits(stock, inputs, outputs.kept_mask, pruned.config.pruner_layer)
+    rows = surviving(inputs, outputs)
+    assert (outputs.logits - expected)[rows].abs().max() < 1e-4
+    assert (stock(**inputs).logits - expected)[rows].abs().max() > 1e-2

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration
 
-from tiny_models import NO_PLACEHOLDERS, PRUNED, build_inputs
+from tiny_models import IMAGE, PRUNED, VIDEO, build_inputs
 
 pytestmark = pytest.mark.core
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
@@ -34,7 +34,7 @@ def test_a_checkpoint_of_version_0_1(name):
     assert torch.equal(second, recorded["second_kept"])
     assert (output.logits[:, -3:] - recorded["logits"]).abs().max() < 1e-4
     new = QUESTIONS["max_new_tokens"]
-    sequences = model.generate(**inputs, do_sample=False, max_new_tokens=new, **NO_PLACEHOLDERS)
+    sequences = model.generate(**inputs, do_sample=False, max_new_tokens=new, suppress_tokens=[IMAGE, VIDEO])
     assert torch.equal(sequences, recorded["sequences"])
     # Both cuts were made, and no two samples got one answer.
     kept = [mask.sum() for mask in (inputs["attention_mask"], first, second)]

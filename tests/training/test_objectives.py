@@ -59,9 +59,7 @@ def test_a_training_step_is_an_ordinary_call(gate, tmp_path):
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :-4] = -100
     seen = []
-    model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["pruning"]), with_kwargs=True
-    )
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["pruning"]), with_kwargs=True)
     schedule = with_gate(model.config, gate, ratio=0.25)
     assert [cut.layer for cut in schedule] == [0, model.config.pruner_layer]
     loss = model(**batch, labels=labels, schedule=schedule).loss
@@ -73,7 +71,7 @@ def test_a_training_step_is_an_ordinary_call(gate, tmp_path):
             continue
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".pruner." in name), name
     (call,) = seen
-    (probabilities,) = call.probabilities
+    (probabilities,) = call.plan.probabilities
     tokens = len(probabilities)
     first, _ = keep_counts(tokens, 0.25, num_layers=LAYERS, pruner_layer=model.config.pruner_layer, stage_ratio=3.0)
     if isinstance(gate, TopKGate):
@@ -82,5 +80,5 @@ def test_a_training_step_is_an_ordinary_call(gate, tmp_path):
         assert set(probabilities.tolist()) <= {0.0, 1.0}
     # Text is never gated.
     vision = batch["input_ids"] == model.config.image_token_id
-    assert (call.gates[~vision] == 1).all()
-    assert torch.equal(call.gates[vision], probabilities)
+    assert (call.plan.gates[~vision] == 1).all()
+    assert torch.equal(call.plan.gates[vision], probabilities)

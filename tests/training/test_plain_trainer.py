@@ -221,7 +221,7 @@ def test_closed_gates_are_the_cut(family, attention, base):
     assert (unpruned.logits - cut.logits)[text].abs().max() > 1e-2
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class HardGate(LearnedScore):
     """The selection of evaluation without diversity, as gates."""
 

@@ -106,7 +106,7 @@ def test_videos(family, per_frame, base, tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-@dataclass(frozen=True)
+@dataclass(unsafe_hash=True)
 class Counted(LearnedScore):
     """Another gate, and how many tokens each of its images has."""
 
