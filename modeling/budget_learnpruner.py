@@ -35,9 +35,9 @@ def spread_budget(
 ) -> tuple[int, ...]:
     """Tokens of one image that survive each cut, so that the mean over the decoder's layers is the budget.
 
-    The counts never increase and are in the proportion of `weights`, as nearly as whole numbers up to `num_tokens` allow.
+    The counts never increase; they follow the proportion of `weights` as nearly as whole numbers to `num_tokens` can.
     The mean is off by at most half a token, unless the budget is below one token for each cut: none keeps less. Raises
-    `ValueError` where the layers before the first cut, which see the whole image, already exceed such a budget.
+    `ValueError` where the layers before the first cut, which see the whole image, leave less than that for the others.
 
     Args:
         num_tokens, num_layers: Vision tokens of the image, and decoder layers.
@@ -73,6 +73,6 @@ def _round_backwards(total, num_tokens, layers, weights, num_layers) -> tuple[in
 
 
 def mean_tokens(counts: Sequence[int], layers: Sequence[int], num_tokens: int, num_layers: int) -> float:
-    """Mean vision tokens over all decoder layers, the "retained tokens" of papers. Arguments as in [`spread_budget`]."""
+    """Mean vision tokens over all decoder layers, the "retained tokens" of papers. Arguments: see [`spread_budget`]."""
     spans = zip((0, *layers), (*layers, num_layers), (num_tokens, *counts))
     return sum((end - start) * seen for start, end, seen in spans) / num_layers
