@@ -4,9 +4,8 @@
 import math
 from collections.abc import Sequence
 
-# A ratio such as 1/9 is a float that is only near to what its author wrote, so a count that should be a whole number
-# or a half comes out a little above or below. What is this near (in tokens) counts as reached. The errors of floats
-# are below it as long as tokens times layers are below a thousand million.
+# A float such as 1/9 is inexact, so a count that is this near (in tokens) to a whole number or a half counts as it.
+# Rounding errors stay below this as long as tokens times layers are below a thousand million.
 SLACK = 1e-6
 
 
@@ -18,28 +17,17 @@ def half_up(count: float) -> int:
 def keep_counts(
     num_tokens: int, ratio: float, *, num_layers: int, pruner_layer: int, stage_ratio: float
 ) -> tuple[int, int]:
-    """Tokens of one image that survive the first and the second cut (LearnPruner, arXiv 2604.23950).
+    """Tokens of one image that survive the first and the second cut, R1 and R2 (LearnPruner, arXiv 2604.23950).
 
-    The first `pruner_layer` decoder layers see R1 tokens and the others R2, with R1 near `stage_ratio` * R2 and a mean
-    over all layers of `ratio * num_tokens`. It is [`spread_budget`] of two cuts. The mean is off by half a token at
-    most, where it is 1 or more. Both are at least 1, so that no image disappears.
+    It is [`spread_budget`] of two cuts, with 1 <= R2 <= R1 <= `num_tokens` and R1 near `stage_ratio` (at least 1) * R2.
 
     Args:
-        num_tokens (`int`): Vision tokens of the image (N).
-        ratio (`float`): Mean share of tokens kept over the decoder's layers, in (0, 1].
-        num_layers (`int`): Decoder layers (L).
-        pruner_layer (`int`): Layers that see R1 (k, from 1 to L).
-        stage_ratio (`float`): R1 / R2, at least 1.
-
-    Returns:
-        `tuple[int, int]`: (R1, R2), with 1 <= R2 <= R1 <= N. Both are the same where `pruner_layer` is `num_layers`.
+        num_tokens, ratio: Vision tokens of the image, and the mean share kept over the decoder's layers, in (0, 1].
+        num_layers, pruner_layer: Decoder layers, and how many of them see R1, at least 1. If all do, R1 is R2.
     """
-    budget = ratio * num_tokens
-    if pruner_layer == num_layers:
-        (count,) = spread_budget(num_tokens, budget, (0,), (1,), num_layers)
-        return count, count
-    first, second = spread_budget(num_tokens, budget, (0, pruner_layer), (stage_ratio, 1), num_layers)
-    return first, second
+    layers, weights = ((0, pruner_layer), (stage_ratio, 1)) if pruner_layer != num_layers else ((0,), (1,))
+    counts = spread_budget(num_tokens, ratio * num_tokens, layers, weights, num_layers)
+    return counts[0], counts[-1]
 
 
 def spread_budget(
@@ -47,26 +35,14 @@ def spread_budget(
 ) -> tuple[int, ...]:
     """Tokens of one image that survive each cut, so that the mean over the decoder's layers is the budget.
 
-    The cuts keep tokens in the proportion of `weights`, as nearly as whole numbers allow. They are rounded from the
-    last to the first, and each takes up what the later ones were rounded by. A first cut that would keep the whole
-    image does so, and the others share what is left. So no more than the rounding of one cut is left over, half a token
-    in each layer from there to the next cut: the mean is off by at most half a token, unless the budget is below the
-    mean of one token for each cut.
+    The counts never increase; they follow the proportion of `weights` as nearly as whole numbers to `num_tokens` can.
+    The mean is off by at most half a token, unless the budget is below one token for each cut: none keeps less. Raises
+    `ValueError` where the layers before the first cut, which see the whole image, leave less than that for the others.
 
     Args:
-        num_tokens (`int`): Vision tokens of the image.
-        budget (`float`): Mean number of tokens over the decoder's layers, in (0, `num_tokens`].
-        layers (`Sequence[int]`): The 0-based decoder layer before which each cut falls, ascending. The layers before
-            the first see the whole image.
-        weights (`Sequence[float]`): Of each cut, positive. LearnPruner's two cuts have the layers (0, k) and the
-            weights (`stage_ratio`, 1).
-        num_layers (`int`): Decoder layers.
-
-    Returns:
-        `tuple[int, ...]`: For each cut, from 1 to `num_tokens`, none more than the one before it.
-
-    Raises:
-        `ValueError`: where the layers before the first cut leave less than a token for the others.
+        num_tokens, num_layers: Vision tokens of the image, and decoder layers.
+        budget: Mean number of tokens over the decoder's layers, in (0, `num_tokens`].
+        layers, weights: Of each cut, the 0-based decoder layer that it falls before (ascending), and a positive number.
     """
     least = (layers[0] * num_tokens + num_layers - layers[0]) / num_layers
     if layers[0] and budget < least - SLACK:
@@ -81,34 +57,22 @@ def spread_budget(
     return (num_tokens,) * len(layers)
 
 
-def _round_backwards(
-    total: float, num_tokens: int, layers: Sequence[int], weights: Sequence[float], num_layers: int
-) -> tuple[int, ...]:
-    """Counts of the cuts that sum to `total` rows over all layers, where those before the first see the whole image.
-    The first count may be more than the image has."""
-    bounds = (*layers, num_layers)
-    spans = [end - start for start, end in zip(layers, bounds[1:])]
-    left, later, counts = total - layers[0] * num_tokens, 1, []
+def _round_backwards(total, num_tokens, layers, weights, num_layers) -> tuple[int, ...]:
+    """Counts for `total` rows over all layers, from the last to the first: each takes up the rounding of later ones."""
+    ends = (*layers[1:], num_layers)
+    spans = [end - start for start, end in zip(layers, ends)]
+    left, kept, counts = total - layers[0] * num_tokens, 1, []
     for step in reversed(range(len(layers))):
-        shares = sum(span * (weight / weights[step]) for span, weight in zip(spans[: step + 1], weights))
-        count = half_up(left / shares)
-        if step:
-            # The earlier cuts must be able to keep as many.
-            count = min(count, math.floor(left / (bounds[step + 1] - layers[0]) + SLACK))
-        later = max(later, count)
-        left -= spans[step] * later
-        counts.append(later)
-    return tuple(reversed(counts))
+        count = half_up(left / sum(span * (weight / weights[step]) for span, weight in zip(spans[: step + 1], weights)))
+        if step:  # the earlier cuts must be able to keep as many
+            count = min(count, math.floor(left / (ends[step] - layers[0]) + SLACK))
+        kept = max(kept, count)
+        left -= spans[step] * kept
+        counts.insert(0, kept)
+    return tuple(counts)
 
 
 def mean_tokens(counts: Sequence[int], layers: Sequence[int], num_tokens: int, num_layers: int) -> float:
-    """Mean number of vision tokens over the decoder's layers: the "retained tokens" of papers.
-
-    Args:
-        counts (`Sequence[int]`): Tokens kept by each cut.
-        layers (`Sequence[int]`): The 0-based decoder layer before which each cut falls, ascending.
-        num_tokens (`int`): Vision tokens before the first cut.
-        num_layers (`int`): Decoder layers.
-    """
-    starts, ends = (0, *layers), (*layers, num_layers)
-    return sum((end - start) * seen for start, end, seen in zip(starts, ends, (num_tokens, *counts))) / num_layers
+    """Mean vision tokens over all decoder layers, the "retained tokens" of papers. Arguments: see [`spread_budget`]."""
+    spans = zip((0, *layers), (*layers, num_layers), (num_tokens, *counts))
+    return sum((end - start) * seen for start, end, seen in spans) / num_layers

@@ -15,15 +15,8 @@ OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
 
 
 def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bool) -> None:
-    """Raises `ValueError` where the decoder could not cut, nor gate as if it did.
-
-    Args:
-        model ([`PreTrainedModel`]): The vision-language model without its head.
-        arguments (`dict`): Its forward's.
-        use_cache (`bool`): Whether a cache is made where none is given.
-    """
-    attention_mask, position_ids = arguments.get("attention_mask"), arguments.get("position_ids")
-    cache = arguments.get(CACHE)
+    """Raises `ValueError` where the decoder could not cut (or gate) in a forward of the headless `model`."""
+    attention_mask, position_ids, cache = map(arguments.get, ("attention_mask", "position_ids", CACHE))
     text_config = model.config.text_config
     if any(DynamicCache(config=text_config).is_sliding):
         raise ValueError(
@@ -32,19 +25,22 @@ def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bo
             f"where it has them. {OR_NO_PRUNING}"
         )
     if text_config._attn_implementation.startswith("paged"):
-        raise ValueError(
-            f"Pruning does not support continuous batching (paged attention): use generate. {OR_NO_PRUNING}"
-        )
+        raise ValueError(f"Pruning does not support continuous batching (paged): use generate. {OR_NO_PRUNING}")
     refuse_prepared_mask(attention_mask)
     packed = "cu_seq_lens_q" in arguments
     if attention_mask is None and position_ids is not None and cache is None and not use_cache:
-        # The condition under which the stock model looks for packed sequences.
-        # In front of M-RoPE's three, a fourth row has the text's positions.
+        # Only then does the stock model look for packed sequences. Before M-RoPE's three rows, a fourth may be text's.
         text = position_ids[0] if position_ids.dim() == 3 and len(position_ids) == 4 else position_ids
         packed |= text.dim() == 2 and find_packed_sequence_indices(text) is not None
     if packed:
         raise ValueError(f"Pruning does not support packed sequences: pad the samples of a batch. {OR_NO_PRUNING}")
-    refuse_cache(cache)
+    if cache is not None:
+        plain = isinstance(cache, DynamicCache) and not cache.offloading
+        if not plain or not all(type(layer) in (DynamicLayer, PrunedCacheLayer) for layer in cache.layers):
+            raise ValueError(
+                "Pruning needs a DynamicCache of full-attention layers, without offloading or quantisation, got "
+                f"{cache}. Pass {CACHE}=DynamicCache(), or none. {OR_NO_PRUNING}"
+            )
 
 
 def refuse_prepared_mask(attention_mask: Any) -> None:
@@ -65,21 +61,9 @@ def refuse_gating(text_config: PreTrainedConfig) -> None:
         )
 
 
-def refuse_cache(cache: Any) -> None:
-    """Raises `ValueError` unless the cache is a plain [`DynamicCache`], ours, or `None`."""
-    if cache is None:
-        return
-    plain = isinstance(cache, DynamicCache) and not cache.offloading
-    if not plain or not all(type(layer) in (DynamicLayer, PrunedCacheLayer) for layer in cache.layers):
-        raise ValueError(
-            f"Pruning needs a DynamicCache of full-attention layers, without offloading or quantisation, got {cache}. "
-            f"Pass {CACHE}=DynamicCache(), or none. {OR_NO_PRUNING}"
-        )
-
-
 def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
     """Raises `ValueError` where `model`, the one that was loaded, is split by tensors over devices."""
-    if model.tp_size is not None and model.tp_size > 1:
+    if (model.tp_size or 1) > 1:
         raise ValueError(f"Pruning does not support tensor parallelism: load with device_map instead. {OR_NO_PRUNING}")
 
 
@@ -103,16 +87,10 @@ def refuse_generation(generation_config: GenerationConfig, attention_mask: torch
 
 
 def refuse_lost_cache(attention_mask: Any, cache: Any, length: int) -> None:
-    """Raises `ValueError` where a mask covers more than the rows of a call, and there is no cache that holds the others.
-
-    Args:
-        attention_mask: The call's.
-        cache: The call's.
-        length (`int`): Rows of the call.
-    """
-    if cache is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        if attention_mask.shape[1] > length:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens, and no cache came that holds "
-                f"the others: pass the cache of the previous call as {CACHE}."
-            )
+    """Raises `ValueError` where a mask covers more than a call's `length` rows, and no cache holds the others."""
+    columns = attention_mask.shape[1] if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else 0
+    if cache is None and columns > length:
+        raise ValueError(
+            f"attention_mask has {columns} columns for {length} tokens, and no cache came that holds the others: pass "
+            f"the cache of the previous call as {CACHE}."
+        )
