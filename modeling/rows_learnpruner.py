@@ -254,6 +254,10 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     """In front of the text model."""
     arguments = installed_names(arguments)
     call = arguments.pop("pruning", None)
+    if call is not None and not torch.compiler.is_compiling():
+        for number, layer in enumerate(decoder.layers):
+            if not _has_hook(layer):
+                raise RuntimeError(_unhooked(number))
     if call is None and not any(is_pruned(cache) for cache in (arguments.get(CACHE), *args)):
         return args, arguments
     arguments = {**dict(zip(list(signature(decoder.forward).parameters), args)), **arguments}
@@ -332,6 +336,12 @@ def leave_layer(number: int, layer: nn.Module, args: tuple, arguments: dict, out
     if run is None or number >= len(run.added):
         return None
     return output + gather_rows(run.added[number], run.steps[number][2]).to(output.device)
+
+
+def _has_hook(layer: nn.Module) -> bool:
+    # A wrapper (torch's checkpoint_wrapper) has the layer inside.
+    hooks = (hook for module in layer.modules() for hook in module._forward_pre_hooks.values())
+    return any(isinstance(hook, partial) and hook.func is enter_layer for hook in hooks)
 
 
 def _unhooked(number: int) -> str:
