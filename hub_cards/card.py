@@ -18,7 +18,7 @@ from huggingface_hub import (
 from transformers import PreTrainedModel
 
 import learnpruner
-from learnpruner.guards_learnpruner import NEWEST_TESTED, OLDEST
+from learnpruner.compat_learnpruner import NEWEST_TESTED, OLDEST
 from learnpruner.hub_learnpruner import PRUNER
 
 from .checks import of_release
