@@ -68,41 +68,41 @@ def patch_middles(tokens: int, size: tuple[int, int]) -> tuple[torch.Tensor, tor
     return side * (torch.arange(tokens) % columns + 0.5), side * (torch.arange(tokens) // columns + 0.5)
 
 
-def vision_tower(model: PreTrainedModel) -> nn.Module:
-    """What turns pixels into features: LLaVA's tower, Qwen's encoder."""
-    return next(module for name, module in model.model.named_children() if name in ("vision_tower", "visual"))
-
-
 @contextmanager
 def each_image_encoded_once(tower: nn.Module) -> Iterator[None]:
-    """The questions of a scene stand side by side in a batch: their image goes through the tower once for all."""
-    forward = tower.forward
-    before = vars(tower).get("forward")  # an accelerate hook's, on a model with a device map
+    """The questions of a scene stand side by side in a batch: their image goes through the tower once for all. Every
+    tensor that the tower takes or returns has the images, which are of one size, in turn."""
+    places: list[torch.Tensor] = []
 
-    def once(pixel_values: torch.Tensor, grid_thw: torch.Tensor | None = None, **kwargs):
-        # Qwen's come as the patches of all images in turn, which are of one size here.
-        images = pixel_values.unflatten(0, (len(pixel_values) if grid_thw is None else len(grid_thw), -1))
-        _, place, counts = images.flatten(1).unique_consecutive(dim=0, return_inverse=True, return_counts=True)
-        first = counts.cumsum(0) - counts
-        if grid_thw is not None:
-            kwargs["grid_thw"] = grid_thw[first]
-        outputs = forward(images[first].flatten(0, 1), **kwargs)
+    def reduce(module, arguments, keywords):
+        given = {**dict(enumerate(arguments)), **keywords}
+        given = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+        # Patches and crops are more than images, what lays images out has a row for each.
+        count = min(map(len, given.values()))
+        images = {name: value.unflatten(0, (count, -1)) for name, value in given.items()}
+        pixels = max(images.values(), key=torch.numel).flatten(1)
+        _, place, repeats = pixels.unique_consecutive(dim=0, return_inverse=True, return_counts=True)
+        places.append(place)
+        first = {name: image[repeats.cumsum(0) - repeats].flatten(0, 1) for name, image in images.items()}
+        arguments = tuple(first.get(number, value) for number, value in enumerate(arguments))
+        return arguments, {name: first.get(name, value) for name, value in keywords.items()}
+
+    def repeat(module, arguments, keywords, outputs):
+        place = places.pop()
+        count = int(place[-1]) + 1
 
         def for_all(value):
             if isinstance(value, tuple):
                 return tuple(map(for_all, value))
-            return None if value is None else value.unflatten(0, (len(first), -1))[place].flatten(0, 1)
+            return None if value is None else value.unflatten(0, (count, -1))[place].flatten(0, 1)
 
         return type(outputs)(**{name: for_all(value) for name, value in outputs.items()})
 
-    tower.forward = once
-    try:
+    with (
+        tower.register_forward_pre_hook(reduce, with_kwargs=True),
+        tower.register_forward_hook(repeat, with_kwargs=True, prepend=True),
+    ):
         yield
-    finally:
-        if before is None:
-            del tower.forward
-        else:
-            tower.forward = before
 
 
 def for_batch(method: Method, seed: int, rows: list[dict], numbers: list[int]) -> Method:
@@ -137,7 +137,7 @@ def answer_questions(
             padding=True,
             return_tensors="pt",
         ).to(model.device)
-        with each_image_encoded_once(vision_tower(model)):
+        with each_image_encoded_once(model.get_encoder("image")):
             schedule = () if method is None else for_batch(method, seed, rows, numbers)
             output = model.generate(
                 **inputs, schedule=schedule, do_sample=False, max_new_tokens=8, return_dict_in_generate=True

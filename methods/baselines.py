@@ -104,13 +104,14 @@ def grid_marks(rows: int, columns: int, count: int) -> torch.Tensor:
 
 
 def _with_newlines(marks: torch.Tensor, every: list[tuple[int, int]], size: int, count: int) -> torch.Tensor:
-    """Puts LLaVA-NeXT's newlines behind the rows of its second grid; what the patches leave of the budget is theirs."""
+    """Puts newlines behind the rows of the last grid, where there are any; what the patches leave of the budget is
+    theirs."""
     if len(marks) == size:
         return marks
-    (first, *_), (rows, columns) = (grid[0] * grid[1] for grid in every), every[1]
-    newlines = torch.arange(rows) < count - len(marks)
-    second = torch.cat([marks[first:].view(rows, columns), newlines.unsqueeze(1)], dim=1)
-    return torch.cat([marks[:first], second.flatten()])
+    rows, columns = every[-1]
+    newlines, first = torch.arange(rows) < count - len(marks), len(marks) - rows * columns
+    last = torch.cat([marks[first:].view(rows, columns), newlines.unsqueeze(1)], dim=1)
+    return torch.cat([marks[:first], last.flatten()])
 
 
 @dataclass(unsafe_hash=True)

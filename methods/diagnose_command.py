@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
-from learnpruner.compare import build_prompt, check_picture, load
+from learnpruner.compare import build_prompt, check_picture, load, model_for
 from learnpruner.configuration_learnpruner import __version__
 from learnpruner.hub_cards.records import weights_digest
 from learnpruner.training.data import load_samples, read_images, read_messages
@@ -63,8 +63,8 @@ def boxes_in_view(processor: ProcessorMixin, size: tuple[int, int], boxes: Seque
         boxes: Left, top, right, bottom, in pixels.
     """
     image, scale, shown = processor.image_processor, (1.0, 1.0), size
-    # The others' crops or patches together are the whole.
-    if image.model_input_names == ["pixel_values"] and image.do_center_crop:
+    # The crops or patches of images that have a layout are together the whole.
+    if model_for(processor).image_layout is None and image.do_center_crop:
         target = dict(image.size)
         if "shortest_edge" in target:
             scale = (target["shortest_edge"] / min(size),) * 2

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlavaNextModel
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from learnpruner.cuts_learnpruner import EncodedImages
@@ -33,15 +32,15 @@ class Downsample(Method):
     """
 
     def check(self, model: nn.Module) -> None:
-        if isinstance(model, LlavaNextModel):
-            raise ValueError(
-                f"downsample is for models of one crop an image, and {type(model).__name__} cuts a larger image into "
-                "more: give the processor a smaller image, or other image_grid_pinpoints."
-            )
         if not any(isinstance(module, CLIPEncoder) for module in model.modules()):
             raise ValueError(
                 f"downsample interpolates the positions of a CLIP tower, and {type(model).__name__} has another: give "
                 "the processor a smaller image."
+            )
+        if model.image_layout is not None:
+            raise ValueError(
+                f"downsample is for models of one crop an image, and {type(model).__name__} cuts a larger image into "
+                "more: give the processor a smaller image, or other image_grid_pinpoints."
             )
         if model.config.vision_feature_select_strategy != "default":
             raise ValueError("downsample is for patches alone, and this model's tokens include [CLS].")

@@ -2,16 +2,13 @@
 """What methods before the decoder read of encoded images, of every family. `images` is the number of images of a call,
 `tokens` the most that one of them has; rows of NaN are structure or fill up a smaller image."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 from threading import get_ident
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.image_processing_utils import select_best_resolution
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from learnpruner.cuts_learnpruner import EncodedImages
@@ -90,7 +87,7 @@ class ReadsEncoder:
                 return arguments, {**keywords, "output_hidden_states": True}
             return None
 
-        with model.vision_tower.register_forward_pre_hook(keep_all, with_kwargs=True):
+        with model.get_encoder("image").register_forward_pre_hook(keep_all, with_kwargs=True):
             yield
 
 
@@ -119,27 +116,9 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
     keys = attention.k_proj(inputs).float().view(heads).transpose(1, 2)
     with torch.autocast(query.device.type, enabled=False):
         paid = (query @ keys.mT * attention.scale).softmax(-1).mean(1).mT
-    values = lay_out(images, torch.cat([paid, keys.mean(1)], dim=-1))
+    of_patches = torch.cat([paid, keys.mean(1)], dim=-1)[:, 1:]
+    values = padded(images.model.lay_out("image", of_patches, images.arguments, images.prompt))
     return values[..., 0], values[..., 1:]
-
-
-def lay_out(images: EncodedImages, values: torch.Tensor) -> torch.Tensor:
-    """Values of the tower's rows, `(crops, rows, d)` with [CLS] where the tower has one, where the prompt has their
-    tokens: `(images, tokens, d)`. For LLaVA and LLaVA-NeXT."""
-    outputs = copy(images.arguments["mm_encoder_outputs"]["image"])
-    outputs.hidden_states = _EveryLevel(values)
-    arguments = {**images.arguments, "mm_encoder_outputs": {"image": outputs}}
-    return padded(images.model.pruner_features(arguments, images.prompt)["image"])
-
-
-class _EveryLevel:
-    """Stands for a tuple of hidden states, each of which is the same."""
-
-    def __init__(self, values: torch.Tensor):
-        self.values = values
-
-    def __getitem__(self, level: int) -> torch.Tensor:
-        return self.values
 
 
 def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
@@ -149,53 +128,9 @@ def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
     Raises:
         `ValueError`: where the tokens of a LLaVA's image are no square.
     """
-    config, prompt = images.model.config, images.prompt
-    if prompt.grids.keys() & {"image_grid_thw", "video_grid_thw"}:
-        return _qwen_grids(images)
-    if "image_sizes" in prompt.grids:
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        return [
-            [(side, side), *_unpadded_grid(config, side, size, tokens - side * side)]
-            for size, tokens in zip(prompt.grids["image_sizes"], images.sizes)
-        ]
-    for tokens in images.sizes:
-        if math.isqrt(tokens) ** 2 != tokens:
-            raise ValueError(
-                f"An image's {tokens} tokens are no square of patches, so that their places are unknown: give the "
-                "model square images and vision_feature_select_strategy='default', or take a method that reads no "
-                "places."
-            )
-    return [[(math.isqrt(tokens), math.isqrt(tokens))] for tokens in images.sizes]
-
-
-def _qwen_grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
-    config, parts = images.model.config, []
-    for modality in MODALITIES:
-        outputs = images.arguments["mm_encoder_outputs"].get(modality)
-        if outputs is None:
-            continue
-        # A continued conversation may give the grids of all its images; the encoded ones are the last.
-        for frames, height, width in images.prompt.grids[f"{modality}_grid_thw"][-len(outputs.pooler_output) :]:
-            grid = tuple(side // config.vision_config.spatial_merge_size for side in (height, width))
-            # Parts are whole images and videos, or groups of a video's frames.
-            split = modality == "video" and config.pruner_per_frame
-            parts += [[grid]] * frames if split else [[grid] * frames]
-    return parts
-
-
-def _unpadded_grid(config, side: int, size: list[int], tokens: int) -> list[tuple[int, int]]:
-    """Rows and columns of the crops of an image `size` (height, width) high, whose padding is gone and each of whose
-    rows ends in a newline: so many tokens."""
-    if not tokens:
-        return []
-    height, width = (
-        pixels // config.vision_config.image_size * side
-        for pixels in select_best_resolution(size, config.image_grid_pinpoints)
-    )
-    # Padding is above and below, or at the sides.
-    if size[1] / size[0] > width / height:
-        return [(tokens // (width + 1), width)]
-    return [(height, tokens // height - 1)]
+    model, outputs = images.model, images.arguments["mm_encoder_outputs"]
+    encoded = [modality for modality in MODALITIES if outputs.get(modality) is not None]
+    return [part for modality in encoded for part in model.grids(modality, images.arguments, images.prompt)]
 
 
 def places(images: EncodedImages) -> torch.Tensor:
@@ -203,15 +138,15 @@ def places(images: EncodedImages) -> torch.Tensor:
     shares of its width and height: `(images, tokens, 3)`."""
     parts = []
     for every, size in zip(grids(images), images.sizes):
-        structured = len(every) == 2 and sum(rows * columns for rows, columns in every) != size
+        newlines = size > sum(rows * columns for rows, columns in every)
         found = []
         for number, (rows, columns) in enumerate(every):
             y, x = torch.meshgrid(
                 (torch.arange(rows) + 0.5) / rows, (torch.arange(columns) + 0.5) / columns, indexing="ij"
             )
             grid = torch.stack([torch.full_like(x, number), x, y], dim=-1)
-            if structured and number:
-                grid = torch.cat([grid, grid.new_full((rows, 1, 3), torch.nan)], dim=1)  # its newlines
+            if newlines and number == len(every) - 1:
+                grid = torch.cat([grid, grid.new_full((rows, 1, 3), torch.nan)], dim=1)
             found.append(grid.flatten(0, 1))
         parts.append(torch.cat(found))
     return padded(parts).to(images.features.device)

@@ -15,8 +15,10 @@ from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
 from .budget_learnpruner import mean_tokens
 from .compat_learnpruner import CACHE
+from .families import FAMILIES, model_class
 from .hub_learnpruner import find_base
 from .keys_learnpruner import PrunedCache
+from .model_learnpruner import PrunedModelMixin
 
 RUNS = 3
 # How much a dropped patch is darkened.
@@ -84,15 +86,20 @@ def load_image(path: Path) -> Image.Image:
         raise ValueError(f"{path} is not an image that Pillow can read, or is damaged ({error})") from error
 
 
+def model_for(processor: ProcessorMixin) -> type[PrunedModelMixin]:
+    """The class, of those without a head, whose images are laid out as the processor lays them out: of several the
+    first in `FAMILIES`."""
+    layouts = {*processor.image_processor.model_input_names}
+    models = [model_class(config_class).model_class for config_class in FAMILIES]
+    return next(
+        (model for model in models if model.image_layout in layouts),
+        next(model for model in models if model.image_layout is None),
+    )
+
+
 def token_side(processor: ProcessorMixin) -> int:
     """Pixels of one side of what a vision token stands for."""
-    image = processor.image_processor
-    return image.patch_size * image.merge_size if _has_grids(image) else processor.patch_size
-
-
-def _has_grids(image_processor) -> bool:
-    """Whether pixels come as patches of whole images, as Qwen's do, and not as crops."""
-    return "image_grid_thw" in image_processor.model_input_names
+    return model_for(processor).token_side(processor)
 
 
 def shown_pixels(processor: ProcessorMixin, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -102,15 +109,8 @@ def shown_pixels(processor: ProcessorMixin, inputs: dict[str, torch.Tensor]) -> 
         inputs: What the processor, or its image processor, returned: of its crops the first, which for LLaVA-NeXT is
             the whole image.
     """
-    image, values = processor.image_processor, inputs["pixel_values"].float().cpu()
-    if _has_grids(image):
-        _, rows, columns = inputs["image_grid_thw"][0].tolist()
-        merge, side = image.merge_size, image.patch_size
-        # Patches come block by block, each of them with its channels and its two equal frames.
-        blocks = values[: rows * columns].view(rows // merge, columns // merge, merge, merge, 3, -1, side, side)
-        first = blocks[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4).reshape(rows * side, columns * side, 3)
-    else:
-        first = values.flatten(0, -4)[0].permute(1, 2, 0)
+    image = processor.image_processor
+    first = model_for(processor).first_image(inputs, image).float().cpu()
     mean, std = torch.tensor(image.image_mean), torch.tensor(image.image_std)
     return (first * std + mean).clamp(0, 1)
 

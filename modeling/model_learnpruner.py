@@ -29,17 +29,20 @@ SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("lear
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
-    A family says what its images come in and has the methods below that have no body.
+    A family says what its images come in and has the methods below that have no body. Who needs to know where a token
+    stands in a picture asks them.
 
     Attributes:
         pixel_arguments (`tuple[str, ...]`): Names of the stock forward's arguments that hold images.
         grid_arguments (`tuple[str, ...]`): Names of those that lay images out, each a row of integers.
         feature_arguments (`tuple[str, ...]`): Names of others that decide which features an image has.
+        image_layout (`str` or `None`): The grid argument that an image processor returns; `None`: an image is one crop.
     """
 
     pixel_arguments: tuple[str, ...]
     grid_arguments: tuple[str, ...]
     feature_arguments: tuple[str, ...] = ()
+    image_layout: str | None = None
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:
@@ -59,16 +62,37 @@ class PrunedModelMixin:
     def encode_images(self, arguments: dict, prompt: Prompt) -> dict:
         """The stock forward's arguments with encoded images in place of pixels."""
 
-    def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
-        """The vision encoder's features before the projector.
+    def encoder_features(self, arguments: dict) -> dict[str, torch.Tensor]:
+        """For each modality, the vision encoder's features before the projector, a row for each patch.
 
         Args:
             arguments: Encoded images (`mm_encoder_outputs`) and the family's `feature_arguments`.
+        """
+
+    def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
+        """Values of patches, as `encoder_features` has them, where the prompt has their tokens.
 
         Returns:
-            `dict[str, list[torch.Tensor]]`, each `(tokens, d)`: for each modality, in the order of the prompt, every
-            part that has a budget of its own. Rows of NaN are structure, not patches.
+            `list[torch.Tensor]`, each `(tokens, d)`: every part that has a budget of its own, in the order of the
+            prompt. Rows of NaN are structure, not patches.
         """
+
+    def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
+        """Rows and columns of each part's grids, in the order of its tokens. Where it has more tokens than that, each
+        row of the last grid ends in structure."""
+
+    @staticmethod
+    def first_image(inputs: dict, image_processor) -> torch.Tensor:
+        """What the tower sees of the first image that a processor returned, `(height, width, 3)`, normalized."""
+
+    @staticmethod
+    def token_side(processor) -> int:
+        """Pixels of one side of what a vision token stands for."""
+
+    def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
+        """What the pruner reads of each part: `encoder_features`, laid out."""
+        features = self.encoder_features(arguments)
+        return {modality: self.lay_out(modality, values, arguments, prompt) for modality, values in features.items()}
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

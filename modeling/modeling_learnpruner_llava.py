@@ -1,6 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """LLaVA (1.5 shape) with LearnPruner (arXiv 2604.23950)."""
 
+import math
+
 import torch
 from transformers import LlavaForConditionalGeneration, LlavaModel, PreTrainedConfig
 
@@ -34,8 +36,8 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
         encoded = self.get_image_features(**features, image_sizes=prompt.grids.get("image_sizes"), return_dict=True)
         return {**arguments, "pixel_values": None, "mm_encoder_outputs": {"image": encoded}}
 
-    def selected_features(self, arguments: dict) -> torch.Tensor:
-        """The hidden states that the stock model gives its projector, `(crops, patches, d)`."""
+    def encoder_features(self, arguments: dict) -> dict[str, torch.Tensor]:
+        # The hidden states that the stock model gives its projector, `(crops, patches, d)`.
         outputs, layer = arguments["mm_encoder_outputs"]["image"], arguments.get("vision_feature_layer")
         layer = self.config.vision_feature_layer if layer is None else layer
         strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
@@ -46,17 +48,35 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
             )
         levels = [outputs.hidden_states[level] for level in ([layer] if isinstance(layer, int) else layer)]
         # "default" leaves out the [CLS] token.
-        return torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)
+        return {"image": torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)}
+
+    @staticmethod
+    def first_image(inputs: dict, image_processor) -> torch.Tensor:
+        return inputs["pixel_values"].flatten(0, -4)[0].permute(1, 2, 0)  # of LLaVA-NeXT's crops, the whole
+
+    @staticmethod
+    def token_side(processor) -> int:
+        return processor.patch_size
 
 
 class LearnPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
     config: LearnPrunerLlavaConfig
 
-    def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
+    def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
         images = arguments["mm_encoder_outputs"]["image"].pooler_output
         # Towers of native resolution put all images behind one another in a batch of one.
-        features = self.selected_features(arguments).flatten(0, 1)
-        return {"image": list(features.split([len(image) for image in images]))}
+        return list(values.flatten(0, 1).split([len(image) for image in images]))
+
+    def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
+        sizes = [len(image) for image in arguments["mm_encoder_outputs"]["image"].pooler_output]
+        for tokens in sizes:
+            if math.isqrt(tokens) ** 2 != tokens:
+                raise ValueError(
+                    f"An image's {tokens} tokens are no square of patches, so that their places are unknown: give the "
+                    "model square images and vision_feature_select_strategy='default', or take a method that reads no "
+                    "places."
+                )
+        return [[(math.isqrt(tokens),) * 2] for tokens in sizes]
 
 
 class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaForConditionalGeneration):

@@ -31,6 +31,7 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
 
     pixel_arguments = ("pixel_values", "pixel_values_videos")
     grid_arguments = ("image_grid_thw", "video_grid_thw")
+    image_layout = "image_grid_thw"
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:
@@ -113,24 +114,36 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
                 outputs[modality] = encode(arguments[pixels], arguments.get(grid), return_dict=True)
         return {**arguments, **dict.fromkeys(self.pixel_arguments), "mm_encoder_outputs": outputs}
 
-    def merged_features(self, hidden_states: torch.Tensor, grids: list[list[int]]) -> torch.Tensor:
-        """The encoder's features `(patches, d)` as `(tokens, 4 d)`; a grid is groups of frames, rows and columns."""
-        return hidden_states.view(sum(math.prod(grid) for grid in grids), -1)
+    def encoder_features(self, arguments: dict) -> dict[str, torch.Tensor]:
+        outputs = arguments["mm_encoder_outputs"]
+        return {name: outputs[name].last_hidden_state for name in INPUTS if outputs.get(name) is not None}
 
-    def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
-        merge, parts = self.config.vision_config.spatial_merge_size, {}
-        for modality, (_, name) in INPUTS.items():
-            outputs = arguments["mm_encoder_outputs"].get(modality)
-            if outputs is None:
-                continue
-            # A continued conversation may give the grids of all its images; the encoded ones are the last.
-            rows = prompt.grids[name][-len(outputs.pooler_output) :]
-            grids = [[frames, height // merge, width // merge] for frames, height, width in rows]
-            sizes = [math.prod(grid) for grid in grids]
-            if modality == "video" and self.config.pruner_per_frame:
-                sizes = [size // grid[0] for size, grid in zip(sizes, grids) for _ in range(grid[0])]
-            parts[modality] = list(self.merged_features(outputs.last_hidden_state, grids).split(sizes))
+    def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
+        sizes = [sum(map(math.prod, part)) for part in self.grids(modality, arguments, prompt)]
+        return list(values.view(sum(sizes), -1).split(sizes))
+
+    def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
+        merge, parts = self.config.vision_config.spatial_merge_size, []
+        encoded = len(arguments["mm_encoder_outputs"][modality].pooler_output)
+        # A continued conversation may give the grids of all its images; the encoded ones are the last.
+        for frames, height, width in prompt.grids[INPUTS[modality][1]][-encoded:]:
+            grid = (height // merge, width // merge)
+            per_frame = modality == "video" and self.config.pruner_per_frame
+            parts += [[grid]] * frames if per_frame else [[grid] * frames]
         return parts
+
+    @staticmethod
+    def first_image(inputs: dict, image_processor) -> torch.Tensor:
+        (_, rows, columns), merge = inputs["image_grid_thw"][0].tolist(), image_processor.merge_size
+        # Patches come block by block, each of them with its channels and its two equal frames.
+        blocks = inputs["pixel_values"][: rows * columns].view(
+            rows // merge, columns // merge, merge, merge, 3, -1, *(image_processor.patch_size,) * 2
+        )
+        return blocks[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4).flatten(3, 5).flatten(0, 2)
+
+    @staticmethod
+    def token_side(processor) -> int:
+        return processor.image_processor.patch_size * processor.image_processor.merge_size
 
 
 class PrunedQwenVLGenerationMixin(PrunedGenerationMixin):

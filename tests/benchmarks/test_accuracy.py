@@ -118,7 +118,7 @@ def test_an_image_is_encoded_once_for_its_questions(folder):
 
 @torch.no_grad()
 def test_an_image_is_encoded_once_on_models_of_native_resolution(qwen):
-    tower = accuracy.vision_tower(accuracy.LearnPrunerForConditionalGeneration.from_pretrained(qwen).eval())
+    tower = accuracy.LearnPrunerForConditionalGeneration.from_pretrained(qwen).eval().get_encoder("image")
     # Three images of 4 x 8 patches, the questions of each side by side.
     pixels = torch.randn(3, 32, 96)[[0, 0, 1, 2, 2, 2]].flatten(0, 1)
     grids, inner = torch.tensor([[1, 4, 8]]).repeat(6, 1), []
