@@ -29,14 +29,9 @@ SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("lear
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
-    A family says what its images come in and has the methods below that have no body. Who needs to know where a token
-    stands in a picture asks them.
-
-    Attributes:
-        pixel_arguments (`tuple[str, ...]`): Names of the stock forward's arguments that hold images.
-        grid_arguments (`tuple[str, ...]`): Names of those that lay images out, each a row of integers.
-        feature_arguments (`tuple[str, ...]`): Names of others that decide which features an image has.
-        image_layout (`str` or `None`): The grid argument that an image processor returns; `None`: an image is one crop.
+    A family names the stock forward's arguments that hold images (`pixel_arguments`), that lay them out, each a row of
+    integers (`grid_arguments`; the one that an image processor returns is `image_layout`, where an image is more than
+    one crop), and that decide which features they have (`feature_arguments`). It has the methods below without a body.
     """
 
     pixel_arguments: tuple[str, ...]
@@ -63,23 +58,14 @@ class PrunedModelMixin:
         """The stock forward's arguments with encoded images in place of pixels."""
 
     def encoder_features(self, arguments: dict) -> dict[str, torch.Tensor]:
-        """For each modality, the vision encoder's features before the projector, a row for each patch.
-
-        Args:
-            arguments: Encoded images (`mm_encoder_outputs`) and the family's `feature_arguments`.
-        """
+        """For each modality, the features before the projector in `mm_encoder_outputs`, a row for each patch."""
 
     def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
-        """Values of patches, as `encoder_features` has them, where the prompt has their tokens.
-
-        Returns:
-            `list[torch.Tensor]`, each `(tokens, d)`: every part that has a budget of its own, in the order of the
-            prompt. Rows of NaN are structure, not patches.
-        """
+        """Values of patches, as `encoder_features` has them, where the prompt has their tokens: `(tokens, d)` of each
+        part that has a budget of its own, in the order of the prompt. Rows of NaN are structure, not patches."""
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
-        """Rows and columns of each part's grids, in the order of its tokens. Where it has more tokens than that, each
-        row of the last grid ends in structure."""
+        """Rows and columns of each part's grids. Where it has more tokens, each row of its last ends in structure."""
 
     @staticmethod
     def first_image(inputs: dict, image_processor) -> torch.Tensor:
@@ -104,8 +90,7 @@ class PrunedModelMixin:
 
     @classmethod
     def adopt(cls, model: nn.Module) -> "PrunedModelMixin":
-        """Makes a stock model, whose configuration has the pruner's fields, one of this class, in place: it keeps its
-        weights and gets a new pruner."""
+        """Makes a stock model one of this class, in place; its configuration has the pruner's fields."""
         model.__class__ = cls
         model._add_pruner()
         return model
@@ -136,11 +121,11 @@ class PrunedModelMixin:
     ) -> tuple[Cut, ...]:
         """The cuts of a call: those of `schedule`, or LearnPruner's at `ratio`, or those of the [`scheduled`] block
         around the call, or LearnPruner's at the configuration's ratio. At a ratio of 1 there are none."""
+        check_asked(ratio, schedule)
         if schedule is None and ratio is None:
             schedule = next((each for model, each in reversed(SCHEDULES.get()) if model is self), None)
         if schedule is None:
             return learnpruner_schedule(self.config, ratio)
-        check_asked(ratio, schedule)
         cuts = schedule if isinstance(schedule, tuple | list) else schedule.cuts(self)
         return check_schedule(cuts, self.config.text_config.num_hidden_layers)
 
@@ -188,19 +173,11 @@ class PrunedModelMixin:
         query_mask: torch.Tensor | None = None,
         **stock,
     ) -> ModelOutput:
-        """The stock forward; with images and a ratio below 1, the same on fewer tokens.
-
-        Args:
-            pruner_ratio, schedule, query_mask: As in the class with the head.
-            stock: The stock model's arguments.
-
-        Returns:
-            The stock output, with the fields of [`Recorded`].
-        """
+        """The stock forward; with images and a ratio below 1, the same on fewer tokens. Arguments and output are those
+        of the stock model, with what the class with the head adds."""
         call = stock.pop("pruning", None)  # of the head, which makes the output
         if call is not None:
             return self._run(call, stock)
-        check_asked(pruner_ratio, schedule)
         cuts = self.pruner_schedule(pruner_ratio, schedule) if self.has_images(stock) else ()
         call = PruningCall(cuts, query_mask)
         before = held_lengths(stock.get(CACHE)) if cuts else None
@@ -218,8 +195,13 @@ class PrunedModelMixin:
             if call.plan is None:
                 stock = self._plan(call, stock)
             if call.acts:
-                self._warn_if_untrained(call)
                 stock["pruning"] = call
+                learned = any(isinstance(cut.score, LearnedScore) for cut in call.schedule)
+                if learned and not self.config.pruner_trained and not call.soft:
+                    logger.warning_once(
+                        "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
+                        "(model.train_pruner_only()) or load a trained checkpoint."
+                    )
         return super().forward(**stock, return_dict=True)
 
     def _plan(self, call: PruningCall, stock: dict) -> dict:
@@ -228,14 +210,6 @@ class PrunedModelMixin:
         with watching(call.schedule, -1, lambda: self):
             stock = self.encode_images(stock, prompt)
         return {**stock, "mm_encoder_outputs": make_plan(call, self, {**stock, **pixels}, prompt)}
-
-    def _warn_if_untrained(self, call: PruningCall) -> None:
-        learned = any(isinstance(cut.score, LearnedScore) for cut in call.schedule)
-        if learned and not self.config.pruner_trained and not call.soft:
-            logger.warning_once(
-                "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
-                "(model.train_pruner_only()) or load a trained checkpoint."
-            )
 
 
 def check_asked(ratio: float | None, schedule: tuple[Cut, ...] | Schedule | None) -> None:

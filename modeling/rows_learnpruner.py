@@ -80,18 +80,15 @@ class Run:
     """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments.
 
     Attributes:
-        decoder (`nn.Module`): The text model.
-        call ([`PruningCall`], *optional*): The prompt's; `None` for a step on a cache that was pruned before.
-        cache ([`PrunedCache`], *optional*): The caller's, or, `adopted`, the one that the stock model makes.
+        call: The prompt's; `None` for a step on a cache that was pruned before.
+        cache: The caller's, or, `adopted`, the one that the stock model makes.
         attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, bool, *optional*): The caller's.
-        sequence (`int`): Rows of the call before any cut.
-        added (`list[torch.Tensor]`, each `(batch, sequence, hidden)`): What the stock loop would add to the rows behind
-            its first layers (DeepStack).
-        steps (`list[tuple]`): What the hook in front of each layer decided, by which a second pass of the layer
-            (recomputation under checkpointing) is the same: where the rows that stay were, `(batch, length)` int64 or
-            `None`; arguments in place of the stock model's; and the logical row of each row.
-        number, hidden_states: The layer that runs, and what it was given.
-        note ([`Note`]): What the probe found there.
+        sequence: Rows of the call before any cut.
+        added (each `(batch, sequence, hidden)`): What the stock loop would add behind its first layers (DeepStack).
+        steps: What the hook in front of each layer decided, so that a second pass of the layer (recomputation under
+            checkpointing) is the same: where the rows that stay were, `(batch, length)` int64 or `None`; arguments in
+            place of the stock model's; the logical row of each row.
+        number, hidden_states: The layer that runs, and what it was given; `note` is what the probe found there.
     """
 
     decoder: nn.Module
@@ -113,10 +110,6 @@ class Run:
     note: Note = field(default_factory=Note)
     watch: ExitStack = field(default_factory=ExitStack)
 
-    @property
-    def depth(self) -> int:
-        return self.decoder.config.num_hidden_layers
-
     def begin(self, hidden_states: torch.Tensor, arguments: dict) -> None:
         """In front of the first layer."""
         batch, length, _ = hidden_states.shape
@@ -126,14 +119,14 @@ class Run:
         self.rows = PhysicalRows(batch, length, hidden_states.device, mask)
         self.position_embeddings = arguments["position_embeddings"]
         if self.call is not None and self.cache is None and arguments.get(CACHE) is not None:
-            self.cache, self.adopted = PrunedCache.adopt(arguments[CACHE], self.depth), True
+            self.cache, self.adopted = PrunedCache.adopt(arguments[CACHE], self.decoder.config.num_hidden_layers), True
 
     def cut(self, number: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Makes the cut in front of a layer, if one falls there. Returns where the rows that stay were."""
-        cut, rows, plan = self.cuts.get(number), self.rows, self.call and self.call.plan
-        if cut is None:
+        if number not in self.cuts:
             return None
-        decisions, (vision, text) = self.call.decisions, self._kinds()
+        cut, rows, plan, decisions = self.cuts[number], self.rows, self.call.plan, self.call.decisions
+        vision, text = self._kinds()
         if cut.layer == 0:
             scores, chosen = plan.scores, rows.to_physical(plan.kept)
         else:
@@ -157,8 +150,8 @@ class Run:
             self.key_valid = rows.valid if held is None else _join(held, self.attention_mask, rows, self.sequence)
         if held is not None:
             self.history = held.history
-        if held is not None and self.call is not None:
-            self._hold(number, held)
+            if self.call is not None:
+                self._hold(number, held)
         if stale:
             self.mask = self._mask(number, hidden_states)
         self.number, self.hidden_states = number, hidden_states
@@ -224,10 +217,9 @@ def _join(held: PrunedCacheLayer, attention_mask, rows: PhysicalRows, sequence: 
     past = held.key_valid(attention_mask, sequence)
     if past is None and rows.valid is None:
         return None
-    if past is None:
-        past = rows.valid.new_ones(len(rows.valid), held.physical_length)
     own = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
-    return torch.cat([past.to(own.device), own], dim=1)
+    past = own.new_ones(len(own), held.physical_length) if past is None else past.to(own.device)
+    return torch.cat([past, own], dim=1)
 
 
 def install_hooks(decoder: nn.Module) -> None:
@@ -254,31 +246,28 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     """In front of the text model."""
     arguments = installed_names(arguments)
     call = arguments.pop("pruning", None)
-    if call is not None and not torch.compiler.is_compiling():
-        for number, layer in enumerate(decoder.layers):
-            if not _has_hook(layer):
-                raise RuntimeError(_unhooked(number))
     if call is None and not any(is_pruned(cache) for cache in (arguments.get(CACHE), *args)):
         return args, arguments
-    arguments = {**dict(zip(list(signature(decoder.forward).parameters), args)), **arguments}
-    cache, attention_mask = arguments.get(CACHE), arguments.get("attention_mask")
-    inputs_embeds = arguments.get("inputs_embeds")
-    refuse_prepared_mask(attention_mask)
+    if call is not None and not torch.compiler.is_compiling():
+        unhooked = [number for number, layer in enumerate(decoder.layers) if not _has_hook(layer)]
+        if unhooked:
+            raise RuntimeError(_unhooked(unhooked[0]))
+    arguments = dict(zip(signature(decoder.forward).parameters, args)) | arguments
+    cache, mask, inputs_embeds = (arguments.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
+    refuse_prepared_mask(mask)
     if call is not None and call.soft:
         refuse_gating(decoder.config)
         gates = call.plan.gates.to(inputs_embeds.device)
-        return (), {**arguments, "attention_mask": gated_causal_mask(gates, attention_mask, inputs_embeds.dtype)}
+        return (), {**arguments, "attention_mask": gated_causal_mask(gates, mask, inputs_embeds.dtype)}
     if inputs_embeds is None:
         inputs_embeds = decoder.get_input_embeddings()(arguments.pop("input_ids"))
     if cache is not None and call is not None:
         cache = PrunedCache.adopt(cache, decoder.config.num_hidden_layers)
-    added = []
-    if arguments.get(DEEPSTACK_FEATURES) is not None:
-        where, features = arguments.pop(DEEPSTACK_WHERE), arguments.pop(DEEPSTACK_FEATURES)
-        nothing = torch.zeros_like(inputs_embeds)
-        added = [nothing.masked_scatter(where.unsqueeze(-1), feature.to(nothing)) for feature in features]
-    mask = None if attention_mask is None else attention_mask.bool()
+    where, features = (arguments.pop(name, None) for name in (DEEPSTACK_WHERE, DEEPSTACK_FEATURES))
+    nothing = torch.zeros_like(inputs_embeds) if features else None
+    added = [nothing.masked_scatter(where.unsqueeze(-1), feature.to(nothing)) for feature in features or ()]
     cuts = {} if call is None else {cut.layer: cut for cut in call.schedule}
+    mask = None if mask is None else mask.bool()
     run = Run(decoder, call, cache, mask, inputs_embeds.shape[1], added, cuts=cuts)
     own = {
         "inputs_embeds": inputs_embeds,
@@ -294,12 +283,13 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
 def leave(decoder: nn.Module, args: tuple, arguments: dict, outputs) -> None:
     """Behind the text model."""
     run = arguments.get(RUN)
-    if run is None:
+    if run is not None:
+        run.watch.close()
+    if run is None or outputs is None:  # an error
         return
-    run.watch.close()
-    if outputs is None:  # an error
-        return
-    if len(run.steps) != run.depth or (run.call is not None and len(run.call.decisions) != len(run.cuts)):
+    if len(run.steps) != decoder.config.num_hidden_layers or (
+        run.call is not None and len(run.call.decisions) != len(run.cuts)
+    ):
         raise RuntimeError(_unhooked(len(run.steps)))
     if run.adopted:
         outputs[CACHE] = run.cache
