@@ -29,8 +29,7 @@ SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("lear
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
-    A family says what its images come in and has the methods below that have no body. Who needs to know where a token
-    stands in a picture asks them.
+    A family says what its images come in and has the methods below that have no body.
 
     Attributes:
         pixel_arguments (`tuple[str, ...]`): Names of the stock forward's arguments that hold images.
@@ -63,23 +62,15 @@ class PrunedModelMixin:
         """The stock forward's arguments with encoded images in place of pixels."""
 
     def encoder_features(self, arguments: dict) -> dict[str, torch.Tensor]:
-        """For each modality, the vision encoder's features before the projector, a row for each patch.
-
-        Args:
-            arguments: Encoded images (`mm_encoder_outputs`) and the family's `feature_arguments`.
-        """
+        """Of encoded images (`mm_encoder_outputs`), the encoder's features before the projector, a row a patch."""
 
     def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
-        """Values of patches, as `encoder_features` has them, where the prompt has their tokens.
-
-        Returns:
-            `list[torch.Tensor]`, each `(tokens, d)`: every part that has a budget of its own, in the order of the
-            prompt. Rows of NaN are structure, not patches.
-        """
+        """Values of patches, as `encoder_features` has them, in the order of the prompt: `(tokens, d)` for every part
+        that has a budget of its own. Rows of NaN are structure, not patches."""
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
-        """Rows and columns of each part's grids, in the order of its tokens. Where it has more tokens than that, each
-        row of the last grid ends in structure."""
+        """Rows and columns of each part's grids, in the order of its tokens; empty where they are unknown. Where a part
+        has more tokens than that, each row of its last grid ends in structure."""
 
     @staticmethod
     def first_image(inputs: dict, image_processor) -> torch.Tensor:
@@ -90,7 +81,7 @@ class PrunedModelMixin:
         """Pixels of one side of what a vision token stands for."""
 
     def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
-        """What the pruner reads of each part: `encoder_features`, laid out."""
+        """What the pruner reads: of each modality the features, laid out."""
         features = self.encoder_features(arguments)
         return {modality: self.lay_out(modality, values, arguments, prompt) for modality, values in features.items()}
 
