@@ -134,8 +134,8 @@ class StockParts:
         self.model, self.inputs, self.device = model, inputs, model.device
         self.text: nn.Module = model.model.language_model
         self.batch = len(inputs["input_ids"])
-        named = ("pixel_values", "image_sizes", "image_grid_thw")
-        self.images = {name: inputs[name] for name in named if name in inputs}
+        of_text = ("input_ids", "attention_mask", "mm_token_type_ids")
+        self.images = {name: value for name, value in inputs.items() if name not in of_text}
         if "image_sizes" in self.images:
             # As the pruned model passes them: in a tensor, the stock model waits for each image's sizes. Qwen's tower
             # takes a tensor alone, and waits for it in the stock model, the pruned one and here.

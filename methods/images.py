@@ -130,7 +130,15 @@ def grids(images: EncodedImages) -> list[list[tuple[int, int]]]:
     """
     model, outputs = images.model, images.arguments["mm_encoder_outputs"]
     encoded = [modality for modality in MODALITIES if outputs.get(modality) is not None]
-    return [part for modality in encoded for part in model.grids(modality, images.arguments, images.prompt)]
+    parts = [part for modality in encoded for part in model.grids(modality, images.arguments, images.prompt)]
+    for part, tokens in zip(parts, images.sizes):
+        if not part:
+            raise ValueError(
+                f"An image's {tokens} tokens are no square of patches, so that their places are unknown: give the "
+                "model square images and vision_feature_select_strategy='default', or take a method that reads no "
+                "places."
+            )
+    return parts
 
 
 def places(images: EncodedImages) -> torch.Tensor:

@@ -65,7 +65,8 @@ class PrunedModelMixin:
         part that has a budget of its own, in the order of the prompt. Rows of NaN are structure, not patches."""
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
-        """Rows and columns of each part's grids. Where it has more tokens, each row of its last ends in structure."""
+        """Rows and columns of each part's grids; empty where they are unknown. Where a part has more tokens than that,
+        each row of its last grid ends in structure."""
 
     @staticmethod
     def first_image(inputs: dict, image_processor) -> torch.Tensor:
@@ -76,7 +77,7 @@ class PrunedModelMixin:
         """Pixels of one side of what a vision token stands for."""
 
     def pruner_features(self, arguments: dict, prompt: Prompt) -> dict[str, list[torch.Tensor]]:
-        """What the pruner reads of each part: `encoder_features`, laid out."""
+        """What the pruner reads: of each modality the features, laid out."""
         features = self.encoder_features(arguments)
         return {modality: self.lay_out(modality, values, arguments, prompt) for modality, values in features.items()}
 

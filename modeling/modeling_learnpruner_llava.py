@@ -69,14 +69,7 @@ class LearnPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
         sizes = [len(image) for image in arguments["mm_encoder_outputs"]["image"].pooler_output]
-        for tokens in sizes:
-            if math.isqrt(tokens) ** 2 != tokens:
-                raise ValueError(
-                    f"An image's {tokens} tokens are no square of patches, so that their places are unknown: give the "
-                    "model square images and vision_feature_select_strategy='default', or take a method that reads no "
-                    "places."
-                )
-        return [[(math.isqrt(tokens),) * 2] for tokens in sizes]
+        return [[(math.isqrt(size),) * 2] * (math.isqrt(size) ** 2 == size) for size in sizes]
 
 
 class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaForConditionalGeneration):

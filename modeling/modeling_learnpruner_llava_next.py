@@ -17,18 +17,17 @@ class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
     config: LearnPrunerLlavaNextConfig
     image_layout = "image_sizes"
 
-    def crop_grids(self, prompt: Prompt) -> list[tuple[int, int]]:
-        """Rows and columns of the crops of each image, beside the one of the whole."""
+    def _crops(self, prompt: Prompt) -> list[tuple[int, int]]:
+        """Rows and columns of each image's crops, beside the one of the whole."""
         if "image_sizes" not in prompt.grids:
             raise ValueError("LLaVA-NeXT lays out its tokens by image_sizes: pass it with the images.")
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         return [get_anyres_image_grid_shape(size, pinpoints, side) for size in prompt.grids["image_sizes"]]
 
     def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
-        """As the stock model packs its tokens. The learned `image_newline` rows are structure, so they carry no score
-        and are kept only when every patch is."""
+        # The learned `image_newline` rows are structure: they carry no score and are kept only when every patch is.
         strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        crops = [1 + rows * columns for rows, columns in self.crop_grids(prompt)]
+        crops = [1 + rows * columns for rows, columns in self._crops(prompt)]
         # The stock model packs the numbers of the rows, on the host: on a GPU it would make the host wait.
         numbers = torch.arange(values.shape[:2].numel(), device="cpu").view(*values.shape[:2], 1).split(crops)
         newline = torch.full((1,), -1, device="cpu")
@@ -39,7 +38,7 @@ class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
         side, found = self.config.vision_config.image_size // self.config.vision_config.patch_size, []
-        for size, (rows, columns) in zip(prompt.grids["image_sizes"], self.crop_grids(prompt)):
+        for size, (rows, columns) in zip(prompt.grids["image_sizes"], self._crops(prompt)):
             crops = torch.empty(1, rows * side, columns * side, device="meta")
             found.append([(side, side), tuple(unpad_image(crops, size).shape[1:])])
         return found

@@ -136,9 +136,8 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
     def first_image(inputs: dict, image_processor) -> torch.Tensor:
         (_, rows, columns), merge = inputs["image_grid_thw"][0].tolist(), image_processor.merge_size
         # Patches come block by block, each of them with its channels and its two equal frames.
-        blocks = inputs["pixel_values"][: rows * columns].view(
-            rows // merge, columns // merge, merge, merge, 3, -1, *(image_processor.patch_size,) * 2
-        )
+        shape = (rows // merge, columns // merge, merge, merge, 3, -1, *[image_processor.patch_size] * 2)
+        blocks = inputs["pixel_values"][: rows * columns].view(shape)
         return blocks[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4).flatten(3, 5).flatten(0, 2)
 
     @staticmethod
