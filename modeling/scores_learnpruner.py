@@ -1,7 +1,5 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""What ranks vision tokens and what chooses among them: the learned module (cut 1), the attention of text (cut 2),
-selections, and the gates that stand in for cut 1 in training.
-"""
+"""What ranks vision tokens (the learned module, the attention of text), selections, and the gates of training."""
 
 from dataclasses import dataclass
 
@@ -13,18 +11,17 @@ from .prompt_learnpruner import send
 
 # Query rows scored at a time: bounds the memory of a long question over a long image.
 ROWS_AT_A_TIME = 128
-# What is left of a key whose gate is 0: nothing that shows in float32, and enough for its gradient to be the right one.
+# What is left of a key whose gate is 0: nothing that shows in float32, but enough for the right gradient.
 GATE_FLOOR = 1e-8
-# Weight of the squared budget error in the training loss. The paper gives no budget term; this is the form and weight
-# of Dynamic-LLaVA (arXiv 2412.00876).
+# Weight of the squared budget error in the training loss, as in Dynamic-LLaVA (arXiv 2412.00876). The paper gives none.
 BUDGET_WEIGHT = 100.0
 
 
 class LearnedPruningModule(nn.Module):
     """Scores every vision token from the vision encoder's features (LearnPruner, arXiv 2604.23950, stage 1).
 
-    LayerNorm - Linear(d, h) - GELU - Linear(h, 2) over {drop, keep}; 527,874 parameters for CLIP-L (d = 1024,
-    h = 512). The paper gives the count; the layout is the project's reading of it.
+    LayerNorm - Linear(d, h) - GELU - Linear(h, 2) over {drop, keep}: the project's reading of the paper, which gives
+    the number of parameters, 527,874 for CLIP-L (d = 1024, h = 512).
     """
 
     def __init__(self, input_size: int, hidden_size: int):
@@ -34,14 +31,9 @@ class LearnedPruningModule(nn.Module):
         self.output = nn.Linear(hidden_size, 2)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            features (`torch.Tensor` of shape `(..., d)`, any float dtype):
-                Vision encoder features, before the projector. Rows of NaN are structure, not patches.
+        """Keep minus drop logits, `(...)` float32: their sigmoid is the keep probability, but would tie more often.
 
-        Returns:
-            `torch.Tensor` of shape `(...)`, float32: keep logit minus drop logit, so that its sigmoid is the keep
-            probability. A probability would tie in low precision, the difference does not. NaN for structure.
+        `features` are the encoder's before the projector, `(..., d)` of any float dtype; NaN in and out is structure.
         """
         structure = features.isnan().any(-1)
         features = features.masked_fill(structure.unsqueeze(-1), 0)
@@ -52,16 +44,13 @@ class LearnedPruningModule(nn.Module):
 
 
 def best_first(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-    """Columns in each row's descending order; ties go to the lower index.
+    """Columns in each row's descending order, `(rows, columns)` int64; ties go to the lower index.
 
     Args:
-        scores (`torch.Tensor` of shape `(rows, columns)`, float32): NaN comes behind every number.
+        scores (`torch.Tensor` of shape `(rows, columns)`, float32): NaN comes behind every number, -inf too.
         candidates (`torch.Tensor` of shape `(rows, columns)`, bool): Columns that come before all others.
-
-    Returns:
-        `torch.Tensor` of shape `(rows, columns)`, int64.
     """
-    # Every number comes before NaN, minus infinity too, and every candidate before the others.
+    # NaN takes the lowest number, above which all others are kept.
     lowest = torch.finfo(scores.dtype)
     scores = scores.clamp(min=lowest.min * (1 - lowest.eps)).nan_to_num(nan=lowest.min, posinf=torch.inf)
     return torch.where(candidates, scores, -torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -73,31 +62,22 @@ def rank(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
 
 
 def top_k(scores: torch.Tensor, candidates: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Marks the best candidates of each row, in the order of [`best_first`]; `(rows, columns)`, bool.
-
-    Args:
-        counts (`torch.Tensor` of shape `(rows,)`, int64): How many to mark, at most the row's candidates.
-    """
+    """Marks the first `counts`, `(rows,)` int64, of each row in the order of [`best_first`]; `(rows, columns)` bool."""
     return rank(scores, candidates) < counts.unsqueeze(1)
 
 
 def top_k_with_diversity(
     scores: torch.Tensor, candidates: torch.Tensor, counts: list[int], features: torch.Tensor, diversity: float
 ) -> torch.Tensor:
-    """Top-k by score, then a share of `counts` filled greedily with the token least similar to those chosen.
+    """Top-k by score and, for the rest of `counts`, the "diversity tokens" of the paper; `(rows, columns)`, bool.
 
-    The "diversity tokens" of the paper (stage 1, inference only): repeatedly add the candidate whose largest cosine
-    similarity to the chosen set is smallest. The share is `round(diversity * count)`, and at least one token is
-    chosen by score. Structure rows (NaN features) are chosen last, in order.
+    Those are `round(diversity * count)`, but leave one token to the score. Each is the candidate whose largest cosine
+    similarity to those already chosen is smallest. Structure (NaN features) comes last, in order.
 
     Args:
-        scores, candidates: As in [`best_first`].
-        counts (`list[int]` of length `rows`): How many to mark; on the host, which runs the greedy rounds.
+        scores, candidates, counts: As in [`top_k`], but `counts` are a `list[int]` on the host.
         features (`torch.Tensor` of shape `(rows, columns, d)`, any float dtype): What similarity is measured on.
         diversity (`float`): Share of `counts`, in [0, 1].
-
-    Returns:
-        `torch.Tensor` of shape `(rows, columns)`, bool.
     """
     by_score = [max(1, count - round(diversity * count)) for count in counts]
     order = best_first(scores, candidates)
@@ -109,8 +89,7 @@ def top_k_with_diversity(
     structure = features.isnan().any(-1)
     directions = F.normalize(features.float().nan_to_num(), dim=-1)
     best = order[:, : max(by_score)]
-    chosen_directions = directions.gather(1, best.unsqueeze(-1).expand(-1, -1, directions.shape[-1]))
-    similarity = directions @ chosen_directions.mT
+    similarity = directions @ directions.take_along_dim(best.unsqueeze(-1), dim=1).mT
     similarity = similarity.masked_fill(~(chosen & ~structure).gather(1, best).unsqueeze(1), -torch.inf)
     # A cosine never reaches 2: structure comes after every patch that is left.
     nearest = similarity.amax(-1).masked_fill(structure, 2.0).masked_fill(chosen | ~candidates, torch.inf)
@@ -127,25 +106,15 @@ def top_k_with_diversity(
 
 
 def budget_loss(probabilities: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
-    """Squared error between the mean keep probability of each image and its share, times [`BUDGET_WEIGHT`].
-
-    Args:
-        probabilities (`list[torch.Tensor]` of shape `(tokens,)`, float32): Keep probabilities of each image.
-        shares (`list[float]`): R1 / patches of each image.
-    """
+    """Squared error between each image's mean keep probability and its share, R1 / patches; times [`BUDGET_WEIGHT`]."""
     errors = torch.stack([p.mean() - share for p, share in zip(probabilities, shares)])
     return BUDGET_WEIGHT * errors.square().mean()
 
 
 @dataclass
 class Attended:
-    """What one decoder layer's attention was given, normed and rotated as its architecture does.
-
-    Attributes:
-        query (`torch.Tensor` of shape `(batch, heads, length, head_dim)`): Of the current rows.
-        keys (`torch.Tensor` of shape `(batch, kv_heads, past + length, head_dim)`): Of the cache, too.
-        scaling (`float`): What multiplies their products.
-    """
+    """What a layer's attention was given, normed and rotated: `query`, `(batch, heads, length, head_dim)`, of the current
+    rows; `keys`, `(batch, kv_heads, past + length, head_dim)`, with the cache's; and the `scaling` of their product."""
 
     query: torch.Tensor
     keys: torch.Tensor
@@ -158,66 +127,50 @@ class Attended:
 def attention_received(
     attended: Attended, rows: torch.Tensor, weights: torch.Tensor, key_valid: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean attention that each current token receives from the weighted rows that can see it.
+    """Mean attention that each current token receives from the rows that can see it, and whether there is such a row.
 
     Softmax over all keys a row may see, mean over heads, then mean over rows (LearnPruner, arXiv 2604.23950, stage 2).
-    Dividing by the rows that can see a column, not by all, keeps an early image from winning by its place. Only
-    `rows` x keys products are formed, so the model's own attention backend stays as it is. All in float32.
+    Dividing by the rows that can see a column, not by all, keeps an early image from winning by its place. Both results
+    are of shape `(batch, length)`, float32 and bool.
 
     Args:
         attended ([`Attended`]): By the layer.
         rows (`torch.Tensor` of shape `(batch, queries)`, int64): Indices of the query rows among `length`.
         weights (`torch.Tensor` of shape `(batch, queries)`, bool): Which of `rows` count.
         key_valid (`torch.Tensor` of shape `(batch, past + length)`, bool, *optional*): Keys that are not padding.
-
-    Returns:
-        `tuple`: attention received, `(batch, length)` float32, and whether any counted row sees the column,
-        `(batch, length)` bool.
     """
-    query = attended.query
-    index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    query, length = attended.query, attended.query.shape[2]
+    # Counted from the first current row: the cache's columns are negative.
+    columns = torch.arange(length - attended.keys.shape[2], length, device=rows.device)
     with torch.autocast(query.device.type, enabled=False):
-        queries = query.gather(2, index).float() * attended.scaling
-        return _mean_over_rows(queries, attended.keys.float(), key_valid, rows, weights, query.shape[2])
-
-
-def _mean_over_rows(queries, keys, key_valid, rows, weights, length):
-    past = keys.shape[2] - length
-    keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1).mT
-    columns = torch.arange(past + length, device=rows.device)
-    received = keys.new_zeros(len(rows), length)
-    watchers = torch.zeros_like(received)
-    for start in range(0, rows.shape[1], ROWS_AT_A_TIME):
-        chunk = slice(start, start + ROWS_AT_A_TIME)
-        visible = columns <= (rows[:, chunk] + past).unsqueeze(-1)
-        if key_valid is not None:
-            visible = visible & key_valid.unsqueeze(1)
-        logits = queries[:, :, chunk] @ keys
-        # Not -inf: a row of a text-free sample sees nothing, and its softmax must stay a number.
-        logits = logits.masked_fill(~visible.unsqueeze(1), torch.finfo(torch.float32).min)
-        counted = weights[:, chunk].unsqueeze(-1)
-        received += (logits.softmax(-1).mean(1) * counted)[..., past:].sum(1)
-        watchers += (visible & counted)[..., past:].sum(1)
+        queries = query.take_along_dim(rows[:, None, :, None], dim=2).float() * attended.scaling
+        keys = attended.keys.float().repeat_interleave(query.shape[1] // attended.keys.shape[1], dim=1).mT
+        received, watchers = keys.new_zeros(len(rows), length), keys.new_zeros(len(rows), length)
+        for start in range(0, rows.shape[1], ROWS_AT_A_TIME):
+            chunk = slice(start, start + ROWS_AT_A_TIME)
+            visible = columns <= rows[:, chunk].unsqueeze(-1)
+            if key_valid is not None:
+                visible = visible & key_valid.unsqueeze(1)
+            # Not -inf: a row of a text-free sample sees nothing, and its softmax must stay a number.
+            logits = (queries[:, :, chunk] @ keys).masked_fill(~visible.unsqueeze(1), torch.finfo(torch.float32).min)
+            counted = weights[:, chunk].unsqueeze(-1)
+            received += (logits.softmax(-1).mean(1) * counted)[..., -length:].sum(1)
+            watchers += (visible & counted)[..., -length:].sum(1)
     return received / watchers.clamp(min=1), watchers > 0
 
 
 def gated_causal_mask(gates: torch.Tensor, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The causal mask of a prompt, with each key's exponential in the softmax multiplied by its gate.
+    """What is added to the attention logits so that the softmax multiplies each key's exponential by its gate.
 
     The masked softmax of Dynamic-LLaVA (arXiv 2412.00876): at gates of 0 and 1 it is the cut itself, in between it is
-    differentiable, and a dropped key still has a gradient. (Gates times embeddings would be undone by the layers'
-    normalisation.) A row sees itself whatever its gate.
+    differentiable, and a dropped key still has a gradient. A row sees itself whatever its gate.
 
     Args:
         gates (`torch.Tensor` of shape `(batch, sequence)`, float32): In [0, 1], 1 for text.
         attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 at padding.
-        dtype (`torch.dtype`): Of the layers' input.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, 1, sequence, sequence)`: what is added to the attention logits.
+        dtype (`torch.dtype`): Of the layers' input and of the result, `(batch, 1, sequence, sequence)`.
     """
-    length = gates.shape[1]
-    own = torch.eye(length, dtype=torch.bool, device=gates.device)
+    own = torch.eye(gates.shape[1], dtype=torch.bool, device=gates.device)
     seen = torch.ones_like(own).tril()
     if attention_mask is not None:
         seen = (seen & attention_mask.bool().unsqueeze(1)) | own
