@@ -12,17 +12,18 @@ class PrunedCacheLayer(DynamicLayer):
     """One decoder layer's keys and values after cuts.
 
     Outside, a cache counts in the caller's tokens: generate, positions, slicing of a next turn and crop all read
-    `get_seq_length`. So that is the logical length, and only the mask learns the physical one.
+    `get_seq_length`. So that is the logical length, and only the mask learns the physical one. All heads of a layer hold
+    the same rows; layers may hold different ones.
 
     Attributes:
         num_pruned (`int`): Logical minus physical length.
         prefix_length (`int`): Physical length at the last cut. Behind it, keys map one to one to the last tokens seen.
-        prefix_valid (`torch.Tensor` of shape `(batch, prefix_length)`, bool, or `None` for all valid):
-            Shorter samples of a batch are filled on the left.
-        history (`tuple[int, ...]`):
-            For each pruned prompt, how many cuts the layer stands behind. Layers of equal history share one mask.
-        kept_mask, vision_scores (`torch.Tensor` of shape `(batch, sequence)`, or `None`):
-            What the cut right before this layer decided, in the caller's coordinates.
+        prefix_valid (`torch.Tensor` of shape `(batch, prefix_length)`, bool, or `None` for all valid): Shorter samples
+            of a batch are filled on the left.
+        history (`tuple[int, ...]`): For each pruned prompt, how many cuts came before the layer. Layers of equal
+            history share one mask.
+        kept_mask, vision_scores (`torch.Tensor` of shape `(batch, sequence)`, or `None`): What the cut right before
+            this layer decided, in the caller's coordinates.
     """
 
     def __init__(self):
@@ -51,24 +52,19 @@ class PrunedCacheLayer(DynamicLayer):
         return self.physical_length + query_length, self.num_pruned
 
     def key_valid(self, attention_mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
-        """Which keys held before this call are not padding.
+        """Which keys held before this call are not padding: `(batch, physical_length)` bool, or `None`: all are valid.
 
         Args:
-            attention_mask (`torch.Tensor` of shape `(batch, logical length)`, *optional*): The caller's, bool.
+            attention_mask (`torch.Tensor` of shape `(batch, logical length)`, bool, *optional*): The caller's.
             query_length (`int`): Tokens of this call, the last of `attention_mask`.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, physical_length)`, bool, or `None` where all are valid.
         """
         if attention_mask is None and self.prefix_valid is None:
             return None
-        suffix = self.physical_length - self.prefix_length
-        like = attention_mask if attention_mask is not None else self.prefix_valid
-        prefix = self.prefix_valid
-        if prefix is None:
-            prefix = like.new_ones(len(like), self.prefix_length)
+        suffix, prefix = self.physical_length - self.prefix_length, self.prefix_valid
         if attention_mask is None:
-            return torch.cat([prefix, like.new_ones(len(like), suffix)], dim=1)
+            return torch.cat([prefix, prefix.new_ones(len(prefix), suffix)], dim=1)
+        if prefix is None:
+            prefix = attention_mask.new_ones(len(attention_mask), self.prefix_length)
         end = attention_mask.shape[1] - query_length
         if end != self.get_seq_length():
             raise ValueError(
