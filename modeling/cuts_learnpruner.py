@@ -1,9 +1,5 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""A schedule of cuts as data.
-
-A cut says where (before which decoder layer), how many (per image, from its token count alone), by what score, and by
-which selection. LearnPruner is two cuts; other methods are other lists.
-"""
+"""Cuts as data: where tokens leave, how many stay, and what scores and selects them. LearnPruner is two cuts."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -22,66 +18,37 @@ from .scores_learnpruner import Attended, attention_received, rank, top_k, top_k
 
 @dataclass
 class EncodedImages:
-    """What a cut before the decoder can look at, one row per image.
+    """What a cut before the decoder can look at, one row per image."""
 
-    Attributes:
-        model (`nn.Module`): The vision-language model without its head; holds `pruner`.
-        features (`torch.Tensor` of shape `(images, tokens, d)`): Vision encoder features before the projector; rows
-            of NaN are structure (LLaVA-NeXT's newlines).
-        present (`torch.Tensor` of shape `(images, tokens)`, bool): False where a smaller image is filled up.
-        sizes (`list[int]`): Tokens of each image.
-        owners (`list[int]`): The sample that each image belongs to.
-        arguments (`dict`): The stock forward's, with encoded images (`mm_encoder_outputs`) beside their pixels.
-        prompt ([`Prompt`]): The call's.
-        query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, or `None`): Text rows that may rank tokens.
-    """
-
-    model: nn.Module
-    features: torch.Tensor
-    present: torch.Tensor
-    sizes: list[int]
-    owners: list[int]
-    arguments: dict
+    model: nn.Module  # the vision-language model without its head; holds `pruner`
+    features: torch.Tensor  # (images, tokens, d): the encoder's, before the projector; rows of NaN are structure
+    present: torch.Tensor  # (images, tokens), bool: False where a smaller image is filled up
+    sizes: list[int]  # tokens of each image
+    owners: list[int]  # the sample that each image belongs to
+    arguments: dict  # the stock forward's, with encoded images (`mm_encoder_outputs`) beside their pixels
     prompt: Prompt
-    query_mask: torch.Tensor | None
+    query_mask: torch.Tensor | None  # (batch, sequence), bool: text rows that may rank tokens
 
 
 @dataclass
 class DecoderState:
-    """What a cut before decoder layer k can look at: layer k-1, as it was run, in physical coordinates.
+    """What a cut before decoder layer k can look at: layer k-1, as it was run, on the tokens still there."""
 
-    Attributes:
-        decoder (`nn.Module`): The text model.
-        number (`int`): k-1, 0-based.
-        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): The layer's input.
-        output (`torch.Tensor` of shape `(batch, length, hidden)`): Its output; its input while it is watched.
-        position_embeddings: cos and sin, each `(batch or 1, length, head_dim)`.
-        attended ([`Attended`], or `None`): Its queries and keys; `None` while the layer has yet to run.
-        key_valid (`torch.Tensor` of shape `(batch, past + length)`, bool, or `None`): Keys that are not padding.
-        index (`torch.Tensor` of shape `(batch, length)`, int64): The row of the prompt that each is.
-        vision (`torch.Tensor` of shape `(batch, length)`, bool): Vision tokens still there.
-        queries (`torch.Tensor` of shape `(batch, length)`, bool): Text rows that may rank them.
-        num_text (`int`): Text rows of the sample that has most.
-        vision_scores (`torch.Tensor` of shape `(batch, length)`, float32): Scores of the cut before the decoder.
-    """
-
-    decoder: nn.Module
-    number: int
-    hidden_states: torch.Tensor
-    output: torch.Tensor
-    position_embeddings: tuple[torch.Tensor, torch.Tensor]
-    attended: Attended | None
-    key_valid: torch.Tensor | None
-    index: torch.Tensor
-    vision: torch.Tensor
-    queries: torch.Tensor
-    num_text: int
-    vision_scores: torch.Tensor
+    decoder: nn.Module  # the text model
+    number: int  # k-1, 0-based
+    hidden_states: torch.Tensor  # (batch, length, hidden): the layer's input
+    output: torch.Tensor  # (batch, length, hidden): the layer's output; its input while it is watched
+    position_embeddings: tuple[torch.Tensor, torch.Tensor]  # cos and sin, each (batch or 1, length, head_dim)
+    attended: Attended | None  # the layer's queries and keys; None while it has yet to run
+    key_valid: torch.Tensor | None  # (batch, past + length), bool: keys that are not padding
+    index: torch.Tensor  # (batch, length), int64: the row of the prompt that each is
+    vision: torch.Tensor  # (batch, length), bool: vision tokens still there
+    queries: torch.Tensor  # (batch, length), bool: text rows that may rank them
+    num_text: int  # text rows of the sample that has most
+    vision_scores: torch.Tensor  # (batch, length), float32: scores of the cut before the decoder
 
 
 class EncoderScore(Protocol):
-    """Scores and selects before the decoder."""
-
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         """Returns `(images, tokens)` float32, NaN for structure."""
 
@@ -90,8 +57,6 @@ class EncoderScore(Protocol):
 
 
 class DecoderScore(Protocol):
-    """Scores and selects inside the decoder."""
-
     def __call__(self, state: DecoderState) -> torch.Tensor:
         """Returns `(batch, length)` float32, NaN where not scored."""
 
@@ -104,29 +69,19 @@ class DecoderScore(Protocol):
 
 @dataclass(unsafe_hash=True)
 class Cut:
-    """One place where vision tokens leave the sequence.
+    """One place where vision tokens leave the sequence."""
 
-    Attributes:
-        layer (`int`): The cut falls before this 0-based decoder layer; 0 is before the decoder.
-        keep (`Callable[[int], int]`): Tokens of one image before any cut -> tokens that survive this cut. A cut
-            before the decoder grants them per image, a later one per sample.
-        score ([`EncoderScore`] for layer 0, else [`DecoderScore`]): What ranks the tokens, and how they are chosen.
-        merge (`Callable`, *optional*): For layer 0: of [`EncodedImages`] and what was chosen, `(images, tokens)` bool,
-            makes the embeddings `(images, tokens, hidden)` that stand in the prompt in place of the projector's.
-        watched (`tuple[int, ...]`): What the score watches run: decoder layers before `layer`, or the encoder, -1.
-        unit (`"part"`, `"clip"` or `"sample"`, *optional*): What a budget is for: an image or group of frames, a whole
-            video, or all that a sample has. By default a part before the decoder, and a sample inside.
-        counts_from_content (`bool`): Whether the score decides how many tokens stay, at the cost of one wait for the
-            device.
-    """
-
-    layer: int
+    layer: int  # the cut falls before this 0-based decoder layer; 0 is before the decoder
+    # Tokens of one image before any cut -> tokens that survive this one. A cut inside the decoder sums them per sample.
     keep: Callable[[int], int]
-    score: EncoderScore | DecoderScore
+    score: EncoderScore | DecoderScore  # the first for layer 0
+    # For layer 0: what was chosen, (images, tokens) bool -> embeddings (images, tokens, hidden) to use in place of the
+    # projector's.
     merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None
-    watched: tuple[int, ...] = ()
+    watched: tuple[int, ...] = ()  # what the score watches run: decoder layers before `layer`, or the encoder, -1
+    # What a budget is for: an image or group of frames ("part"), a whole video ("clip"), or a "sample".
     unit: str | None = None
-    counts_from_content: bool = False
+    counts_from_content: bool = False  # whether the score decides how many tokens stay, at the cost of one wait
 
     def __post_init__(self):
         supported = "sample" if self.layer else "part"
@@ -139,7 +94,7 @@ class Cut:
 
 
 def watching(schedule: tuple[Cut, ...], number: int, seen: Callable[[], DecoderState | nn.Module]) -> ExitStack:
-    """The block in which what is called `number` runs, watched by the cuts that want to. `seen` makes what they see."""
+    """The block in which layer `number`, or the encoder, -1, runs. Cuts that watch it are given what `seen` makes."""
     stack = ExitStack()
     for cut in schedule:
         if number in cut.watched:
@@ -151,7 +106,7 @@ class Schedule(Protocol):
     """What makes the cuts of each call: a method with its settings."""
 
     def cuts(self, model: nn.Module) -> tuple[Cut, ...]:
-        """By ascending layer, for `model`, the one without its head. What a score gathers on its way is the call's."""
+        """By ascending layer, for the headless `model`. Scores keep what they gather for one call only."""
 
 
 @dataclass(unsafe_hash=True)
@@ -164,12 +119,7 @@ class LearnedScore:
         return images.model.pruner(images.features)
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
-        """Keep probabilities of each image's patches in training, each `(patches,)` float32.
-
-        Args:
-            scores (`list[torch.Tensor]` of shape `(patches,)`, float32): Keep minus drop logits of each image.
-            shares (`list[float]`): What the budget keeps of each image's patches, in (0, 1].
-        """
+        """Keep probabilities in training, from each image's `scores` (`(patches,)`, float32) and its budget's share."""
         return [score.sigmoid() for score in scores]
 
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
@@ -179,19 +129,14 @@ class LearnedScore:
 
 @dataclass(unsafe_hash=True)
 class TextAttention:
-    """Stage 2 of LearnPruner: the attention text rows pay in the layer before the cut, top-k, per sample.
-
-    Args:
-        query (`"all"` or `"last"`): All text rows of the query, or its last alone.
-    """
+    """Stage 2 of LearnPruner: the attention that all text rows, or the last, pay before the cut, top-k, per sample."""
 
     query: str
 
     def __call__(self, state: DecoderState) -> torch.Tensor:
         if self.query == "last":
             # The last marked row; argmax finds the first of equals, so count from the right.
-            last = state.queries.shape[1] - 1 - state.queries.flip(1).int().argmax(1)
-            rows = last.unsqueeze(1)
+            rows = state.queries.shape[1] - 1 - state.queries.flip(1).int().argmax(1, keepdim=True)
         else:
             rows = state.queries.long().argsort(dim=1, stable=True)[:, state.queries.shape[1] - state.num_text :]
         received, seen = attention_received(state.attended, rows, state.queries.gather(1, rows), state.key_valid)
@@ -210,12 +155,7 @@ class TextAttention:
 
 
 def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -> tuple[Cut, ...]:
-    """The paper's two cuts for a configuration (arXiv 2604.23950); no cut at a ratio of 1.
-
-    Args:
-        config ([`PreTrainedConfig`]): A configuration with the fields of `PrunerConfig`.
-        ratio (`float`, *optional*): In place of `config.pruner_ratio`.
-    """
+    """The paper's cuts (arXiv 2604.23950) for a `PrunerConfig`, or for another `ratio`; none at a ratio of 1."""
     ratio = config.pruner_ratio if ratio is None else ratio
     check_pruner_field("pruner_ratio", ratio)
     if ratio == 1:

@@ -17,26 +17,24 @@ def send(values: list | torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @dataclass
 class Prompt:
-    """What the host must know of a prompt.
+    """Where a prompt has its images and videos, and what the host must know of it."""
 
-    Attributes:
-        kinds (`(batch, sequence)`, int8): 0 at text, 1 at an image's placeholders, 2 at a video's.
-        valid (`(batch, sequence)`, bool): False at padding; `None` where there is none.
-        lengths: Rows of each sample that are not padding.
-        placeholders: For each modality, how many placeholders each sample has.
-        grids: For each argument that lays images out, its rows.
-        mistyped: Tokens whose `mm_token_type_ids` are not of their kind.
-    """
-
-    kinds: torch.Tensor
-    valid: torch.Tensor | None
-    lengths: list[int]
-    placeholders: dict[str, list[int]]
-    grids: dict[str, list[list[int]]]
-    mistyped: int = 0
+    kinds: torch.Tensor  # (batch, sequence), int8: 0 at text, 1 at an image's placeholders, 2 at a video's
+    valid: torch.Tensor | None  # (batch, sequence), bool: False at padding
+    lengths: list[int]  # rows of each sample that are not padding
+    placeholders: dict[str, list[int]]  # for each modality, how many placeholders each sample has
+    grids: dict[str, list[list[int]]]  # for each argument that lays images out, its rows
+    mistyped: int = 0  # tokens whose `mm_token_type_ids` are not of their kind
 
     @classmethod
-    def read(cls, kinds, valid, grids: dict[str, torch.Tensor], types=None, start: int = 0) -> "Prompt":
+    def read(
+        cls,
+        kinds: torch.Tensor,
+        valid: torch.Tensor | None,
+        grids: dict[str, torch.Tensor],
+        types: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> "Prompt":
         """Reads a call's prompt in one transfer, for which the host waits once.
 
         Columns of `kinds` and `valid` before `start` are not part of the call: only `types` (`mm_token_type_ids`, or
@@ -66,7 +64,7 @@ class Prompt:
         return cls(kinds, None if valid is None else real, lengths, placeholders, grids, mistyped)
 
     def owners(self, modality: str, sizes: list[int]) -> list[int]:
-        """The sample of each image or video part, of `sizes` tokens; `ValueError` where placeholders do not fit."""
+        """The sample of each image, or part of a video, of `sizes` tokens; `ValueError` where they do not fit."""
         owners, left = [], sizes[::-1]
         for row, count in enumerate(self.placeholders[modality]):
             while count > 0 and left:

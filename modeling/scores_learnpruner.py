@@ -113,12 +113,11 @@ def budget_loss(probabilities: list[torch.Tensor], shares: list[float]) -> torch
 
 @dataclass
 class Attended:
-    """What a layer's attention was given, normed and rotated: `query`, `(batch, heads, length, head_dim)`, of the current
-    rows; `keys`, `(batch, kv_heads, past + length, head_dim)`, with the cache's; and the `scaling` of their product."""
+    """What one decoder layer's attention was given, normed and rotated as its architecture does."""
 
-    query: torch.Tensor
-    keys: torch.Tensor
-    scaling: float
+    query: torch.Tensor  # (batch, heads, length, head_dim), of the current rows
+    keys: torch.Tensor  # (batch, kv_heads, past + length, head_dim), of the cache, too
+    scaling: float  # what multiplies their products
 
     def to(self, device: torch.device) -> "Attended":
         return Attended(self.query.to(device), self.keys.to(device), self.scaling)
