@@ -2,13 +2,14 @@
 """What methods inside the decoder share: where they cut, what text they read, and what they gather on their way."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from learnpruner.cuts_learnpruner import DecoderState, TextAttention
-from learnpruner.probe_learnpruner import look_ahead
+from learnpruner.probe_learnpruner import RUN, Note
+from learnpruner.scores_learnpruner import Attended
 
 from .base import scaled_layer
 
@@ -41,6 +42,24 @@ def scaled_layers(model: nn.Module, layers: Sequence[int]) -> list[int]:
         # Each later cut needs a layer of its own behind this one.
         found.append(min(max(found[-1] + 1, scaled_layer(layer, model)), depth - len(layers) + step))
     return found[1:]
+
+
+@dataclass
+class _Look:
+    note: Note
+
+
+def look_ahead(layer: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple) -> Attended:
+    """What the attention of a decoder layer that is about to run would be given, without the keys of a cache. Attention
+    itself is not computed.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): What the layer is given.
+        position_embeddings: cos and sin, each `(batch or 1, length, head_dim)`.
+    """
+    look, states = _Look(Note(wanted=True, only=True)), layer.input_layernorm(hidden_states)
+    layer.self_attn(states, attention_mask=None, position_embeddings=position_embeddings, **{RUN: look})
+    return look.note.take()
 
 
 def next_layer_attention(state: DecoderState, query: str) -> torch.Tensor:

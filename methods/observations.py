@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from learnpruner.cuts_learnpruner import Cut, DecoderState, EncodedImages, TextAttention
-from learnpruner.probe_learnpruner import look_ahead
 
 from .base import Method, TopKImages
+from .decoder import look_ahead
 from .images import ReadsEncoder, clip_encoder, cls_attention, coordinates
 
 

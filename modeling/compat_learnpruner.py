@@ -46,8 +46,7 @@ DEEPSTACK_WHERE, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embe
 
 
 def check_transformers() -> None:
-    """Raises `ImportError` where transformers is too old or lacks a name of this file; warns where it is newer than
-    tested."""
+    """Raises `ImportError` where transformers is too old or lacks a name of this file; warns where it is untested."""
     installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST_TESTED))
     if installed < OLDEST:
@@ -67,11 +66,8 @@ def check_transformers() -> None:
 
 
 def installed_names(arguments: dict) -> dict:
-    """The same arguments, the KV cache under the name of the installed transformers. `None` never overrules a cache.
-
-    Raises:
-        `TypeError`: where two different caches came under two names.
-    """
+    """The same arguments, the KV cache under the name of the installed transformers. Raises `TypeError` where two
+    different caches came under two names; `None` never overrules a cache."""
     for name in CACHE_NAMES:
         if name != CACHE and name in arguments:
             arguments = dict(arguments)
@@ -87,10 +83,8 @@ def derive_forward(cls: type, mixin: type) -> None:
     """Gives `cls` the forward of `mixin` under the signature of the stock forward behind it.
 
     The mixin's takes keyword arguments alone; those that it names stand behind the stock ones. Callers may pass stock
-    arguments by position, and the KV cache under any of its names.
-
-    Raises:
-        `TypeError`: where the stock forward takes the KV cache under no known name.
+    arguments by position, and the KV cache under any of its names. Raises `TypeError` where the stock forward takes it
+    under none of them.
     """
     own, stock = mixin.forward, getattr(super(mixin, cls), "forward", None)
     if stock is None or cls.forward is not own:
@@ -101,8 +95,7 @@ def derive_forward(cls: type, mixin: type) -> None:
             f"{stock.__qualname__} takes no {CACHE}: transformers {transformers.__version__} may have renamed the KV "
             "cache. Run `pip install -U learnpruner`."
         )
-    named = [each for each in parameters.values() if each.kind is Parameter.POSITIONAL_OR_KEYWORD]
-    rest = [each for each in parameters.values() if each.kind is Parameter.VAR_KEYWORD]
+    *named, rest = parameters.values()
     added = [each for each in signature(own).parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
     added = [each for each in added if each.name not in parameters]
     names = [each.name for each in named[1:]]
@@ -120,7 +113,7 @@ def derive_forward(cls: type, mixin: type) -> None:
         cls.__module__,
         f"{cls.__qualname__}.forward",
     )
-    forward.__signature__ = signature(stock).replace(parameters=[*named, *added, *rest])
+    forward.__signature__ = signature(stock).replace(parameters=[*named, *added, rest])
     cls.forward, cls.stock_arguments = forward, frozenset(names)
 
 

@@ -28,8 +28,7 @@ UNSUPPORTED = ("s_aux", "softcap")
 
 @dataclass
 class Note:
-    """What the next attention module is given: whether it is `wanted`, `only` that and no attention, and what was
-    `attended`."""
+    """Whether what the next attention module is given is `wanted`, `only` that and no attention; and it, `attended`."""
 
     wanted: bool = False
     only: bool = False
@@ -107,21 +106,3 @@ def install_probe(attention: nn.Module) -> None:
     """Puts the probe into an attention module; does nothing where it is there."""
     if not isinstance(attention.config, ProbedConfig):
         attention.config = ProbedConfig(attention.config)
-
-
-@dataclass
-class _Look:
-    note: Note
-
-
-def look_ahead(layer: nn.Module, hidden_states: torch.Tensor, position_embeddings: tuple) -> Attended:
-    """What the attention of a layer that is about to run would be given, without the keys of a cache. Attention itself
-    is not computed.
-
-    Args:
-        hidden_states (`torch.Tensor` of shape `(batch, length, hidden)`): What the layer is given.
-        position_embeddings: cos and sin, each `(batch or 1, length, head_dim)`.
-    """
-    look, states = _Look(Note(wanted=True, only=True)), layer.input_layernorm(hidden_states)
-    layer.self_attn(states, attention_mask=None, position_embeddings=position_embeddings, **{RUN: look})
-    return look.note.take()
