@@ -20,7 +20,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-newest test-matrix newest lock raise quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-newest test-newest-core test-matrix newest lock raise quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -113,6 +113,12 @@ test-matrix: test test-floor
 test-newest: newest
 	.venv-newest/bin/python -m pytest $(WORKERS)
 	.venv-newest/bin/python examples/easy_vqa/demo.py
+
+# The core tests there. Where the lock has the newest releases, `make test` covers them.
+test-newest-core: newest .venv/installed
+	.venv/bin/pip freeze --exclude-editable > .venv/releases.txt
+	.venv-newest/bin/pip freeze --exclude-editable > .venv-newest/releases.txt
+	cmp .venv/releases.txt .venv-newest/releases.txt || .venv-newest/bin/python -m pytest $(WORKERS) -m core
 
 # The newest releases of these packages, and of what they need; everything else as in the lock.
 NEWEST = transformers huggingface_hub peft accelerate datasets
