@@ -37,7 +37,7 @@ def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
 
 
 def minor_release(version: str) -> tuple[int, int]:
-    """`"0.1.0"` -> `(0, 1)`: releases that agree in these read each other's files. Raises `ValueError` for other texts."""
+    """`"0.1.0"` -> `(0, 1)`: releases that agree in these read each other's files. Raises `ValueError` for others."""
     parts = str(version).split(".")
     if len(parts) < 2 or not (parts[0].isdecimal() and parts[1].isdecimal()):
         raise ValueError(f"learnpruner_version is a release such as 0.1.0, got {version!r}.")
