@@ -9,23 +9,13 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5
 
 __version__ = "0.2.0.dev0"
 
-# Release that changed defaults -> what they were before it. A stored configuration that lacks a field takes the default
-# of the release that wrote it, so that a checkpoint answers the same under every later one. A release that adds a field
-# says here what older ones did without it.
+# Release that changed defaults -> what they were before it, or what older ones did without a field that it added. So a
+# stored configuration that lacks a field behaves as under the release that wrote it.
 DEFAULTS_BEFORE: dict[str, dict] = {}
-
-# The paper's second cut on a 32-layer decoder (arXiv 2604.23950), scaled to other depths.
-PAPER_LAYER, PAPER_DEPTH = 12, 32
 
 
 def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
-    """Raises `ValueError` where `value` is outside what the pruner field `name` allows.
-
-    Args:
-        name (`str`): A field of [`PrunerConfig`]; other names pass.
-        value: The value to be set.
-        num_layers (`int`, *optional*): Decoder layers of the text model, the upper bound of `pruner_layer`.
-    """
+    """Raises `ValueError` where a field does not allow `value` in a model of `num_layers` layers; other names pass."""
     if name == "pruner_ratio" and not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(
             f"pruner_ratio is the mean share of vision tokens kept, in (0, 1], got {value!r}. 1.0 switches pruning "
@@ -47,11 +37,7 @@ def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
 
 
 def minor_release(version: str) -> tuple[int, int]:
-    """`"0.1.0"` -> `(0, 1)`: releases that agree in these read each other's configurations.
-
-    Raises:
-        `ValueError`: where `version` is no release.
-    """
+    """`"0.1.0"` -> `(0, 1)`: releases that agree in these read each other's files. Raises `ValueError` for others."""
     parts = str(version).split(".")
     if len(parts) < 2 or not (parts[0].isdecimal() and parts[1].isdecimal()):
         raise ValueError(f"learnpruner_version is a release such as 0.1.0, got {version!r}.")
@@ -72,8 +58,6 @@ def defaults_of(version: str) -> dict:
 class PrunerConfig:
     """The pruner's fields, flat, so that `from_pretrained(path, pruner_ratio=0.1)` overrides them.
 
-    > What is kept
-
     Args:
         pruner_ratio (`float`, defaults to 1/9):
             Mean share of vision tokens kept over the decoder's layers, in (0, 1]: the number that papers report.
@@ -82,29 +66,16 @@ class PrunerConfig:
             Number of decoder layers that see R1 tokens; the second cut falls before the 0-based layer of this number.
             Defaults to the paper's 12 of 32, scaled to the model's depth. Equal to the depth: no second cut.
         pruner_stage_ratio (`float`, defaults to 3.0): R1 / R2, at least 1.
-        pruner_diversity (`float`, defaults to 0.1):
-            Share of R1 that is filled with the tokens least similar to those already chosen.
+        pruner_diversity (`float`, defaults to 0.1): Share of R1 that goes to the tokens least similar to those chosen.
         pruner_min_tokens (`int`, defaults to 1):
-            So many of each image, or of each group of a video's frames, survive the first cut, or all where it has
-            fewer; at the second, where the images of a sample compete, they keep no fewer together. A floor for small
-            images, which raises the mean.
-        pruner_query (`"all"` or `"last"`, defaults to `"all"`):
-            Text rows whose attention ranks the vision tokens at the second cut.
-
-    > The learned pruning module
-
-    Args:
-        pruner_hidden_size (`int`, defaults to 512): Width of its hidden layer.
-        pruner_trained (`bool`, defaults to `False`): Whether it has seen a training step.
-
-    > Pruner-only checkpoints
-
-    Args:
-        base_model_name_or_path (`str`, *optional*): The model that holds every weight but the pruner's.
-        base_model_revision (`str`, *optional*): Its revision on the Hub.
-        learnpruner_version (`str`):
-            Release that wrote the configuration; loading and saving keep it. A stored configuration that lacks a field
-            takes that release's default.
+            At least so many of each image, or group of a video's frames, survive the first cut, or all where it has
+            fewer; the second keeps no fewer of a sample's images together. Helps small images, and raises the mean.
+        pruner_query (`"all"` or `"last"`, defaults to `"all"`): Text rows whose attention decides the second cut.
+        pruner_hidden_size (`int`, defaults to 512): Width of the learned module's hidden layer.
+        pruner_trained (`bool`, defaults to `False`): Whether the learned module has seen a training step.
+        base_model_name_or_path, base_model_revision (`str`, *optional*):
+            In a pruner-only checkpoint, the model with every weight but the pruner's, and its revision on the Hub.
+        learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.
     """
 
     pruner_ratio: float | int = 1 / 9
@@ -133,7 +104,7 @@ class PrunerConfig:
         text_config = self.__dict__.get("text_config")
         depth = text_config.num_hidden_layers if isinstance(text_config, PreTrainedConfig) else None
         if name == "pruner_layer" and value is None and depth is not None:
-            value = max(1, math.floor(depth * PAPER_LAYER / PAPER_DEPTH + 0.5))
+            value = max(1, math.floor(depth * 12 / 32 + 0.5))  # 12 of 32 in the paper (arXiv 2604.23950)
         check_pruner_field(name, value, depth)
         super().__setattr__(name, value)
 
@@ -146,19 +117,14 @@ class PrunerConfig:
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        version = config_dict.get("learnpruner_version", __version__)
-        return super().from_dict({**defaults_of(version), **config_dict}, **kwargs)
+        defaults = defaults_of(config_dict.get("learnpruner_version", __version__))
+        return super().from_dict({**defaults, **config_dict}, **kwargs)
 
     @classmethod
     def from_base_config(cls, base_config: PreTrainedConfig, **fields):
-        """Builds the configuration of a pruned model from a stock one.
+        """Builds a pruned model's configuration from a stock one and fields of the pruner, such as `pruner_ratio=0.1`.
 
-        Args:
-            base_config ([`PreTrainedConfig`]): The stock model's configuration; left unchanged.
-            fields: Pruner fields, for example `pruner_ratio=0.1`.
-
-        Raises:
-            `ValueError`: where `base_config` is of another family.
+        `base_config` is left unchanged. Raises `ValueError` where it is of another family.
         """
         if base_config.model_type not in (cls.base_model_type, cls.model_type):
             raise ValueError(
@@ -191,12 +157,10 @@ class LearnPrunerLlavaNextConfig(PrunerConfig, LlavaNextConfig):
 
 @dataclass(kw_only=True, repr=False)
 class VideoPrunerConfig(PrunerConfig):
-    """The fields of families that see videos: those of [`PrunerConfig`], and
+    """The fields of [`PrunerConfig`], and one for families that see videos.
 
     Args:
-        pruner_per_frame (`bool`, defaults to `True`):
-            Each of a video's groups of frames (two, as the encoder takes them) has a budget of its own; `False`: the
-            clip has one.
+        pruner_per_frame (`bool`, defaults to `True`): Whether each pair of a video's frames has a budget, or the clip.
     """
 
     pruner_per_frame: bool = True

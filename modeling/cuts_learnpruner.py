@@ -74,7 +74,7 @@ class Cut:
     layer: int  # the cut falls before this 0-based decoder layer; 0 is before the decoder
     # Tokens of one image before any cut -> tokens that survive this one. A cut inside the decoder sums them per sample.
     keep: Callable[[int], int]
-    score: EncoderScore | DecoderScore  # the first for layer 0
+    score: EncoderScore | DecoderScore  # what ranks the tokens and chooses; the first kind is for layer 0
     # For layer 0: what was chosen, (images, tokens) bool -> embeddings (images, tokens, hidden) to use in place of the
     # projector's.
     merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None

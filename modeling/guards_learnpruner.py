@@ -15,7 +15,7 @@ OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
 
 
 def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bool) -> None:
-    """Raises `ValueError` where the decoder could not cut (or gate) in a forward of the headless `model`."""
+    """Raises `ValueError` where the headless `model`, making a cache if `use_cache`, could not cut or gate."""
     attention_mask, position_ids, cache = map(arguments.get, ("attention_mask", "position_ids", CACHE))
     text_config = model.config.text_config
     if any(DynamicCache(config=text_config).is_sliding):

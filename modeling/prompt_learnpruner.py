@@ -35,7 +35,7 @@ class Prompt:
         types: torch.Tensor | None = None,
         start: int = 0,
     ) -> "Prompt":
-        """Reads a call's prompt in one transfer, for which the host waits once.
+        """Reads a call's prompt in one transfer to the host, which waits for the device once.
 
         Columns of `kinds` and `valid` before `start` are not part of the call: only `types` (`mm_token_type_ids`, or
         `None`) are compared with them. Raises `ValueError` where a grid, `valid` or `types` does not fit the prompt.

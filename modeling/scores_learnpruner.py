@@ -162,7 +162,8 @@ def gated_causal_mask(gates: torch.Tensor, attention_mask: torch.Tensor | None, 
     """What is added to the attention logits so that the softmax multiplies each key's exponential by its gate.
 
     The masked softmax of Dynamic-LLaVA (arXiv 2412.00876): at gates of 0 and 1 it is the cut itself, in between it is
-    differentiable, and a dropped key still has a gradient. A row sees itself whatever its gate.
+    differentiable, and a dropped key still has a gradient. (Gates times embeddings would be undone by the layers'
+    normalisation.) A row sees itself whatever its gate.
 
     Args:
         gates (`torch.Tensor` of shape `(batch, sequence)`, float32): In [0, 1], 1 for text.
