@@ -7,7 +7,7 @@ from transformers import ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
 from .checks import hub_reached
-from .push import check_model, push_pruner, pushed_base
+from .push import check_model, pin_base, push_pruner
 from .repository import find, writable
 
 
@@ -43,7 +43,7 @@ class PrunerHubCallback(TrainerCallback):
         check_model(model)
         # Rather now than after the training.
         options = self._options(args)
-        pushed_base(model, options.get("merged", False), options["token"])
+        pin_base(model, options.get("merged", False), options["token"])
         if state.is_world_process_zero:
             validate_repo_id(args.hub_model_id)
             api, create_pr = HfApi(token=options["token"]), options.get("create_pr", False)

@@ -18,7 +18,7 @@ from transformers.utils import CONFIG_NAME, cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
 from learnpruner.auto import LearnPrunerForConditionalGeneration
-from learnpruner.hub_learnpruner import HubMixin
+from learnpruner.hub_learnpruner import HubMixin, trains_base
 
 from .card import PICTURE, write_card
 from .checks import PROCESSOR_FILES, check_code, hub_reached, refuse_processor_code, refuse_weights
@@ -128,7 +128,7 @@ def push_pruner(
     records = read_results(map(Path, results))
     check_recorded_of(model, records)
     training = _training_of(model, training)
-    base, base_revision = pushed_base(model, merged, token)
+    base, base_revision = pin_base(model, merged, token)
     api = HfApi(token=token)
     with hub_reached(), tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -213,7 +213,7 @@ def _training_of(model: PreTrainedModel, given: dict | None) -> dict | None:
     beside = Path(model.name_or_path) / TRAINING
     try:
         if given is None:
-            record = model._training
+            record = model.training_record
             if record is None and beside.is_file():
                 record = read_training(beside)
         if record is None:
@@ -235,12 +235,21 @@ def _is_path(base: str) -> bool:
     return os.path.isdir(base) or os.path.isabs(base) or base.startswith(".")
 
 
-def pushed_base(model: PreTrainedModel, merged: bool, token) -> tuple[str | None, str | None]:
-    """The base's Hub id and commit; both `None` where all weights are pushed and it has no Hub id. A revision that
-    moves, or none, is pinned in the model's configuration to the commit that it stands for."""
+def pin_base(model: PreTrainedModel, merged: bool, token) -> tuple[str | None, str | None]:
+    """Pins the base: a revision that moves, or none, becomes in the model's configuration the commit that it stands
+    for. With `merged`, for which no base is named, it stays.
+
+    Returns:
+        The base's Hub id and commit; both `None` where all weights are pushed and it has no Hub id.
+
+    Raises:
+        `ValueError`: without `merged`, where there is no base that others could put the pruner on.
+    """
     config = model.config
     named = config.base_model_name_or_path is not None
-    base, revision = (config.base_model_name_or_path, config.base_model_revision) if named else model._base
+    base, revision = model.base.name, model.base.revision
+    if named:
+        base, revision = config.base_model_name_or_path, config.base_model_revision
     if merged:
         return (None, None) if base is None or _is_path(base) else (base, revision)
     if not named:
@@ -248,9 +257,9 @@ def pushed_base(model: PreTrainedModel, merged: bool, token) -> tuple[str | None
             "No base to name in a repository of a pruner alone: train one on a stock checkpoint "
             "(model.train_pruner_only()), or push all weights, merged=True (--merged)."
         )
-    if model._trains_base():
+    if trains_base(model):
         raise ValueError("More than the pruner is trainable, and would be lost: push all weights, merged=True.")
-    if model._base_changed():
+    if model.base.changed(model):
         raise ValueError(
             "The base is not what was loaded (an adapter was merged into it?), and the pruner alone would lose that: "
             "push all weights, merged=True (--merged)."

@@ -3,7 +3,7 @@
 
 import os
 from copy import copy
-from dataclasses import fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -56,20 +56,54 @@ def find_base(path, base: str | None, subfolder: str = "") -> str | None:
     return os.path.abspath(os.path.join(path, subfolder, base))
 
 
+@dataclass(frozen=True)
+class Base:
+    """The weights that a pruner was put on, as a model was loaded with them.
+
+    Attributes:
+        name, revision (`str` or `None`): The stock checkpoint that they were loaded from, if it can be named.
+        sample (`dict[str, torch.Tensor | None]`): Up to 64 values of each tensor, on the CPU; `None` for one that is
+            offloaded or sharded.
+    """
+
+    name: str | None = None
+    revision: str | None = None
+    sample: dict[str, torch.Tensor | None] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str | None = None, revision: str | None = None) -> "Base":
+        base = {key: value for key, value in model.state_dict().items() if not key.startswith(PRUNER)}
+        for key, value in base.items():
+            whole = type(value) is torch.Tensor and not value.is_meta
+            base[key] = value.flatten()[:: value.numel() // 64 + 1].clone().cpu() if whole else None
+        return cls(name, revision, base)
+
+    def changed(self, model: nn.Module) -> bool:
+        """Whether the model's are not these, by a merged adapter for one; precision does not count."""
+        now = Base.of(model).sample
+        pairs = [(old, now.get(key, torch.empty(0))) for key, old in self.sample.items()]
+        return any(not old.to(new.dtype).equal(new) for old, new in pairs if old is not None and new is not None)
+
+
+def trains_base(model: nn.Module) -> bool:
+    """Whether more than the pruner is trainable."""
+    return any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(PRUNER))
+
+
 class HubMixin:
     """Loading and saving for classes for conditional generation whose base model holds a `pruner`.
 
     `config.base_model_name_or_path` is set exactly while the model saves pruner-only.
+
+    Attributes:
+        base ([`Base`]): What the model was loaded with.
+        training_record (`dict` or `None`): What trained the pruner, as training.json has it.
     """
 
     # save_pretrained copies the code and names it for AutoModelForImageTextToText; `save_pretrained` adds the others.
     _auto_class = "AutoModelForImageTextToText"
-    # The stock checkpoint that the weights were loaded from, and its revision.
-    _base = (None, None)
-    # A sample of the base's weights as they were loaded, by which a change of them is noticed.
-    _base_sample = {}
-    # What trained the pruner, as training.json has it.
-    _training = None
+    base = Base()
+    training_record: dict | None = None
 
     def post_init(self):
         super().post_init()
@@ -125,6 +159,7 @@ class HubMixin:
 
         base = given or find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
         config.base_model_name_or_path = base
+        named = (None, None)
         if base is not None:
             model, info = cls._from_base(path, config, place, model_args, kwargs)
         else:
@@ -133,8 +168,8 @@ class HubMixin:
             fresh = {name for name in info["missing_keys"] if stock and name.startswith(PRUNER)}
             cls._require_all_weights(path, info, fresh)
             if stock:
-                model._base = cls._name_base(path, place)
-        model._base_sample = model._sample_base()
+                named = cls._name_base(path, place)
+        model.base = Base.of(model, *named)
         return (model, info) if with_info else model
 
     @classmethod
@@ -215,9 +250,9 @@ class HubMixin:
             The model itself, in training mode.
         """
         self._freeze_base()
-        base, revision = self._base
-        if base is not None and not self._base_changed():
-            self.config.base_model_name_or_path, self.config.base_model_revision = base, revision
+        base = self.base
+        if base.name is not None and not base.changed(self):
+            self.config.base_model_name_or_path, self.config.base_model_revision = base.name, base.revision
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
             logger.warning(
@@ -230,8 +265,8 @@ class HubMixin:
         """For whoever changes more than the pruner: from now on checkpoints hold all weights. Returns the base that the
         model had, and its revision."""
         base = self.config.base_model_name_or_path, self.config.base_model_revision
-        base = self._base if base[0] is None else base
-        self._base = (None, None)
+        base = (self.base.name, self.base.revision) if base[0] is None else base
+        self.base = replace(self.base, name=None, revision=None)
         self.config.base_model_name_or_path = self.config.base_model_revision = None
         self._follow_base_model_field()
         return base
@@ -240,29 +275,12 @@ class HubMixin:
         """As stock; a frozen base drops nothing out. Its layers stay in training mode themselves, without which
         gradient checkpointing would be passed over."""
         super().train(mode)
-        if mode and not self._trains_base():
+        if mode and not trains_base(self):
             for module in self.modules():
                 if isinstance(module, GradientCheckpointingLayer):
                     for part in module.children():
                         part.eval()
         return self
-
-    def _trains_base(self) -> bool:
-        return any(p.requires_grad for name, p in self.named_parameters() if not name.startswith(PRUNER))
-
-    def _sample_base(self) -> dict[str, torch.Tensor | None]:
-        """Up to 64 values of each tensor of the base, on the CPU; `None` for one that is offloaded or sharded."""
-        base = {name: value for name, value in self.state_dict().items() if not name.startswith(PRUNER)}
-        for name, value in base.items():
-            whole = type(value) is torch.Tensor and not value.is_meta
-            base[name] = value.flatten()[:: value.numel() // 64 + 1].clone().cpu() if whole else None
-        return base
-
-    def _base_changed(self) -> bool:
-        """Whether the base's weights are not what was loaded, by a merged adapter for one; precision does not count."""
-        now = self._sample_base()
-        pairs = [(old, now.get(name, torch.empty(0))) for name, old in self._base_sample.items()]
-        return any(not old.to(new.dtype).equal(new) for old, new in pairs if old is not None and new is not None)
 
     def _freeze_base(self) -> None:
         for name, parameter in self.named_parameters():
@@ -297,11 +315,11 @@ class HubMixin:
         base = self.config.base_model_name_or_path
         if pruner_only and base is None:
             raise ValueError("No base to name in a pruner-only checkpoint: load a stock one, call train_pruner_only().")
-        changed = base is not None and pruner_only is not False and self._base_changed()
+        changed = base is not None and pruner_only is not False and self.base.changed(self)
         if pruner_only and changed:
             raise ValueError("The base was changed, which the pruner alone would lose: save all, pruner_only=False.")
         if pruner_only is None:
-            pruner_only = base is not None and not changed and not self._trains_base()
+            pruner_only = base is not None and not changed and not trains_base(self)
             if base is not None and not pruner_only:
                 why = "The base was changed" if changed else "More than the pruner is trainable"
                 logger.warning(f"{why}: saving all weights, not the pruner alone.")

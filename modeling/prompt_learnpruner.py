@@ -58,8 +58,9 @@ class Prompt:
         places = (real & (kinds == kind) for kind in range(1, 1 + len(MODALITIES)))
         counts = torch.stack([marked.sum(1) for marked in (real, *places)])
         tables = [mistyped, counts, *(torch.as_tensor(grid).to(kinds.device) for grid in grids.values())]
-        parts = torch.cat([table.flatten() for table in tables]).cpu().split([table.numel() for table in tables])
-        ((mistyped,),), (lengths, *counts), *rows = [part.view(t.shape).tolist() for part, t in zip(parts, tables)]
+        values = iter(torch.cat([table.flatten() for table in tables]).tolist())
+        tables = [[[next(values) for _ in range(table.shape[1])] for _ in range(len(table))] for table in tables]
+        ((mistyped,),), (lengths, *counts), *rows = tables
         placeholders, grids = dict(zip(MODALITIES, counts)), dict(zip(grids, rows))
         return cls(kinds, None if valid is None else real, lengths, placeholders, grids, mistyped)
 

@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy, has_length
 
 from learnpruner.cuts_learnpruner import learnpruner_schedule
 from learnpruner.hub_cards.checks import hub_reached
-from learnpruner.hub_cards.push import pushed_base
+from learnpruner.hub_cards.push import pin_base
 from learnpruner.hub_cards.records import tensors_digest, weights_digest
 from learnpruner.hub_cards.repository import find, writable
 from learnpruner.hub_learnpruner import HubMixin
@@ -177,7 +177,7 @@ class PrunerTrainer(ShardedCheckpoints):
             model.train_pruner_only()
             self._base = pruned.config.base_model_name_or_path, pruned.config.base_model_revision
             if args.push_to_hub:
-                pushed_base(pruned, merged=False, token=args.hub_token)  # rather now than after the training
+                pin_base(pruned, merged=False, token=args.hub_token)  # rather now than after the training
         elif not any(parameter.requires_grad for parameter in pruned.model.pruner.parameters()):
             raise ValueError("The adapters leave the pruner out: LoraConfig(..., modules_to_save=['pruner']).")
         else:
@@ -227,12 +227,12 @@ class PrunerTrainer(ShardedCheckpoints):
         output.metrics["seconds"] = round(self.seconds(), 1)
         output.metrics["trained_parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         output.metrics["peak_memory_bytes"] = peak_memory(self.args.device)
-        self._pruned._training = self._record(output.metrics)
+        self._pruned.training_record = self._record(output.metrics)
         return output
 
     def record(self) -> dict | None:
         """What `training.json` says of the last training: settings, cost, log, and the sha256 of its pruner."""
-        return self._pruned._training
+        return self._pruned.training_record
 
     def _record(self, metrics: dict[str, float]) -> dict:
         if self.is_fsdp_enabled:

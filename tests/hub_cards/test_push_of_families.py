@@ -119,11 +119,11 @@ def test_a_branch_that_looks_like_a_commit_is_pinned(hub, worker, light, base_fo
     folder = at_revision(light, tmp_path / "branch", "facade")
     code = """
 from learnpruner import LearnPrunerForConditionalGeneration as Factory
-from learnpruner.hub_cards.push import pushed_base
+from learnpruner.hub_cards.push import pin_base
 model = Factory.from_pretrained(folder)
 result = [model.config.base_model_revision]
 model.config.base_model_revision = "facade"
-result += [pushed_base(model, False, None)[1]]
+result += [pin_base(model, False, None)[1]]
 assert main(["verify", folder]) == 0
 """
     answer = worker(code, folder=folder)

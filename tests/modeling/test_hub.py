@@ -391,7 +391,8 @@ model = Factory.from_pretrained(base, pruner_ratio=0.4).train_pruner_only()
 model.save_pretrained(folder)
 assert model.config.base_model_name_or_path == base
 assert model.config.base_model_revision == "a" * 40, model.config.base_model_revision
-assert Factory.from_pretrained(base, revision="a" * 40)._base == (base, "a" * 40)
+loaded = Factory.from_pretrained(base, revision="a" * 40).base
+assert (loaded.name, loaded.revision) == (base, "a" * 40)
 for arguments in ({}, {"revision": "b" * 40}):
     loaded = Factory.from_pretrained(light, **arguments)
     assert loaded.config.base_model_revision == "a" * 40
