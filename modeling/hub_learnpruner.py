@@ -61,9 +61,8 @@ class Base:
     """The weights that a pruner was put on, as a model was loaded with them.
 
     Attributes:
-        name, revision (`str` or `None`): The stock checkpoint that they were loaded from, if it can be named.
-        sample (`dict[str, torch.Tensor | None]`): Up to 64 values of each tensor, on the CPU; `None` for one that is
-            offloaded or sharded.
+        name, revision: The stock checkpoint that they were loaded from, if it can be named.
+        sample: Up to 64 values of each tensor, on the CPU; `None` for one that is offloaded or sharded.
     """
 
     name: str | None = None
@@ -79,7 +78,7 @@ class Base:
         return cls(name, revision, base)
 
     def changed(self, model: nn.Module) -> bool:
-        """Whether the model's are not these, by a merged adapter for one; precision does not count."""
+        """Whether the model has other weights by now, by a merged adapter for one; precision does not count."""
         now = Base.of(model).sample
         pairs = [(old, now.get(key, torch.empty(0))) for key, old in self.sample.items()]
         return any(not old.to(new.dtype).equal(new) for old, new in pairs if old is not None and new is not None)
@@ -93,11 +92,8 @@ def trains_base(model: nn.Module) -> bool:
 class HubMixin:
     """Loading and saving for classes for conditional generation whose base model holds a `pruner`.
 
+    `base` is what the model was loaded with, `training_record` what trained the pruner, as training.json has it.
     `config.base_model_name_or_path` is set exactly while the model saves pruner-only.
-
-    Attributes:
-        base ([`Base`]): What the model was loaded with.
-        training_record (`dict` or `None`): What trained the pruner, as training.json has it.
     """
 
     # save_pretrained copies the code and names it for AutoModelForImageTextToText; `save_pretrained` adds the others.
@@ -132,31 +128,28 @@ class HubMixin:
             `ValueError`: where the checkpoint is of another family.
         """
         check_transformers()
-        path = pretrained_model_name_or_path
-        with_info = kwargs.pop("output_loading_info", False)
+        path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: the error below names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
         stored = PreTrainedConfig.get_config_dict(path, **place)[0]
         model_type = stored.get("model_type")
+        stock_type, own_type = cls.config_class.base_model_type, cls.config_class.model_type
         # Given for this call, a folder is relative to where the caller stands.
         given = kwargs.get("base_model_name_or_path") if config is None else None
         if given not in (None, stored.get("base_model_name_or_path")):
             kwargs.setdefault("base_model_revision", None)  # the stored one is of another base
         if config is None:
-            if model_type not in (cls.config_class.base_model_type, cls.config_class.model_type):
+            if model_type not in (stock_type, own_type):
                 raise ValueError(
-                    f"{cls.__name__} loads checkpoints of type {cls.config_class.base_model_type} or "
-                    f"{cls.config_class.model_type}, and {path} is of type {model_type!r}. "
-                    "LearnPrunerForConditionalGeneration picks the class."
+                    f"{cls.__name__} loads checkpoints of type {stock_type} or {own_type}, and {path} is of type "
+                    f"{model_type!r}. LearnPrunerForConditionalGeneration picks the class."
                 )
             # "auto" is for the model to resolve; the configuration would take it as it is.
             names = {field.name for field in fields(cls.config_class)} - {"dtype"}
             overrides = {name: kwargs.pop(name) for name in names & set(kwargs)}
             config = cls.config_class.from_pretrained(path, **place, **overrides)
-        elif config.model_type == cls.config_class.base_model_type:
+        elif config.model_type == stock_type:
             config = cls.config_class.from_base_config(config)
-        stock = model_type == cls.config_class.base_model_type
-
         base = given or find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
         config.base_model_name_or_path = base
         named = (None, None)
@@ -165,10 +158,9 @@ class HubMixin:
         else:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
             cls._prepare_pruner(model)
-            fresh = {name for name in info["missing_keys"] if stock and name.startswith(PRUNER)}
-            cls._require_all_weights(path, info, fresh)
-            if stock:
-                named = cls._name_base(path, place)
+            stock = model_type == stock_type
+            cls._require_all_weights(path, info, stock)
+            named = cls._name_base(path, place) if stock else named
         model.base = Base.of(model, *named)
         return (model, info) if with_info else model
 
@@ -189,7 +181,7 @@ class HubMixin:
                 f"{f' at revision {revision}' if revision else ''} cannot be loaded ({error}). Download the base, or "
                 "point to a copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
             ) from error
-        cls._require_all_weights(base, info, set())
+        cls._require_all_weights(base, info)
         weights = load_file(weights_file)
         expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(PRUNER)}
         found = {name: value.shape for name, value in weights.items()}
@@ -232,8 +224,8 @@ class HubMixin:
         pruner.float()
 
     @staticmethod
-    def _require_all_weights(path, info: dict, fresh: set[str]) -> None:
-        missing = sorted(set(info["missing_keys"]) - fresh)
+    def _require_all_weights(path, info: dict, fresh_pruner: bool = False) -> None:
+        missing = sorted(name for name in info["missing_keys"] if not (fresh_pruner and name.startswith(PRUNER)))
         mismatched = sorted(str(key) for key in info["mismatched_keys"])
         if missing or mismatched:
             raise RuntimeError(
@@ -244,15 +236,12 @@ class HubMixin:
 
     def train_pruner_only(self) -> "HubMixin":
         """Freezes all but the pruner. From now on `save_pretrained` writes a pruner-only checkpoint that names the
-        base these weights were loaded from; where there is none, checkpoints stay full.
-
-        Returns:
-            The model itself, in training mode.
-        """
+        base these weights were loaded from; where there is none, checkpoints stay full. Returns the model itself, in
+        training mode."""
         self._freeze_base()
-        base = self.base
-        if base.name is not None and not base.changed(self):
-            self.config.base_model_name_or_path, self.config.base_model_revision = base.name, base.revision
+        if self.base.name is not None and not self.base.changed(self):
+            self.config.base_model_name_or_path = self.base.name
+            self.config.base_model_revision = self.base.revision
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
             logger.warning(
