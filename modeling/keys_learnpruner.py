@@ -12,8 +12,8 @@ class PrunedCacheLayer(DynamicLayer):
     """One decoder layer's keys and values after cuts.
 
     Outside, a cache counts in the caller's tokens: generate, positions, slicing of a next turn and crop all read
-    `get_seq_length`. So that is the logical length, and only the mask learns the physical one. All heads of a layer hold
-    the same rows; layers may hold different ones.
+    `get_seq_length`. So that is the logical length, and only the mask learns the physical one. All heads of a layer
+    hold the same rows; layers may hold different ones.
 
     Attributes:
         num_pruned (`int`): Logical minus physical length.
