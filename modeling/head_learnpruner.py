@@ -28,10 +28,7 @@ PROMPT, PLAN = "pruner_prompt", "pruner_plan"
 
 
 class PrunedGenerationMixin:
-    """A stock class for conditional generation over a [`PrunedModelMixin`].
-
-    A family adds `model_class`. The signature of forward is the stock one, with what is added here behind.
-    """
+    """A stock class for conditional generation over a [`PrunedModelMixin`]; a family adds `model_class`."""
 
     # The pruner keeps its precision in a low-precision model: scores that tie would choose by place.
     _keep_in_fp32_modules_strict = ["pruner"]
@@ -71,28 +68,24 @@ class PrunedGenerationMixin:
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
                 Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
                 first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
-            budget_share (`float`, *optional*): In training with accumulated or parallel batches, what share of the
-                step's images this call has, which weighs the budget term.
+            budget_share (`float`, *optional*): This call's share of a training step's images, which weighs the budget
+                term where batches are accumulated or parallel.
             stock: The arguments of the stock class, under their names and in their positions.
 
-        Returns:
-            The output of the stock class, with the fields of [`Recorded`].
-
-        Raises:
-            `ValueError`: where images and placeholders do not match, or where a cut cannot be made
-                (`guards_learnpruner.py` lists the cases).
+        Returns the output of the stock class, with the fields of [`Recorded`]. Raises `ValueError` where images and
+        placeholders do not match, or where a cut cannot be made (`guards_learnpruner.py` lists the cases).
         """
         check_asked(pruner_ratio, schedule)
         plan, given = stock.pop(PLAN, None), stock.get(CACHE)
         prompt = stock["input_ids"] if stock.get("input_ids") is not None else stock["inputs_embeds"]
         refuse_lost_cache(stock.get("attention_mask"), given, prompt.shape[1])
-        logits_to_keep = stock.get("logits_to_keep", 0)
-        logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        shown = stock.get("logits_to_keep", 0)
+        shown = slice(-shown, None) if isinstance(shown, int) else shown
         call = PruningCall(query_mask=query_mask, soft=self.training and labels is not None)
         if labels is not None and query_mask is None:
             # An answer must never choose its own evidence.
             supervised = torch.zeros(prompt.shape[:2], dtype=torch.bool, device=labels.device)
-            supervised[:, logits_to_keep] = labels != -100
+            supervised[:, shown] = labels != -100
             call.query_mask = supervised.cumsum(1) == 0
         if plan is not None:
             call.schedule, call.plan = plan.schedule, plan.resume(*prompt.shape[:2], prompt.device)
@@ -105,49 +98,45 @@ class PrunedGenerationMixin:
         before = held_lengths(given) if call.schedule else None
         outputs = super().forward(**stock, pruning=call, return_dict=True)
         check_cache(outputs.get(CACHE), given, before, call)
-        loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock, budget_share)
+        loss = None if labels is None else self._loss(call, outputs.logits, labels, shown, stock, budget_share)
         return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.records())
 
-    def _loss(self, call: PruningCall, logits, labels, logits_to_keep, stock: dict, budget_share) -> torch.Tensor:
+    def _loss(self, call: PruningCall, logits, labels, shown, stock: dict, budget_share) -> torch.Tensor:
         others = {name: value for name, value in stock.items() if name not in self.stock_arguments}
         if call.decisions:
-            predicts = call.decisions[-1][0][:, logits_to_keep]
+            predicts = call.decisions[-1][0][:, shown]
             labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)
             if others.get("shift_labels") is not None:
                 others["shift_labels"] = others["shift_labels"].masked_fill(~predicts, -100)
-        vocab_size = self.config.text_config.vocab_size
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **others)
+        loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **others)
         if call.soft:
             loss = loss + self._pruner_loss(call.plan, labels, others.get("num_items_in_batch"), budget_share)
         return loss
 
     def _with_gradient(self, stock: dict) -> dict:
-        """Text alone, of which the pruner has no part: nothing that depends on it is added to the embeddings, so that
-        a batch of text has a gradient too, and goes back through every layer, as processes that share the layers
-        (FSDP) expect of each other."""
+        """Adds a zero that depends on the pruner to a batch of text alone: it gets a gradient too, through every layer,
+        as processes that share the layers (FSDP) expect of each other."""
         embeds = stock.get("inputs_embeds")
         if embeds is None:
             embeds = self.get_input_embeddings()(stock["input_ids"])
-        return {**stock, "input_ids": None, "inputs_embeds": embeds + self._nothing().to(embeds)}
+        return {**stock, "input_ids": None, "inputs_embeds": embeds + self._zero().to(embeds)}
 
-    def _nothing(self) -> torch.Tensor:
+    def _zero(self) -> torch.Tensor:
         """Zero, which depends on all of the pruner that is trained."""
-        return sum((parameter.sum() * 0 for parameter in self._trained()), torch.zeros(()))
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
+        trained = (parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad)
+        return sum((parameter.sum() * 0 for parameter in trained), torch.zeros(()))
 
     def _pruner_loss(self, plan: Plan | None, labels: torch.Tensor, num_items_in_batch, budget_share) -> torch.Tensor:
         if plan is None or plan.gates is None:
             # A schedule without a learned cut: the loss must have a gradient all the same.
-            return self._nothing().to(labels.device)
+            return self._zero().to(labels.device)
         loss = budget_loss(plan.probabilities, plan.shares)
         if num_items_in_batch is not None:
             # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
             # by its share of the step's images where the caller knows it, else of the labels.
             by_labels = (labels[:, 1:] != -100).sum() / num_items_in_batch
             loss = loss * (by_labels if budget_share is None else budget_share)
-        if self._trained() and loss.requires_grad:
+        if loss.requires_grad and self._zero().requires_grad:
             # A forward pass alone trains nothing: only a backward pass gets here.
             loss.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
         return loss
@@ -159,8 +148,8 @@ class PrunedGenerationMixin:
     def read_generate_prompt(
         self, inputs_tensor: torch.Tensor, model_kwargs: dict, mask_length: int
     ) -> tuple[tuple[Cut, ...], Prompt, int] | None:
-        """The schedule of a `generate`, its prompt, and how many columns of that a cache holds; `None` where the stock
-        steps are enough. Read once, by the step of `generate` that asks first, and carried in `model_kwargs`."""
+        """The schedule of a `generate`, its prompt, and how many of its columns a cache holds; `None` where the stock
+        steps are enough. The step of `generate` that asks first reads it; `model_kwargs` carry it to the others."""
         if PROMPT not in model_kwargs:
             ratio, schedule = model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule")
             check_asked(ratio, schedule)
@@ -194,18 +183,14 @@ class PrunedGenerationMixin:
         refuse_decoder_inputs(self.model, {"attention_mask": attention_mask, CACHE: cache}, generation_config.use_cache)
         # Fixed from the prompt: what is generated never ranks the evidence.
         query_mask = model_kwargs.pop("query_mask", None)
-        query_mask = (
-            torch.ones_like(prompt.kinds, dtype=torch.bool) if query_mask is None else query_mask.bool()[:, start:]
-        )
+        query_mask = torch.ones_like(prompt.kinds, dtype=torch.bool) if query_mask is None else query_mask[:, start:]
+        call = PruningCall(cuts, query_mask)
         images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
         with watching(cuts, -1, lambda: self.model):
             model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
-        given = {
-            name: None if value is None else value[:, start:]
-            for name, value in prompt_arguments(inputs_tensor, model_kwargs).items()
-        }
-        call = PruningCall(cuts, query_mask)
-        images |= {**given, "mm_encoder_outputs": model_kwargs["mm_encoder_outputs"]}
+        for name, value in prompt_arguments(inputs_tensor, model_kwargs).items():
+            images[name] = None if value is None else value[:, start:]
+        images["mm_encoder_outputs"] = model_kwargs["mm_encoder_outputs"]
         model_kwargs["mm_encoder_outputs"] = make_plan(call, self.model, images, prompt)
         return {**model_kwargs, PLAN: call.plan}
 
