@@ -19,8 +19,7 @@ from .guards_learnpruner import (
 )
 from .keys_learnpruner import check_cache, held_lengths
 from .model_learnpruner import check_asked
-from .plan_learnpruner import Plan, PruningCall, make_plan
-from .prompt_learnpruner import Prompt
+from .plan_learnpruner import PruningCall, make_plan
 from .scores_learnpruner import budget_loss
 
 # What `generate` carries among the model's arguments: the prompt, as soon as it is read, and the plan made of it.
@@ -79,13 +78,13 @@ class PrunedGenerationMixin:
         plan, given = stock.pop(PLAN, None), stock.get(CACHE)
         prompt = stock["input_ids"] if stock.get("input_ids") is not None else stock["inputs_embeds"]
         refuse_lost_cache(stock.get("attention_mask"), given, prompt.shape[1])
-        shown = stock.get("logits_to_keep", 0)
-        shown = slice(-shown, None) if isinstance(shown, int) else shown
+        logits_to_keep = stock.get("logits_to_keep", 0)
+        logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         call = PruningCall(query_mask=query_mask, soft=self.training and labels is not None)
         if labels is not None and query_mask is None:
             # An answer must never choose its own evidence.
             supervised = torch.zeros(prompt.shape[:2], dtype=torch.bool, device=labels.device)
-            supervised[:, shown] = labels != -100
+            supervised[:, logits_to_keep] = labels != -100
             call.query_mask = supervised.cumsum(1) == 0
         if plan is not None:
             call.schedule, call.plan = plan.schedule, plan.resume(*prompt.shape[:2], prompt.device)
@@ -98,20 +97,32 @@ class PrunedGenerationMixin:
         before = held_lengths(given) if call.schedule else None
         outputs = super().forward(**stock, pruning=call, return_dict=True)
         check_cache(outputs.get(CACHE), given, before, call)
-        loss = None if labels is None else self._loss(call, outputs.logits, labels, shown, stock, budget_share)
+        loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock, budget_share)
         return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.records())
 
-    def _loss(self, call: PruningCall, logits, labels, shown, stock: dict, budget_share) -> torch.Tensor:
+    def _loss(self, call: PruningCall, logits, labels, logits_to_keep, stock: dict, budget_share) -> torch.Tensor:
         others = {name: value for name, value in stock.items() if name not in self.stock_arguments}
         if call.decisions:
-            predicts = call.decisions[-1][0][:, shown]
+            predicts = call.decisions[-1][0][:, logits_to_keep]
             labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)
             if others.get("shift_labels") is not None:
                 others["shift_labels"] = others["shift_labels"].masked_fill(~predicts, -100)
-        loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **others)
-        if call.soft:
-            loss = loss + self._pruner_loss(call.plan, labels, others.get("num_items_in_batch"), budget_share)
-        return loss
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **others)
+        if not call.soft:
+            return loss
+        if call.plan is None or call.plan.gates is None:
+            # A schedule without a learned cut: the loss must have a gradient all the same.
+            return loss + self._zero().to(loss.device)
+        budget = budget_loss(call.plan.probabilities, call.plan.shares)
+        if others.get("num_items_in_batch") is not None:
+            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
+            # by its share of the step's images where the caller knows it, else of the labels.
+            by_labels = (labels[:, 1:] != -100).sum() / others["num_items_in_batch"]
+            budget = budget * (by_labels if budget_share is None else budget_share)
+        if budget.requires_grad and any(parameter.requires_grad for parameter in self.model.pruner.parameters()):
+            # A forward pass alone trains nothing: only a backward pass gets here.
+            budget.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
+        return loss + budget
 
     def _with_gradient(self, stock: dict) -> dict:
         """Adds a zero that depends on the pruner to a batch of text alone: it gets a gradient too, through every layer,
@@ -126,29 +137,12 @@ class PrunedGenerationMixin:
         trained = (parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad)
         return sum((parameter.sum() * 0 for parameter in trained), torch.zeros(()))
 
-    def _pruner_loss(self, plan: Plan | None, labels: torch.Tensor, num_items_in_batch, budget_share) -> torch.Tensor:
-        if plan is None or plan.gates is None:
-            # A schedule without a learned cut: the loss must have a gradient all the same.
-            return self._zero().to(labels.device)
-        loss = budget_loss(plan.probabilities, plan.shares)
-        if num_items_in_batch is not None:
-            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
-            # by its share of the step's images where the caller knows it, else of the labels.
-            by_labels = (labels[:, 1:] != -100).sum() / num_items_in_batch
-            loss = loss * (by_labels if budget_share is None else budget_share)
-        if loss.requires_grad and self._zero().requires_grad:
-            # A forward pass alone trains nothing: only a backward pass gets here.
-            loss.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
-        return loss
-
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         return super().generate(*args, **installed_names(kwargs))
 
-    def read_generate_prompt(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict, mask_length: int
-    ) -> tuple[tuple[Cut, ...], Prompt, int] | None:
-        """The schedule of a `generate`, its prompt, and how many of its columns a cache holds; `None` where the stock
+    def read_generate_prompt(self, inputs_tensor: torch.Tensor, model_kwargs: dict, mask_length: int) -> tuple | None:
+        """The cuts of a `generate`, its [`Prompt`], and how many of its columns a cache holds; `None` where the stock
         steps are enough. The step of `generate` that asks first reads it; `model_kwargs` carry it to the others."""
         if PROMPT not in model_kwargs:
             ratio, schedule = model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule")
