@@ -1,8 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The names of transformers that this package depends on, in one place.
 
-What can be asked of a stock class is asked: its forward's arguments, the class of its output. What cannot be asked
-(private hooks, the range of releases) is named here, so that a rename costs at most one line.
+What can be asked of a stock class is asked. What cannot (private hooks, the range of releases) is named here, so that a
+rename costs at most one line.
 """
 
 import sys
@@ -80,12 +80,9 @@ def installed_names(arguments: dict) -> dict:
 
 
 def derive_forward(cls: type, mixin: type) -> None:
-    """Gives `cls` the forward of `mixin` under the signature of the stock forward behind it.
-
-    The mixin's takes keyword arguments alone; those that it names stand behind the stock ones. Callers may pass stock
-    arguments by position, and the KV cache under any of its names. Raises `TypeError` where the stock forward takes it
-    under none of them.
-    """
+    """Gives `cls` the forward of `mixin`, which takes keyword arguments alone, under the signature of the stock forward
+    behind it: those that the mixin names stand behind the stock ones. Callers may pass stock arguments by position, and
+    the KV cache under any of its names. Raises `TypeError` where the stock forward takes it under none of them."""
     own, stock = mixin.forward, getattr(super(mixin, cls), "forward", None)
     if stock is None or cls.forward is not own:
         return  # a mixin of a family, which is no model yet, or a subclass with a forward of its own
@@ -96,8 +93,8 @@ def derive_forward(cls: type, mixin: type) -> None:
             "cache. Run `pip install -U learnpruner`."
         )
     *named, rest = parameters.values()
-    added = [each for each in signature(own).parameters.values() if each.kind is Parameter.KEYWORD_ONLY]
-    added = [each for each in added if each.name not in parameters]
+    keywords = (each for each in signature(own).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
+    added = [each for each in keywords if each.name not in parameters]
     names = [each.name for each in named[1:]]
 
     def forward(self, *args, **kwargs):
@@ -108,18 +105,14 @@ def derive_forward(cls: type, mixin: type) -> None:
             kwargs = given | kwargs
         return own(self, **installed_names(kwargs))
 
-    forward.__doc__, forward.__module__, forward.__qualname__ = (
-        own.__doc__,
-        cls.__module__,
-        f"{cls.__qualname__}.forward",
-    )
+    forward.__doc__, forward.__module__ = own.__doc__, cls.__module__
+    forward.__qualname__ = f"{cls.__qualname__}.forward"
     forward.__signature__ = signature(stock).replace(parameters=[*named, *added, rest])
     cls.forward, cls.stock_arguments = forward, frozenset(names)
 
 
 RECORDS = ("kept_mask", "vision_scores")
-# Output classes that were made, by the stock class that they extend.
-_OUTPUTS: dict[type, type] = {}
+_OUTPUTS: dict[type, type] = {}  # output classes that were made, by the stock class that they extend
 
 
 class Recorded:
@@ -127,8 +120,8 @@ class Recorded:
     zeros for dropped tokens; `hidden_states` and `attentions` are what the layers held, shorter after each cut.
 
     Attributes:
-        kept_mask (`tuple[torch.Tensor]`, each `(batch, sequence)` bool, or `None`):
-            For each cut, True where the token survives it: text True, padding False. `None` where nothing was cut.
+        kept_mask (`tuple[torch.Tensor]`, each `(batch, sequence)` bool, or `None` where nothing was cut):
+            For each cut, True where the token survives it: text True, padding False.
         vision_scores (`tuple[torch.Tensor]`, each `(batch, sequence)` float32, or `None`):
             For each cut, the scores that ranked; NaN where a token was not scored. In training, the first cut's.
     """

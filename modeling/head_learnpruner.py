@@ -19,8 +19,7 @@ from .guards_learnpruner import (
 )
 from .keys_learnpruner import check_cache, held_lengths
 from .model_learnpruner import check_asked
-from .plan_learnpruner import Plan, PruningCall, make_plan
-from .prompt_learnpruner import Prompt
+from .plan_learnpruner import PruningCall, make_plan
 from .scores_learnpruner import budget_loss
 
 # What `generate` carries among the model's arguments: the prompt, as soon as it is read, and the plan made of it.
@@ -28,10 +27,7 @@ PROMPT, PLAN = "pruner_prompt", "pruner_plan"
 
 
 class PrunedGenerationMixin:
-    """A stock class for conditional generation over a [`PrunedModelMixin`].
-
-    A family adds `model_class`. The signature of forward is the stock one, with what is added here behind.
-    """
+    """A stock class for conditional generation over a [`PrunedModelMixin`]; a family adds `model_class`."""
 
     # The pruner keeps its precision in a low-precision model: scores that tie would choose by place.
     _keep_in_fp32_modules_strict = ["pruner"]
@@ -71,16 +67,12 @@ class PrunedGenerationMixin:
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
                 Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
                 first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
-            budget_share (`float`, *optional*): In training with accumulated or parallel batches, what share of the
-                step's images this call has, which weighs the budget term.
+            budget_share (`float`, *optional*): This call's share of a training step's images, which weighs the budget
+                term where batches are accumulated or parallel.
             stock: The arguments of the stock class, under their names and in their positions.
 
-        Returns:
-            The output of the stock class, with the fields of [`Recorded`].
-
-        Raises:
-            `ValueError`: where images and placeholders do not match, or where a cut cannot be made
-                (`guards_learnpruner.py` lists the cases).
+        Returns the output of the stock class, with the fields of [`Recorded`]. Raises `ValueError` where images and
+        placeholders do not match, or where a cut cannot be made (`guards_learnpruner.py` lists the cases).
         """
         check_asked(pruner_ratio, schedule)
         plan, given = stock.pop(PLAN, None), stock.get(CACHE)
@@ -115,52 +107,43 @@ class PrunedGenerationMixin:
             labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)
             if others.get("shift_labels") is not None:
                 others["shift_labels"] = others["shift_labels"].masked_fill(~predicts, -100)
-        vocab_size = self.config.text_config.vocab_size
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **others)
-        if call.soft:
-            loss = loss + self._pruner_loss(call.plan, labels, others.get("num_items_in_batch"), budget_share)
-        return loss
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **others)
+        if not call.soft:
+            return loss
+        if call.plan is None or call.plan.gates is None:
+            # A schedule without a learned cut: the loss must have a gradient all the same.
+            return loss + self._zero().to(loss.device)
+        budget = budget_loss(call.plan.probabilities, call.plan.shares)
+        if others.get("num_items_in_batch") is not None:
+            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
+            # by its share of the step's images where the caller knows it, else of the labels.
+            by_labels = (labels[:, 1:] != -100).sum() / others["num_items_in_batch"]
+            budget = budget * (by_labels if budget_share is None else budget_share)
+        if budget.requires_grad and any(parameter.requires_grad for parameter in self.model.pruner.parameters()):
+            # A forward pass alone trains nothing: only a backward pass gets here.
+            budget.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
+        return loss + budget
 
     def _with_gradient(self, stock: dict) -> dict:
-        """Text alone, of which the pruner has no part: nothing that depends on it is added to the embeddings, so that
-        a batch of text has a gradient too, and goes back through every layer, as processes that share the layers
-        (FSDP) expect of each other."""
+        """Adds a zero that depends on the pruner to a batch of text alone: it gets a gradient too, through every layer,
+        as processes that share the layers (FSDP) expect of each other."""
         embeds = stock.get("inputs_embeds")
         if embeds is None:
             embeds = self.get_input_embeddings()(stock["input_ids"])
-        return {**stock, "input_ids": None, "inputs_embeds": embeds + self._nothing().to(embeds)}
+        return {**stock, "input_ids": None, "inputs_embeds": embeds + self._zero().to(embeds)}
 
-    def _nothing(self) -> torch.Tensor:
+    def _zero(self) -> torch.Tensor:
         """Zero, which depends on all of the pruner that is trained."""
-        return sum((parameter.sum() * 0 for parameter in self._trained()), torch.zeros(()))
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        return [parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad]
-
-    def _pruner_loss(self, plan: Plan | None, labels: torch.Tensor, num_items_in_batch, budget_share) -> torch.Tensor:
-        if plan is None or plan.gates is None:
-            # A schedule without a learned cut: the loss must have a gradient all the same.
-            return self._nothing().to(labels.device)
-        loss = budget_loss(plan.probabilities, plan.shares)
-        if num_items_in_batch is not None:
-            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
-            # by its share of the step's images where the caller knows it, else of the labels.
-            by_labels = (labels[:, 1:] != -100).sum() / num_items_in_batch
-            loss = loss * (by_labels if budget_share is None else budget_share)
-        if self._trained() and loss.requires_grad:
-            # A forward pass alone trains nothing: only a backward pass gets here.
-            loss.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
-        return loss
+        trained = (parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad)
+        return sum((parameter.sum() * 0 for parameter in trained), torch.zeros(()))
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         return super().generate(*args, **installed_names(kwargs))
 
-    def read_generate_prompt(
-        self, inputs_tensor: torch.Tensor, model_kwargs: dict, mask_length: int
-    ) -> tuple[tuple[Cut, ...], Prompt, int] | None:
-        """The schedule of a `generate`, its prompt, and how many columns of that a cache holds; `None` where the stock
-        steps are enough. Read once, by the step of `generate` that asks first, and carried in `model_kwargs`."""
+    def read_generate_prompt(self, inputs_tensor: torch.Tensor, model_kwargs: dict, mask_length: int) -> tuple | None:
+        """The cuts of a `generate`, its [`Prompt`], and how many of its columns a cache holds; `None` where the stock
+        steps are enough. The step of `generate` that asks first reads it; `model_kwargs` carry it to the others."""
         if PROMPT not in model_kwargs:
             ratio, schedule = model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule")
             check_asked(ratio, schedule)
@@ -194,18 +177,14 @@ class PrunedGenerationMixin:
         refuse_decoder_inputs(self.model, {"attention_mask": attention_mask, CACHE: cache}, generation_config.use_cache)
         # Fixed from the prompt: what is generated never ranks the evidence.
         query_mask = model_kwargs.pop("query_mask", None)
-        query_mask = (
-            torch.ones_like(prompt.kinds, dtype=torch.bool) if query_mask is None else query_mask.bool()[:, start:]
-        )
+        query_mask = torch.ones_like(prompt.kinds, dtype=torch.bool) if query_mask is None else query_mask[:, start:]
+        call = PruningCall(cuts, query_mask)
         images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
         with watching(cuts, -1, lambda: self.model):
             model_kwargs = super()._maybe_prepare_encoder_kwargs_for_generation(*arguments)
-        given = {
-            name: None if value is None else value[:, start:]
-            for name, value in prompt_arguments(inputs_tensor, model_kwargs).items()
-        }
-        call = PruningCall(cuts, query_mask)
-        images |= {**given, "mm_encoder_outputs": model_kwargs["mm_encoder_outputs"]}
+        for name, value in prompt_arguments(inputs_tensor, model_kwargs).items():
+            images[name] = None if value is None else value[:, start:]
+        images["mm_encoder_outputs"] = model_kwargs["mm_encoder_outputs"]
         model_kwargs["mm_encoder_outputs"] = make_plan(call, self.model, images, prompt)
         return {**model_kwargs, PLAN: call.plan}
 

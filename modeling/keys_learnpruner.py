@@ -9,31 +9,20 @@ from .plan_learnpruner import PruningCall
 
 
 class PrunedCacheLayer(DynamicLayer):
-    """One decoder layer's keys and values after cuts.
+    """One decoder layer's keys and values after cuts. All heads hold the same rows; layers may hold different ones.
 
     Outside, a cache counts in the caller's tokens: generate, positions, slicing of a next turn and crop all read
-    `get_seq_length`. So that is the logical length, and only the mask learns the physical one. All heads of a layer
-    hold the same rows; layers may hold different ones.
-
-    Attributes:
-        num_pruned (`int`): Logical minus physical length.
-        prefix_length (`int`): Physical length at the last cut. Behind it, keys map one to one to the last tokens seen.
-        prefix_valid (`torch.Tensor` of shape `(batch, prefix_length)`, bool, or `None` for all valid): Shorter samples
-            of a batch are filled on the left.
-        history (`tuple[int, ...]`): For each pruned prompt, how many cuts came before the layer. Layers of equal
-            history share one mask.
-        kept_mask, vision_scores (`torch.Tensor` of shape `(batch, sequence)`, or `None`): What the cut right before
-            this layer decided, in the caller's coordinates.
+    `get_seq_length`. So that is the logical length, and only the mask learns the physical one.
     """
 
     def __init__(self):
         super().__init__()
-        self._forget()
-
-    def _forget(self):
-        self.num_pruned = self.prefix_length = 0
-        self.history = ()
-        self.prefix_valid = self.kept_mask = self.vision_scores = None
+        self.num_pruned = 0  # logical minus physical length
+        self.prefix_length = 0  # physical length at the last cut; behind it, each key is one of the last tokens seen
+        self.prefix_valid = None  # (batch, prefix_length), bool: False at padding; None: all valid
+        self.history = ()  # for each pruned prompt, how many cuts came before this layer
+        # What the cut right before this layer decided, each (batch, sequence), in the caller's coordinates.
+        self.kept_mask = self.vision_scores = None
 
     @classmethod
     def from_dynamic(cls, layer: DynamicLayer) -> "PrunedCacheLayer":
@@ -52,12 +41,8 @@ class PrunedCacheLayer(DynamicLayer):
         return self.physical_length + query_length, self.num_pruned
 
     def key_valid(self, attention_mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
-        """Which keys held before this call are not padding: `(batch, physical_length)` bool, or `None`: all are valid.
-
-        Args:
-            attention_mask (`torch.Tensor` of shape `(batch, logical length)`, bool, *optional*): The caller's.
-            query_length (`int`): Tokens of this call, the last of `attention_mask`.
-        """
+        """Which keys held before a call of `query_length` tokens are not padding: `(batch, physical_length)` bool, or
+        `None`: all. `attention_mask` is the caller's, `(batch, logical length)` bool, of past and call."""
         if attention_mask is None and self.prefix_valid is None:
             return None
         suffix, prefix = self.physical_length - self.prefix_length, self.prefix_valid
@@ -74,14 +59,8 @@ class PrunedCacheLayer(DynamicLayer):
         return torch.cat([prefix, attention_mask[:, end - suffix : end]], dim=1)
 
     def hold(self, key_valid: torch.Tensor | None, num_pruned: int, length: int, cuts: int) -> None:
-        """Announces a pruned prompt, before its keys are added.
-
-        Args:
-            key_valid (`torch.Tensor` of shape `(batch, past + length)`, bool, *optional*): Keys that are not padding.
-            num_pruned (`int`): Rows of the prompt that this layer will not see.
-            length (`int`): Rows of the prompt that it will; what stands behind them can be cropped again.
-            cuts (`int`): Cuts made before this layer.
-        """
+        """Announces a pruned prompt before its keys are added: `num_pruned` of its rows are gone after so many `cuts`,
+        `length` will be held. `key_valid`, `(batch, past + length)` bool or `None`, is False at padding."""
         self.num_pruned += num_pruned
         self.prefix_length = self.physical_length + length
         self.prefix_valid = None if key_valid is None else key_valid[:, : self.prefix_length]
@@ -97,10 +76,7 @@ class PrunedCacheLayer(DynamicLayer):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        super().reset()
-        self.keys = self.values = None
-        self.is_initialized = False
-        self._forget()
+        self.__init__()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -130,9 +106,8 @@ class PrunedCache(DynamicCache):
     def adopt(cls, cache: DynamicCache, num_layers: int) -> "PrunedCache":
         """Makes the caller's cache able to hold pruned layers, in place: both objects share one list of layers."""
         if not isinstance(cache, cls):
-            missing = num_layers - len(cache.layers)
             cache.layers[:] = [PrunedCacheLayer.from_dynamic(layer) for layer in cache.layers]
-            cache.layers += [PrunedCacheLayer() for _ in range(missing)]
+            cache.layers += [PrunedCacheLayer() for _ in range(num_layers - len(cache.layers))]
             cache = cls(cache.layers)
         return cache
 
@@ -147,8 +122,7 @@ class PrunedCache(DynamicCache):
         return self._records("vision_scores")
 
     def _records(self, name: str) -> tuple[torch.Tensor, ...] | None:
-        records = tuple(getattr(layer, name) for layer in self.layers if getattr(layer, name) is not None)
-        return records or None
+        return tuple(getattr(layer, name) for layer in self.layers if getattr(layer, name) is not None) or None
 
 
 def is_pruned(cache: Cache | None) -> bool:
@@ -163,7 +137,7 @@ def held_lengths(cache: Cache | None) -> list[int]:
 
 def check_cache(cache: Cache | None, given: Cache | None, before: list[int] | None, call: PruningCall) -> None:
     """Raises `RuntimeError` unless, behind a pruned prompt, the cache that came back is the given one, and each of its
-    layers, which held `before`, grew by exactly the planned rows. Looks at identities and shapes alone."""
+    layers, which held `before` keys, grew by the planned rows. Looks at identities and shapes alone."""
     if not call.decisions or (cache is None and given is None):
         return
     found, cuts = held_lengths(cache), [cut.layer for cut in call.schedule]

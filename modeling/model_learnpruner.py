@@ -29,15 +29,13 @@ SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("lear
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
-    A family names the stock forward's arguments that hold images (`pixel_arguments`), that lay them out, each a row of
-    integers (`grid_arguments`; the one that an image processor returns is `image_layout`, where an image is more than
-    one crop), and that decide which features they have (`feature_arguments`). It has the methods below without a body.
+    A family sets the names of arguments of the stock forward, and has the methods without a body here.
     """
 
-    pixel_arguments: tuple[str, ...]
-    grid_arguments: tuple[str, ...]
-    feature_arguments: tuple[str, ...] = ()
-    image_layout: str | None = None
+    pixel_arguments: tuple[str, ...]  # that hold images or videos
+    grid_arguments: tuple[str, ...]  # that lay them out, each a row of integers
+    feature_arguments: tuple[str, ...] = ()  # that decide which features they have
+    image_layout: str | None = None  # that an image processor returns, where an image is more than one crop
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:
@@ -61,8 +59,8 @@ class PrunedModelMixin:
         """For each modality, the features before the projector in `mm_encoder_outputs`, a row for each patch."""
 
     def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
-        """Values of patches, as `encoder_features` has them, where the prompt has their tokens: `(tokens, d)` of each
-        part that has a budget of its own, in the order of the prompt. Rows of NaN are structure, not patches."""
+        """Values of patches, in the order of `encoder_features`, in the order of the prompt: `(tokens, d)` of each part
+        that has a budget of its own. Rows of NaN are structure, not patches."""
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
         """Rows and columns of each part's grids; empty where they are unknown. Where a part has more tokens than that,
@@ -105,8 +103,7 @@ class PrunedModelMixin:
         self.pruner = LearnedPruningModule(self.encoder_width(self.config), self.config.pruner_hidden_size)
         # Right behind the vision tower: device_map="auto" fills devices in this order, and would offload the last. Not
         # before it: the first parameter's precision passes for the model's.
-        tower = next(iter(self._modules))
-        for name in [name for name in self._modules if name not in (tower, "pruner")]:
+        for name in [name for name in list(self._modules)[1:] if name != "pruner"]:
             self._modules[name] = self._modules.pop(name)
         self.post_init()
 
@@ -114,7 +111,7 @@ class PrunedModelMixin:
     def from_pretrained(cls, *args, **kwargs):
         """Refused: without its head the model has no way to check that every weight was found."""
         raise NotImplementedError(
-            f"Load the class for conditional generation and take its `.model`, not {cls.__name__} itself."
+            f"Load the class for conditional generation, not {cls.__name__}, and take its `.model`."
         )
 
     def pruner_schedule(
@@ -147,8 +144,8 @@ class PrunedModelMixin:
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
     def read_prompt(self, arguments: dict, start: int = 0) -> Prompt:
-        """Reads and checks all that the host must know of a prompt, whose first `start` columns a cache holds. The one
-        place that does. Raises `ValueError` where the prompt, its images and what describes them do not fit."""
+        """The one place that reads and checks what the host must know of a prompt, whose first `start` columns a cache
+        holds. Raises `ValueError` where the prompt, its images and what describes them do not fit."""
         kinds = self.vision_kinds(arguments.get("input_ids"), arguments.get("inputs_embeds"))
         mask = arguments.get("attention_mask")
         valid = None if mask is None else mask[:, -kinds.shape[1] :].bool()
@@ -174,8 +171,8 @@ class PrunedModelMixin:
         query_mask: torch.Tensor | None = None,
         **stock,
     ) -> ModelOutput:
-        """The stock forward; with images and a ratio below 1, the same on fewer tokens. Arguments and output are those
-        of the stock model, with what the class with the head adds."""
+        """The stock forward, on fewer tokens where there are images and a ratio below 1. Arguments and output are the
+        stock model's, with what the class with the head adds."""
         call = stock.pop("pruning", None)  # of the head, which makes the output
         if call is not None:
             return self._run(call, stock)
@@ -187,30 +184,25 @@ class PrunedModelMixin:
         return output_with_records(type(outputs))(**outputs, **call.records())
 
     def _run(self, call: PruningCall, stock: dict) -> ModelOutput:
-        # Given both, the stock model says so.
         given = any(stock.get(name) is not None for name in self.pixel_arguments)
-        if call.schedule and not (given and stock.get("mm_encoder_outputs")):
-            use_cache = stock.get("use_cache")
-            use_cache = self.config.text_config.use_cache if use_cache is None else use_cache
-            refuse_decoder_inputs(self, stock, use_cache)
-            if call.plan is None:
-                stock = self._plan(call, stock)
-            if call.acts:
-                stock["pruning"] = call
-                learned = any(isinstance(cut.score, LearnedScore) for cut in call.schedule)
-                if learned and not self.config.pruner_trained and not call.soft:
-                    logger.warning_once(
-                        "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
-                        "(model.train_pruner_only()) or load a trained checkpoint."
-                    )
+        if not call.schedule or (given and stock.get("mm_encoder_outputs")):  # given both, the stock model says so
+            return super().forward(**stock, return_dict=True)
+        use_cache = stock.get("use_cache")
+        refuse_decoder_inputs(self, stock, self.config.text_config.use_cache if use_cache is None else use_cache)
+        if call.plan is None:
+            prompt, pixels = self.read_prompt(stock), {name: stock.get(name) for name in self.pixel_arguments}
+            with watching(call.schedule, -1, lambda: self):
+                stock = self.encode_images(stock, prompt)
+            stock = {**stock, "mm_encoder_outputs": make_plan(call, self, {**stock, **pixels}, prompt)}
+        if call.acts:
+            stock["pruning"] = call
+            learned = any(isinstance(cut.score, LearnedScore) for cut in call.schedule)
+            if learned and not self.config.pruner_trained and not call.soft:
+                logger.warning_once(
+                    "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
+                    "(model.train_pruner_only()) or load a trained checkpoint."
+                )
         return super().forward(**stock, return_dict=True)
-
-    def _plan(self, call: PruningCall, stock: dict) -> dict:
-        prompt = self.read_prompt(stock)
-        pixels = {name: stock.get(name) for name in self.pixel_arguments}
-        with watching(call.schedule, -1, lambda: self):
-            stock = self.encode_images(stock, prompt)
-        return {**stock, "mm_encoder_outputs": make_plan(call, self, {**stock, **pixels}, prompt)}
 
 
 def check_asked(ratio: float | None, schedule: tuple[Cut, ...] | Schedule | None) -> None:

@@ -3,6 +3,7 @@
 
 from copy import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -15,18 +16,12 @@ from .prompt_learnpruner import MODALITIES, Prompt, send
 
 @dataclass
 class Parts:
-    """The parts of a prompt that have a budget of their own: images, or groups of a video's frames.
-
-    Attributes:
-        prompt ([`Prompt`]): Where they are.
-        features (`list[torch.Tensor]`, each `(tokens, d)`): Of each part; rows of NaN are structure.
-        kinds, owners (`list[int]`): The kind of each part's placeholders, as in [`Prompt`], and its sample.
-    """
+    """The parts of a prompt that have a budget of their own: images, or groups of a video's frames."""
 
     prompt: Prompt
-    features: list[torch.Tensor]
-    kinds: list[int]
-    owners: list[int]
+    features: list[torch.Tensor]  # (tokens, d) of each part; rows of NaN are structure
+    kinds: list[int]  # the kind of each part's placeholders, as in `Prompt`
+    owners: list[int]  # the sample of each part
 
     @classmethod
     def of(cls, features: dict[str, list[torch.Tensor]], prompt: Prompt) -> "Parts":
@@ -68,11 +63,10 @@ class Parts:
         return rest
 
     def ending(self, last: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """The token that is its sample's `last` row, where that is a vision token: `(parts, tokens)` bool, as
-        `present`."""
+        """Where a sample's `last` row is a vision token, that token: `(parts, tokens)` bool, as `present`."""
         # It belongs to the last of the sample's images, or of its videos.
-        places = list(zip(self.owners, self.kinds))
-        is_last = [place != after for place, after in zip(places, [*places[1:], None])]
+        places = [*zip(self.owners, self.kinds), None]
+        is_last = [place != after for place, after in pairwise(places)]
         length, owner, kind, is_last = send([self.sizes, self.owners, self.kinds, is_last], self.device)
         ends = self.prompt.kinds.gather(1, last.unsqueeze(1)).to(self.device)[owner, 0] == kind
         return torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, (is_last.bool() & ends).unsqueeze(1))
@@ -80,35 +74,22 @@ class Parts:
 
 @dataclass
 class Plan:
-    """What is fixed before the decoder runs; `generate` carries it from its prompt to the forwards that run the prompt.
-    Tensors of shape `(batch, sequence)` are in the caller's coordinates.
+    """What is fixed before the decoder runs. `generate` carries it from its prompt to the forwards that run the prompt.
 
-    Attributes:
-        schedule (`tuple[Cut, ...]`): The cuts, by ascending layer.
-        counts (`list[list[int]]`): Of each sample: text tokens, vision tokens before the first cut, and after each.
-        vision (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens of this call.
-        last (`torch.Tensor` of shape `(batch,)`, int64): Each sample's last row. It predicts the next token, so no
-            cut drops it, even where it is a vision token.
-        kept (`torch.Tensor` of shape `(batch, sequence)`, bool): Vision tokens that survive a cut before the decoder.
-        scores (`torch.Tensor` of shape `(batch, sequence)`, float32): Its scores, NaN elsewhere.
-        query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that may rank tokens.
-        answer_length (`int`): Tokens of this call behind the prompt: candidates, or an answer run without a cache.
-        gates (`torch.Tensor` of shape `(batch, sequence)`, float32, *optional*): In training, keep probabilities in
-            place of a cut; 1 for text.
-        probabilities (`list[torch.Tensor]`), shares (`list[float]`): Each part's, for the budget term of the loss.
+    Tensors of shape `(batch, sequence)` are in the caller's coordinates.
     """
 
-    schedule: tuple[Cut, ...]
-    counts: list[list[int]]
-    vision: torch.Tensor
-    last: torch.Tensor
-    kept: torch.Tensor
-    scores: torch.Tensor
-    query_mask: torch.Tensor | None = None
-    answer_length: int = 0
-    gates: torch.Tensor | None = None
-    probabilities: list[torch.Tensor] = field(default_factory=list)
-    shares: list[float] = field(default_factory=list)
+    schedule: tuple[Cut, ...]  # by ascending layer
+    counts: list[list[int]]  # of each sample: text tokens, vision tokens before the first cut, and after each
+    vision: torch.Tensor  # (batch, sequence), bool: vision tokens of this call
+    last: torch.Tensor  # (batch,), int64: last row of each sample; it predicts the next token, so no cut drops it
+    kept: torch.Tensor  # (batch, sequence), bool: vision tokens that survive a cut before the decoder
+    scores: torch.Tensor  # (batch, sequence), float32: scores of that cut, NaN elsewhere
+    query_mask: torch.Tensor | None = None  # (batch, sequence), bool: text rows that may rank tokens
+    answer_length: int = 0  # tokens of this call behind the prompt: candidates, or an answer run without a cache
+    gates: torch.Tensor | None = None  # (batch, sequence), float32: in training, keep probabilities; 1 for text
+    probabilities: list[torch.Tensor] = field(default_factory=list)  # each part's, for the budget term of the loss
+    shares: list[float] = field(default_factory=list)  # each part's budget, for the same
 
     @property
     def will_cut(self) -> bool:
@@ -119,8 +100,8 @@ class Plan:
         return [row[0] + row[1 + cuts] for row in self.counts]
 
     def resume(self, batch: int, sequence: int, device: torch.device) -> "Plan":
-        """The plan for a forward of `generate` on `batch` rows of `sequence` columns. Behind the planned columns stands
-        an answer: text that ranks nothing. The beams of a sample stand behind one another."""
+        """The plan for a forward of `generate` on `batch` rows, a sample's beams behind one another, of `sequence`
+        columns: the planned ones and an answer, which is text that ranks nothing."""
         answer, beams = sequence - self.vision.shape[1], batch // len(self.vision)
 
         def spread(values: torch.Tensor, fill: float = 0) -> torch.Tensor:
@@ -141,27 +122,18 @@ class Plan:
 
 @dataclass
 class PruningCall:
-    """What the classes with and without a head, and the hooks of the text model, share of one call.
+    """What the classes with and without a head, and the hooks of the text model, share of one call."""
 
-    Attributes:
-        schedule (`tuple[Cut, ...]`): The cuts, by ascending layer.
-        query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that may rank tokens.
-        soft (`bool`): Gate at full length instead of cutting.
-        plan ([`Plan`], *optional*): Once the prompt was read and its images encoded.
-        decisions (`list[tuple[torch.Tensor, torch.Tensor]]`): Kept mask and scores of each cut made, each
-            `(batch, sequence)`.
-    """
-
-    schedule: tuple[Cut, ...] = ()
-    query_mask: torch.Tensor | None = None
-    soft: bool = False
-    plan: Plan | None = None
+    schedule: tuple[Cut, ...] = ()  # by ascending layer
+    query_mask: torch.Tensor | None = None  # (batch, sequence), bool: text rows that may rank tokens
+    soft: bool = False  # gate at full length instead of cutting
+    plan: Plan | None = None  # once the prompt was read and its images encoded
+    # Kept mask and scores of each cut made, each (batch, sequence).
     decisions: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
     @property
     def acts(self) -> bool:
-        """Whether the text model has anything to do but what the stock one does."""
-        # In training, a schedule without a learned cut has nothing to gate.
+        """Whether the text model does anything but the stock one's work: in training, only a learned cut gates."""
         return self.plan is not None and self.plan.will_cut and not (self.soft and self.plan.gates is None)
 
     def records(self) -> dict[str, tuple[torch.Tensor, ...] | None]:
@@ -175,23 +147,16 @@ class PruningCall:
 def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prompt) -> dict:
     """Plans `call`: fixes every count on the host, and makes the cut before the decoder, if there is one.
 
-    Args:
-        model (`nn.Module`): The vision-language model without its head.
-        arguments (`dict`): The stock forward's, with encoded images beside their pixels.
-
-    Returns:
-        The encoded images (`mm_encoder_outputs`) that the decoder is given.
-
-    Raises:
-        `ValueError`: where the placeholders of a sample are not those of a whole number of images, or the query
-            mask has another shape than the prompt.
+    `model` is the vision-language model without its head; `arguments` are the stock forward's, with encoded images
+    beside their pixels. Returns the encoded images (`mm_encoder_outputs`) that the decoder is given. Raises
+    `ValueError` where images and placeholders do not match, or `call.query_mask` has another shape than the prompt.
     """
     vision, outputs = prompt.kinds > 0, arguments["mm_encoder_outputs"]
     call.query_mask = None if call.query_mask is None else call.query_mask.bool()
     if call.query_mask is not None and call.query_mask.shape != vision.shape:
         raise ValueError(
-            f"query_mask has the shape {tuple(call.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it "
-            "marks rows of the prompt, (batch, sequence)."
+            f"query_mask has the shape {tuple(call.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it marks "
+            "rows of the prompt, (batch, sequence)."
         )
     parts = Parts.of(model.pruner_features(arguments, prompt), prompt)
     kept, counts = parts.counts(call.schedule)
@@ -208,7 +173,7 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     scores = cut.score(images).to(parts.device)
     plan.scores = parts.to_prompt(scores, plan.scores)
     if call.soft:
-        _gate(plan, cut.score, parts, scores, present, kept[0])
+        _gate(plan, parts, scores, present, kept[0])
         return outputs
     must = parts.ending(last, present)
     chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[0])
@@ -223,14 +188,13 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     return outputs
 
 
-def _gate(
-    plan: Plan, score: LearnedScore, parts: Parts, scores: torch.Tensor, present: torch.Tensor, counts: list[int]
-):
+def _gate(plan: Plan, parts: Parts, scores: torch.Tensor, present: torch.Tensor, counts: list[int]) -> None:
+    """In training, in place of the first cut: gates, and what the budget term of the loss needs."""
     patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, parts.sizes)]
     if not all(len(patch) for patch in patches):
         raise FloatingPointError("An image has no score that is a number: its pixels, or the pruner, hold NaN.")
     # Structure is kept last, so the budget is one of patches.
     plan.shares = [min(1.0, count / len(patch)) for count, patch in zip(counts, patches)]
-    plan.probabilities = score.gate(patches, plan.shares)
+    plan.probabilities = plan.schedule[0].score.gate(patches, plan.shares)
     gates = torch.ones_like(scores).masked_scatter(present & ~scores.isnan(), torch.cat(plan.probabilities))
     plan.gates = parts.to_prompt(gates, torch.ones_like(plan.scores))

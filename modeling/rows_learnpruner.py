@@ -2,9 +2,8 @@
 """How rows leave a stock text model, and are put back: hooks on the model and on its layers.
 
 The stock model runs: its loop, norm, rotary embeddings and outputs. Where a cut falls, the hook in front of a layer
-hands on fewer rows, with the mask and rotary embeddings of those that stay; the hook behind the model puts the rows
-back where the caller had them. Logical is the caller's sequence, physical what is held: they meet here and in the
-cache.
+hands on fewer rows, with the mask and rotary embeddings of those that stay; text rows always stay. The hook behind the
+model puts the rows back where the caller had them. Logical is the caller's sequence, physical what is held.
 """
 
 from contextlib import ExitStack
@@ -28,16 +27,11 @@ from .scores_learnpruner import gated_causal_mask
 
 
 class PhysicalRows:
-    """The rows of one call that are still there.
-
-    Attributes:
-        index (`torch.Tensor` of shape `(batch, length)`, int64): The logical row of each.
-        valid (`torch.Tensor` of shape `(batch, length)`, bool, or `None`): False at padding.
-    """
+    """The rows of one call that are still there."""
 
     def __init__(self, batch: int, length: int, device: torch.device, valid: torch.Tensor | None):
-        self.index = torch.arange(length, device=device).expand(batch, -1)
-        self.valid = valid
+        self.index = torch.arange(length, device=device).expand(batch, -1)  # (batch, length): the logical row of each
+        self.valid = valid  # (batch, length), bool: False at padding; None: all valid
 
     @property
     def length(self) -> int:
@@ -45,10 +39,7 @@ class PhysicalRows:
 
     def keep(self, kept: torch.Tensor, lengths: list[int]) -> torch.Tensor:
         """Drops all rows but `kept`, `(batch, length)` bool with `lengths[i]` of sample i, filling up on the left.
-
-        Returns:
-            `torch.Tensor` of shape `(batch, new length)`, int64: where each row that stays was.
-        """
+        Returns where each row that stays was, `(batch, new length)` int64."""
         longest = max(lengths)
         order = kept.long().argsort(dim=1, stable=True)[:, self.length - longest :]
         self.valid = kept.gather(1, order) if min(lengths) < longest else None
@@ -61,12 +52,11 @@ class PhysicalRows:
 
     def to_logical(self, physical: torch.Tensor, sequence: int, fill: float | bool) -> torch.Tensor:
         """`(batch, length, ...)` -> `(batch, sequence, ...)`, `fill` where a row is gone."""
-        index, valid = self.index.to(physical.device), self.valid
-        if valid is not None:
-            gone = ~valid.to(physical.device).view(*valid.shape, *(1,) * (physical.dim() - 2))
-            physical = physical.masked_fill(gone, fill)
-        logical = physical.new_full((physical.shape[0], sequence, *physical.shape[2:]), fill)
-        return logical.scatter(1, index.view(*index.shape, *(1,) * (physical.dim() - 2)).expand_as(physical), physical)
+        index = self.index.to(physical.device).view(*self.index.shape, *[1] * (physical.dim() - 2))
+        if self.valid is not None:
+            physical = physical.masked_fill(~self.valid.to(physical.device).view(index.shape), fill)
+        logical = physical.new_full((len(physical), sequence, *physical.shape[2:]), fill)
+        return logical.scatter(1, index.expand_as(physical), physical)
 
 
 def gather_rows(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -77,127 +67,119 @@ def gather_rows(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Run:
-    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments.
-
-    Attributes:
-        call: The prompt's; `None` for a step on a cache that was pruned before.
-        cache: The caller's, or, `adopted`, the one that the stock model makes.
-        attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, bool, *optional*): The caller's.
-        sequence: Rows of the call before any cut.
-        added (each `(batch, sequence, hidden)`): What the stock loop would add behind its first layers (DeepStack).
-        steps: What the hook in front of each layer decided, so that a second pass of the layer (recomputation under
-            checkpointing) is the same: where the rows that stay were, `(batch, length)` int64 or `None`; arguments in
-            place of the stock model's; the logical row of each row.
-        number, hidden_states: The layer that runs, and what it was given; `note` is what the probe found there.
-    """
+    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments."""
 
     decoder: nn.Module
-    call: PruningCall | None
-    cache: PrunedCache | None
-    attention_mask: torch.Tensor | None
-    sequence: int
-    added: list[torch.Tensor]
-    adopted: bool = False
-    cuts: dict[int, Cut] = field(default_factory=dict)
+    call: PruningCall | None  # the prompt's; None for a step on a cache that was pruned before
+    cuts: dict[int, Cut]  # of the call, by the layer that they fall before
+    cache: PrunedCache | None  # the caller's, or the one that the stock model makes
+    attention_mask: torch.Tensor | None  # (batch, past + sequence), bool: the caller's
+    sequence: int  # rows of the call before any cut
+    added: list[torch.Tensor]  # (batch, sequence, hidden): what the stock loop adds behind its first layers (DeepStack)
+    # What was decided in front of each layer, which a second pass of it (recomputation under checkpointing) replays:
+    # where the rows that stay were, (batch, length) int64 or None; arguments for the layer; `rows.index`.
+    steps: list[tuple[torch.Tensor | None, dict, torch.Tensor]] = field(default_factory=list)
+    # Of the layer that runs:
     rows: PhysicalRows | None = None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-    mask: torch.Tensor | None = None
-    key_valid: torch.Tensor | None = None
-    history: tuple[int, ...] | None = None
-    steps: list[tuple] = field(default_factory=list)
-    number: int = -1
-    hidden_states: torch.Tensor | None = None
-    note: Note = field(default_factory=Note)
-    watch: ExitStack = field(default_factory=ExitStack)
+    hidden_states: torch.Tensor | None = None  # (batch, length, hidden): its input
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # cos and sin, each (batch, length, head_dim)
+    mask: torch.Tensor | None = None  # as its attention takes it
+    key_valid: torch.Tensor | None = None  # (batch, past + length), bool: keys that are not padding
+    history: tuple[int, ...] | None = (
+        None  # cuts that its cache saw before this call: layers with the same share a mask
+    )
+    note: Note = field(default_factory=Note)  # what the probe finds in it
+    watch: ExitStack = field(default_factory=ExitStack)  # open while it runs
 
     def begin(self, hidden_states: torch.Tensor, arguments: dict) -> None:
         """In front of the first layer."""
         batch, length, _ = hidden_states.shape
-        mask = None if self.attention_mask is None else self.attention_mask[:, -length:].to(hidden_states.device)
-        if self.call is not None and min(self.call.plan.lengths(0)) == length:
-            mask = None
-        self.rows = PhysicalRows(batch, length, hidden_states.device, mask)
+        valid = None
+        if self.attention_mask is not None and (self.call is None or min(self.call.plan.lengths(0)) < length):
+            valid = self.attention_mask[:, -length:].to(hidden_states.device)
+        self.rows = PhysicalRows(batch, length, hidden_states.device, valid)
         self.position_embeddings = arguments["position_embeddings"]
         if self.call is not None and self.cache is None and arguments.get(CACHE) is not None:
-            self.cache, self.adopted = PrunedCache.adopt(arguments[CACHE], self.decoder.config.num_hidden_layers), True
+            self.cache = PrunedCache.adopt(arguments[CACHE], self.decoder.config.num_hidden_layers)
 
     def cut(self, number: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Makes the cut in front of a layer, if one falls there. Returns where the rows that stay were."""
         if number not in self.cuts:
             return None
-        cut, rows, plan, decisions = self.cuts[number], self.rows, self.call.plan, self.call.decisions
-        vision, text = self._kinds()
-        if cut.layer == 0:
+        cut, rows, plan, made = self.cuts[number], self.rows, self.call.plan, len(self.call.decisions)
+        _, text = self._kinds()
+        if number == 0:
             scores, chosen = plan.scores, rows.to_physical(plan.kept)
         else:
-            state = self._state(hidden_states, self.note.take())
+            state = self._state(number - 1, hidden_states, self.hidden_states, self.note.take())
             scores = cut.score(state)
-            must = (rows.index == plan.last.unsqueeze(1).to(rows.index.device)) & vision
-            counts = send([row[2 + len(decisions)] for row in plan.counts], scores.device)
-            chosen = cut.score.select(scores.masked_fill(must.to(scores.device), torch.inf), state, counts)
+            must = state.vision & (state.index == plan.last.unsqueeze(1).to(state.index.device))
+            counts = send([row[2 + made] for row in plan.counts], scores.device)
+            chosen = cut.score.select(scores.masked_fill(must, torch.inf), state, counts)
             scores = rows.to_logical(scores.to(text.device), self.sequence, torch.nan)
-        order = rows.keep(chosen.to(text.device) | text, plan.lengths(1 + len(decisions)))
+        order = rows.keep(chosen.to(text.device) | text, plan.lengths(1 + made))
         kept = rows.to_logical(torch.ones_like(rows.index, dtype=torch.bool), self.sequence, False)
-        decisions.append((kept, scores))
+        self.call.decisions.append((kept, scores))
         self.position_embeddings = tuple(gather_rows(part, order) for part in self.position_embeddings)
         return order
 
     def announce(self, number: int, hidden_states: torch.Tensor) -> dict:
         """Tells the cache what a layer is about to be given. Returns arguments in place of the stock model's."""
-        rows, held = self.rows, None if self.cache is None else self.cache.layers[number]
-        stale = number == 0 or number in self.cuts or (held is not None and held.history != self.history)
+        held = None if self.cache is None else self.cache.layers[number]
+        history = None if held is None else held.history
+        stale = number == 0 or number in self.cuts or history != self.history
         if stale:
-            self.key_valid = rows.valid if held is None else _join(held, self.attention_mask, rows, self.sequence)
-        if held is not None:
-            self.history = held.history
-            if self.call is not None:
-                self._hold(number, held)
+            self.key_valid, self.history = self._key_valid(held), history
+        if held is not None and self.call is not None:
+            decisions, prompt = self.call.decisions, self.sequence - self.call.plan.answer_length
+            gone = self.sequence - self.rows.length
+            held.hold(self.key_valid, gone, prompt - gone, len(decisions))
+            held.kept_mask = held.vision_scores = None
+            if number in self.cuts:
+                held.kept_mask, held.vision_scores = (record[:, :prompt] for record in decisions[-1])
         if stale:
             self.mask = self._mask(number, hidden_states)
-        self.number, self.hidden_states = number, hidden_states
-        self.note = Note(wanted=number + 1 in self.cuts)
-        self.watch = watching(self.cuts.values(), number, partial(self._state, hidden_states, None))
+        self.hidden_states, self.note = hidden_states, Note(wanted=number + 1 in self.cuts)
+        self.watch = watching(self.cuts.values(), number, partial(self._state, number, hidden_states, hidden_states))
         # Packed sequences were refused, so the layers need positions for nothing but the rotary embeddings; the gaps
         # left by a cut would even look like packing to flash attention.
         return {"attention_mask": self.mask, "position_embeddings": self.position_embeddings, "position_ids": None}
 
-    def _hold(self, number: int, held: PrunedCacheLayer) -> None:
-        plan, decisions, length = self.call.plan, self.call.decisions, self.rows.length
-        held.hold(self.key_valid, self.sequence - length, length - plan.answer_length, len(decisions))
-        held.kept_mask = held.vision_scores = None
-        if number in self.cuts:
-            prompt = slice(self.sequence - plan.answer_length)
-            held.kept_mask, held.vision_scores = (record[:, prompt] for record in decisions[-1])
+    def _key_valid(self, held: PrunedCacheLayer | None) -> torch.Tensor | None:
+        """Validity of the keys `held` before this call and of its own rows; `None`: all valid."""
+        own = self.rows.valid
+        if held is None or held.physical_length == 0:
+            return own
+        past = held.key_valid(self.attention_mask, self.sequence)
+        if past is None and own is None:
+            return None
+        own = torch.ones_like(self.rows.index, dtype=torch.bool) if own is None else own
+        past = own.new_ones(len(own), held.physical_length) if past is None else past.to(own.device)
+        return torch.cat([past, own], dim=1)
 
     def _mask(self, number: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        key_valid = self.key_valid
-        if self.cache is not None and key_valid is not None:
+        valid = self.key_valid
+        if self.cache is not None and valid is not None:
             # The mask counts keys from the first logical one: the cut ones stand in front, as padding.
-            key_valid = F.pad(key_valid, (self.cache.layers[number].num_pruned, 0), value=False)
-        return create_causal_mask(
-            config=self.decoder.config,
-            inputs_embeds=hidden_states,
-            attention_mask=key_valid,
-            **{CACHE: self.cache},
-            layer_idx=number,
-            # That there is padding is known here: looking for it would make the host wait.
-            allow_is_causal_skip=key_valid is None,
-        )
+            valid = F.pad(valid, (self.cache.layers[number].num_pruned, 0), value=False)
+        # That there is padding is known here: looking for it would make the host wait.
+        options = {CACHE: self.cache, "layer_idx": number, "allow_is_causal_skip": valid is None}
+        return create_causal_mask(self.decoder.config, inputs_embeds=hidden_states, attention_mask=valid, **options)
 
     def _kinds(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of vision and of text, each `(batch, length)` bool."""
         vision, valid = self.rows.to_physical(self.call.plan.vision), self.rows.valid
         return (vision, ~vision) if valid is None else (vision & valid, ~vision & valid)
 
-    def _state(self, output: torch.Tensor, attended) -> DecoderState:
-        """What a score sees of the layer that ran last, or is about to run."""
+    def _state(self, number: int, output: torch.Tensor, given: torch.Tensor, attended=None) -> DecoderState:
+        """What a score sees of a layer that ran, or is about to: what it was `given`, and its output."""
         rows, plan, device = self.rows, self.call.plan, output.device
         vision, text = self._kinds()
         queries = text if plan.query_mask is None else text & rows.to_physical(plan.query_mask)
         return DecoderState(
             decoder=self.decoder,
-            number=self.number,
-            hidden_states=self.hidden_states.to(device),
+            number=number,
+            hidden_states=given.to(device),
             output=output,
             position_embeddings=tuple(part.to(device) for part in self.position_embeddings),
             attended=None if attended is None else attended.to(device),
@@ -210,24 +192,9 @@ class Run:
         )
 
 
-def _join(held: PrunedCacheLayer, attention_mask, rows: PhysicalRows, sequence: int) -> torch.Tensor | None:
-    """Validity of the keys held before this call and of its own rows, `(batch, past + length)`; `None`: all valid."""
-    if held.physical_length == 0:
-        return rows.valid
-    past = held.key_valid(attention_mask, sequence)
-    if past is None and rows.valid is None:
-        return None
-    own = torch.ones_like(rows.index, dtype=torch.bool) if rows.valid is None else rows.valid
-    past = own.new_ones(len(own), held.physical_length) if past is None else past.to(own.device)
-    return torch.cat([past, own], dim=1)
-
-
 def install_hooks(decoder: nn.Module) -> None:
-    """Lets a stock text model run a schedule of cuts. Hooks that are there already are replaced.
-
-    Text tokens are never cut. Positions and all that the caller sees are the unpruned prompt's. Without a planned call
-    (`pruning` among the arguments) and without a pruned cache the hooks change nothing.
-    """
+    """Lets a stock text model run a schedule of cuts; replaces hooks that are there already. They change nothing
+    without a planned call (`pruning` among the arguments) or a pruned cache."""
     _install(decoder, partial(enter), partial(leave), always_call=True)  # after an error, too
     for number, layer in enumerate(decoder.layers):
         install_probe(layer.self_attn)
@@ -243,15 +210,17 @@ def _install(module: nn.Module, before: partial, behind: partial, **options) -> 
 
 
 def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict]:
-    """In front of the text model."""
+    """In front of the text model: gates its attention in training, or begins a [`Run`]."""
     arguments = installed_names(arguments)
     call = arguments.pop("pruning", None)
     if call is None and not any(is_pruned(cache) for cache in (arguments.get(CACHE), *args)):
         return args, arguments
     if call is not None and not torch.compiler.is_compiling():
-        unhooked = [number for number, layer in enumerate(decoder.layers) if not _has_hook(layer)]
-        if unhooked:
-            raise RuntimeError(_unhooked(unhooked[0]))
+        for number, layer in enumerate(decoder.layers):
+            # A wrapper (torch's checkpoint_wrapper) has the layer inside.
+            hooks = [hook for module in layer.modules() for hook in module._forward_pre_hooks.values()]
+            if not any(isinstance(hook, partial) and hook.func is enter_layer for hook in hooks):
+                raise RuntimeError(_unhooked(number))
     arguments = dict(zip(signature(decoder.forward).parameters, args)) | arguments
     cache, mask, inputs_embeds = (arguments.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
     refuse_prepared_mask(mask)
@@ -268,50 +237,44 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     added = [nothing.masked_scatter(where.unsqueeze(-1), feature.to(nothing)) for feature in features or ()]
     cuts = {} if call is None else {cut.layer: cut for cut in call.schedule}
     mask = None if mask is None else mask.bool()
-    run = Run(decoder, call, cache, mask, inputs_embeds.shape[1], added, cuts=cuts)
-    own = {
-        "inputs_embeds": inputs_embeds,
-        CACHE: cache,
-        # The stock model hands prepared masks on as they are, and makes none: each layer's comes from its hook.
-        "attention_mask": inputs_embeds.new_zeros(1, 1, 1, 1),
-        "return_dict": True,
-        RUN: run,
-    }
+    run = Run(decoder, call, cuts, cache, mask, inputs_embeds.shape[1], added)
+    # The stock model hands prepared masks on as they are, and makes none: each layer's comes from its hook.
+    prepared = inputs_embeds.new_zeros(1, 1, 1, 1)
+    own = {"inputs_embeds": inputs_embeds, CACHE: cache, "attention_mask": prepared, "return_dict": True, RUN: run}
     return (), {**arguments, **own}
 
 
 def leave(decoder: nn.Module, args: tuple, arguments: dict, outputs) -> None:
-    """Behind the text model."""
+    """Behind the text model: checks that every hook was passed and every cut made, and puts the rows back."""
     run = arguments.get(RUN)
-    if run is not None:
-        run.watch.close()
-    if run is None or outputs is None:  # an error
+    if run is None:
         return
-    if len(run.steps) != decoder.config.num_hidden_layers or (
-        run.call is not None and len(run.call.decisions) != len(run.cuts)
-    ):
+    run.watch.close()
+    if outputs is None:  # an error
+        return
+    if len(run.steps) != decoder.config.num_hidden_layers or (run.call and len(run.call.decisions) != len(run.cuts)):
         raise RuntimeError(_unhooked(len(run.steps)))
-    if run.adopted:
+    if run.cache is not arguments[CACHE]:  # the stock model made it
         outputs[CACHE] = run.cache
     if run.call is not None:
         outputs.last_hidden_state = run.rows.to_logical(outputs.last_hidden_state, run.sequence, 0)
 
 
 def enter_layer(number: int, layer: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict] | None:
-    """In front of a decoder layer."""
+    """In front of a decoder layer: makes the cut that falls there, and hands on the rows that stay."""
     run = arguments.get(RUN)
     if run is None:
         return None
-    hidden_states, *rest = args
-    first = number >= len(run.steps)  # else again, in the backward pass: nothing is decided twice
     if number > len(run.steps):
         raise RuntimeError(_unhooked(len(run.steps)))
+    hidden_states, *rest = args
+    first = number == len(run.steps)  # else again, in the backward pass: nothing is decided twice
     with torch.no_grad():
         if number == 0 and first:
             run.begin(hidden_states, arguments)
         order = run.cut(number, hidden_states.detach()) if first else run.steps[number][0]
-    # The gather of rows alone carries gradients.
-    hidden_states = hidden_states if order is None else gather_rows(hidden_states, order)
+    if order is not None:
+        hidden_states = gather_rows(hidden_states, order)  # this alone carries gradients
     if first:
         with torch.no_grad():
             run.steps.append((order, run.announce(number, hidden_states.detach()), run.rows.index))
@@ -319,24 +282,19 @@ def enter_layer(number: int, layer: nn.Module, args: tuple, arguments: dict) -> 
 
 
 def leave_layer(number: int, layer: nn.Module, args: tuple, arguments: dict, output: torch.Tensor):
-    """Behind a decoder layer."""
+    """Behind a decoder layer: adds what the stock loop would (DeepStack)."""
     run = arguments.get(RUN)
-    if run is not None:
-        run.watch.close()
-    if run is None or number >= len(run.added):
+    if run is None:
         return None
-    return output + gather_rows(run.added[number], run.steps[number][2]).to(output.device)
-
-
-def _has_hook(layer: nn.Module) -> bool:
-    # A wrapper (torch's checkpoint_wrapper) has the layer inside.
-    hooks = (hook for module in layer.modules() for hook in module._forward_pre_hooks.values())
-    return any(isinstance(hook, partial) and hook.func is enter_layer for hook in hooks)
+    run.watch.close()
+    if number < len(run.added):
+        output = output + gather_rows(run.added[number], run.steps[number][2]).to(output.device)
+    return output
 
 
 def _unhooked(number: int) -> str:
     return (
-        f"Layer {number} of the text model ran without its hook, so that no cut is made there. If layers were replaced "
-        "or taken out after the model was made, call `install_hooks(model.model.language_model)` of "
-        "learnpruner.rows_learnpruner, or pass pruner_ratio=1.0 to run the stock model."
+        f"Layer {number} of the text model ran without its hook, so no cut is made there. If layers were replaced or "
+        "taken out, call `install_hooks(model.model.language_model)` of learnpruner.rows_learnpruner, or pass "
+        "pruner_ratio=1.0 to run the stock model."
     )
