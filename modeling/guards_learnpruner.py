@@ -102,17 +102,13 @@ def refuse_generation(generation_config: GenerationConfig, attention_mask: torch
         )
 
 
-def refuse_lost_cache(attention_mask: Any, cache: Any, length: int) -> None:
-    """Raises `ValueError` where a mask covers more than the rows of a call, and there is no cache that holds the others.
-
-    Args:
-        attention_mask: The call's.
-        cache: The call's.
-        length (`int`): Rows of the call.
-    """
-    if cache is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-        if attention_mask.shape[1] > length:
-            raise ValueError(
-                f"attention_mask has {attention_mask.shape[1]} columns for {length} tokens, and no cache came that holds "
-                f"the others: pass the cache of the previous call as {CACHE}."
-            )
+def refuse_lost_cache(arguments: dict) -> None:
+    """Raises `ValueError` where a mask covers more than the rows of a call, and no cache came that holds the others."""
+    mask, prompt = arguments.get("attention_mask"), arguments.get("input_ids")
+    prompt = arguments.get("inputs_embeds") if prompt is None else prompt
+    plain = isinstance(mask, torch.Tensor) and mask.dim() == 2 and prompt is not None
+    if plain and arguments.get(CACHE) is None and mask.shape[1] > prompt.shape[1]:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {prompt.shape[1]} tokens, and no cache came that holds "
+            f"the others: pass the cache of the previous call as {CACHE}."
+        )

@@ -198,7 +198,6 @@ class Record:
         return {"kept_mask": self.kept_mask, "vision_scores": self.vision_scores}
 
 
-@dataclass
 class PruningCall:
     """What the classes with and without a head, and the hooks of the text model, share of one call.
 
@@ -210,11 +209,11 @@ class PruningCall:
         record ([`Record`]): What was decided.
     """
 
-    schedule: tuple[Cut, ...] = ()
-    query_mask: torch.Tensor | None = None
-    soft: bool = False
-    plan: Plan | None = None
-    record: Record = field(default_factory=Record)
+    # No dataclass: FSDP2 and DataParallel copy those that they find among arguments.
+    def __init__(self, schedule: tuple[Cut, ...] = (), query_mask: torch.Tensor | None = None):
+        self.schedule, self.query_mask, self.soft = schedule, query_mask, False
+        self.plan: Plan | None = None
+        self.record = Record()
 
     @property
     def acts(self) -> bool:

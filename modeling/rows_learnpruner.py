@@ -8,7 +8,7 @@ which keeps the same account of its keys.
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 
@@ -20,7 +20,7 @@ from transformers.masking_utils import create_causal_mask
 from .compat_learnpruner import CACHE, DEEPSTACK_FEATURES, DEEPSTACK_WHERE, installed_names
 from .cuts_learnpruner import Cut, DecoderState, watching
 from .guards_learnpruner import refuse_gating, refuse_prepared_mask
-from .keys_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
+from .keys_learnpruner import LOST_CACHE, PrunedCache, PrunedCacheLayer, is_pruned
 from .plan_learnpruner import PruningCall
 from .probe_learnpruner import RUN, Note, install_probe
 from .prompt_learnpruner import send
@@ -91,7 +91,6 @@ class Step:
     index: torch.Tensor
 
 
-@dataclass
 class Run:
     """One call of a text model that has rows missing: what its hooks share. It travels among the layers' keyword
     arguments.
@@ -111,29 +110,17 @@ class Run:
         adopted (`bool`): Whether the stock model made the cache.
     """
 
-    decoder: nn.Module
-    call: PruningCall | None
-    cache: PrunedCache | None
-    attention_mask: torch.Tensor | None
-    sequence: int
-    added: list[torch.Tensor]
-    rows: PhysicalRows | None = None
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-    steps: dict[int, Step] = field(default_factory=dict)
-    note: Note = field(default_factory=Note)
-    adopted: bool = False
-    cuts: dict[int, Cut] = field(init=False)
-    watch: ExitStack = field(default_factory=ExitStack)
-    mask: torch.Tensor | None = None
-    key_valid: torch.Tensor | None = None
-    history: tuple[int, ...] | None = None
-    # The layer that runs, and what it was given.
-    number: int = -1
-    hidden_states: torch.Tensor | None = None
-    given_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def __post_init__(self):
-        self.cuts = {} if self.call is None else {cut.layer: cut for cut in self.call.schedule}
+    # No dataclass: FSDP2 and DataParallel copy those that they find among arguments.
+    def __init__(self, decoder: nn.Module, call: PruningCall | None, cache, attention_mask, sequence: int, added: list):
+        self.decoder, self.call, self.cache = decoder, call, cache
+        self.attention_mask, self.sequence, self.added = attention_mask, sequence, added
+        self.cuts: dict[int, Cut] = {} if call is None else {cut.layer: cut for cut in call.schedule}
+        self.rows = self.position_embeddings = self.mask = self.key_valid = self.history = None
+        self.steps: dict[int, Step] = {}
+        self.note, self.adopted, self.watch = Note(), False, ExitStack()
+        # The layer that runs, what it was given, and how many keys it will hold.
+        self.number, self.num_keys = -1, 0
+        self.hidden_states = self.given_embeddings = None
 
     def begin(self, hidden_states: torch.Tensor, arguments: dict) -> None:
         """In front of the first layer."""
@@ -180,7 +167,7 @@ class Run:
         if stale:
             self.key_valid = rows.valid if held is None else _join(held, self.attention_mask, rows, self.sequence)
         if held is not None:
-            self.history = held.history
+            self.history, self.num_keys = held.history, held.physical_length + rows.length
             if self.call is not None:
                 self._hold(number, held)
         if stale:
@@ -368,6 +355,8 @@ def leave_layer(
     if run is None:
         return None
     run.watch.close()
+    if run.cache is not None and run.cache.layers[number].physical_length != run.num_keys:
+        raise RuntimeError(LOST_CACHE)
     if number >= len(run.added):
         return None
     return output + gather_rows(run.added[number], run.steps[number].index).to(output.device)
