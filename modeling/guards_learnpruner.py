@@ -86,11 +86,13 @@ def refuse_generation(generation_config: GenerationConfig, attention_mask: torch
         )
 
 
-def refuse_lost_cache(attention_mask: Any, cache: Any, length: int) -> None:
-    """Raises `ValueError` where a mask covers more than a call's `length` rows, and no cache holds the others."""
-    columns = attention_mask.shape[1] if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2 else 0
-    if cache is None and columns > length:
+def refuse_lost_cache(arguments: dict) -> None:
+    """Raises `ValueError` where a mask covers more than the rows of a call, and no cache came that holds the others."""
+    mask, prompt = arguments.get("attention_mask"), arguments.get("input_ids")
+    prompt = arguments.get("inputs_embeds") if prompt is None else prompt
+    plain = isinstance(mask, torch.Tensor) and mask.dim() == 2 and prompt is not None
+    if plain and arguments.get(CACHE) is None and mask.shape[1] > prompt.shape[1]:
         raise ValueError(
-            f"attention_mask has {columns} columns for {length} tokens, and no cache came that holds the others: pass "
-            f"the cache of the previous call as {CACHE}."
+            f"attention_mask has {mask.shape[1]} columns for {prompt.shape[1]} tokens, and no cache came that holds "
+            f"the others: pass the cache of the previous call as {CACHE}."
         )

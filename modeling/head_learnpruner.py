@@ -14,10 +14,9 @@ from .guards_learnpruner import (
     OR_NO_PRUNING,
     refuse_decoder_inputs,
     refuse_generation,
-    refuse_lost_cache,
     refuse_tensor_parallelism,
 )
-from .keys_learnpruner import check_cache, held_lengths
+from .keys_learnpruner import check_cache
 from .model_learnpruner import check_asked
 from .plan_learnpruner import PruningCall, make_plan
 from .scores_learnpruner import budget_loss
@@ -77,7 +76,6 @@ class PrunedGenerationMixin:
         check_asked(pruner_ratio, schedule)
         plan, given = stock.pop(PLAN, None), stock.get(CACHE)
         prompt = stock["input_ids"] if stock.get("input_ids") is not None else stock["inputs_embeds"]
-        refuse_lost_cache(stock.get("attention_mask"), given, prompt.shape[1])
         logits_to_keep = stock.get("logits_to_keep", 0)
         logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         call = PruningCall(query_mask=query_mask, soft=self.training and labels is not None)
@@ -94,9 +92,8 @@ class PrunedGenerationMixin:
                 refuse_tensor_parallelism(self)
         elif call.soft:
             stock = self._with_gradient(stock)
-        before = held_lengths(given) if call.schedule else None
         outputs = super().forward(**stock, pruning=call, return_dict=True)
-        check_cache(outputs.get(CACHE), given, before, call)
+        check_cache(outputs.get(CACHE), given, call)
         loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock, budget_share)
         return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.records())
 

@@ -13,8 +13,8 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .compat_learnpruner import CACHE, TEXT_MODELS, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
 from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
-from .guards_learnpruner import refuse_decoder_inputs
-from .keys_learnpruner import check_cache, held_lengths
+from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache
+from .keys_learnpruner import check_cache
 from .plan_learnpruner import PruningCall, make_plan
 from .prompt_learnpruner import MODALITIES, Prompt
 from .rows_learnpruner import install_hooks
@@ -173,14 +173,14 @@ class PrunedModelMixin:
     ) -> ModelOutput:
         """The stock forward, on fewer tokens where there are images and a ratio below 1. Arguments and output are the
         stock model's, with what the class with the head adds."""
+        refuse_lost_cache(stock)
         call = stock.pop("pruning", None)  # of the head, which makes the output
         if call is not None:
             return self._run(call, stock)
         cuts = self.pruner_schedule(pruner_ratio, schedule) if self.has_images(stock) else ()
         call = PruningCall(cuts, query_mask)
-        before = held_lengths(stock.get(CACHE)) if cuts else None
         outputs = self._run(call, stock)
-        check_cache(outputs.get(CACHE), stock.get(CACHE), before, call)
+        check_cache(outputs.get(CACHE), stock.get(CACHE), call)
         return output_with_records(type(outputs))(**outputs, **call.records())
 
     def _run(self, call: PruningCall, stock: dict) -> ModelOutput:

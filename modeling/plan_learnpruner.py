@@ -120,16 +120,21 @@ class Plan:
         )
 
 
-@dataclass
 class PruningCall:
-    """What the classes with and without a head, and the hooks of the text model, share of one call."""
+    """What the classes with and without a head, and the hooks of the text model, share of one call. It is no dataclass:
+    FSDP2 and DataParallel copy those that they find among arguments.
 
-    schedule: tuple[Cut, ...] = ()  # by ascending layer
-    query_mask: torch.Tensor | None = None  # (batch, sequence), bool: text rows that may rank tokens
-    soft: bool = False  # gate at full length instead of cutting
-    plan: Plan | None = None  # once the prompt was read and its images encoded
-    # Kept mask and scores of each cut made, each (batch, sequence).
-    decisions: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    Args:
+        schedule: The cuts, by ascending layer.
+        query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that may rank tokens.
+        soft: Gate at full length instead of cutting.
+    """
+
+    def __init__(self, schedule: tuple[Cut, ...] = (), query_mask: torch.Tensor | None = None, soft: bool = False):
+        self.schedule, self.query_mask, self.soft = schedule, query_mask, soft
+        self.plan: Plan | None = None  # once the prompt was read and its images encoded
+        # Kept mask and scores of each cut made, each (batch, sequence).
+        self.decisions: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @property
     def acts(self) -> bool:

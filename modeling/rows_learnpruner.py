@@ -7,7 +7,6 @@ model puts the rows back where the caller had them. Logical is the caller's sequ
 """
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 
@@ -19,7 +18,7 @@ from transformers.masking_utils import create_causal_mask
 from .compat_learnpruner import CACHE, DEEPSTACK_FEATURES, DEEPSTACK_WHERE, installed_names
 from .cuts_learnpruner import Cut, DecoderState, watching
 from .guards_learnpruner import refuse_gating, refuse_prepared_mask
-from .keys_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
+from .keys_learnpruner import LOST_CACHE, PrunedCache, PrunedCacheLayer, is_pruned
 from .plan_learnpruner import PruningCall
 from .probe_learnpruner import RUN, Note, install_probe
 from .prompt_learnpruner import send
@@ -65,31 +64,31 @@ def gather_rows(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return states.expand(len(order), -1, -1).gather(1, order)
 
 
-@dataclass
 class Run:
-    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments."""
+    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments.
 
-    decoder: nn.Module
-    call: PruningCall | None  # the prompt's; None for a step on a cache that was pruned before
-    cuts: dict[int, Cut]  # of the call, by the layer that they fall before
-    cache: PrunedCache | None  # the caller's, or the one that the stock model makes
-    attention_mask: torch.Tensor | None  # (batch, past + sequence), bool: the caller's
-    sequence: int  # rows of the call before any cut
-    added: list[torch.Tensor]  # (batch, sequence, hidden): what the stock loop adds behind its first layers (DeepStack)
-    # What was decided in front of each layer, which a second pass of it (recomputation under checkpointing) replays:
-    # where the rows that stay were, (batch, length) int64 or None; arguments for the layer; `rows.index`.
-    steps: list[tuple[torch.Tensor | None, dict, torch.Tensor]] = field(default_factory=list)
-    # Of the layer that runs:
-    rows: PhysicalRows | None = None
-    hidden_states: torch.Tensor | None = None  # (batch, length, hidden): its input
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # cos and sin, each (batch, length, head_dim)
-    mask: torch.Tensor | None = None  # as its attention takes it
-    key_valid: torch.Tensor | None = None  # (batch, past + length), bool: keys that are not padding
-    history: tuple[int, ...] | None = (
-        None  # cuts that its cache saw before this call: layers with the same share a mask
-    )
-    note: Note = field(default_factory=Note)  # what the probe finds in it
-    watch: ExitStack = field(default_factory=ExitStack)  # open while it runs
+    It is no dataclass: FSDP2 and DataParallel copy those that they find there.
+
+    Args:
+        call: The prompt's; `None` for a step on a cache that was pruned before.
+        cache: The caller's; else the one that the stock model makes, from the first layer on.
+        attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, bool, *optional*): The caller's.
+        sequence: Rows of the call before any cut.
+        added (each `(batch, sequence, hidden)`): What the stock loop adds behind its first layers (DeepStack).
+    """
+
+    def __init__(self, decoder: nn.Module, call: PruningCall | None, cache, attention_mask, sequence: int, added: list):
+        self.decoder, self.call, self.cache = decoder, call, cache
+        self.attention_mask, self.sequence, self.added = attention_mask, sequence, added
+        self.cuts: dict[int, Cut] = {} if call is None else {cut.layer: cut for cut in call.schedule}
+        # What was decided in front of each layer, which a second pass of it (recomputation under checkpointing)
+        # replays: where the rows that stay were, (batch, length) int64 or None; arguments for the layer; `rows.index`.
+        self.steps: list[tuple[torch.Tensor | None, dict, torch.Tensor]] = []
+        # Of the layer that runs: its rows, its input, what its attention takes (keys that are not padding, and the cuts
+        # that its cache saw before: layers with the same share a mask), how many keys it will hold, what the probe finds.
+        self.rows = self.hidden_states = self.position_embeddings = None
+        self.mask = self.key_valid = self.history = None
+        self.num_keys, self.note, self.watch = 0, Note(), ExitStack()
 
     def begin(self, hidden_states: torch.Tensor, arguments: dict) -> None:
         """In front of the first layer."""
@@ -130,6 +129,7 @@ class Run:
         stale = number == 0 or number in self.cuts or history != self.history
         if stale:
             self.key_valid, self.history = self._key_valid(held), history
+        self.num_keys = self.rows.length + (0 if held is None else held.physical_length)
         if held is not None and self.call is not None:
             decisions, prompt = self.call.decisions, self.sequence - self.call.plan.answer_length
             gone = self.sequence - self.rows.length
@@ -235,9 +235,8 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     where, features = (arguments.pop(name, None) for name in (DEEPSTACK_WHERE, DEEPSTACK_FEATURES))
     nothing = torch.zeros_like(inputs_embeds) if features else None
     added = [nothing.masked_scatter(where.unsqueeze(-1), feature.to(nothing)) for feature in features or ()]
-    cuts = {} if call is None else {cut.layer: cut for cut in call.schedule}
     mask = None if mask is None else mask.bool()
-    run = Run(decoder, call, cuts, cache, mask, inputs_embeds.shape[1], added)
+    run = Run(decoder, call, cache, mask, inputs_embeds.shape[1], added)
     # The stock model hands prepared masks on as they are, and makes none: each layer's comes from its hook.
     prepared = inputs_embeds.new_zeros(1, 1, 1, 1)
     own = {"inputs_embeds": inputs_embeds, CACHE: cache, "attention_mask": prepared, "return_dict": True, RUN: run}
@@ -282,11 +281,13 @@ def enter_layer(number: int, layer: nn.Module, args: tuple, arguments: dict) -> 
 
 
 def leave_layer(number: int, layer: nn.Module, args: tuple, arguments: dict, output: torch.Tensor):
-    """Behind a decoder layer: adds what the stock loop would (DeepStack)."""
+    """Behind a decoder layer: checks its cache, and adds what the stock loop would (DeepStack)."""
     run = arguments.get(RUN)
     if run is None:
         return None
     run.watch.close()
+    if run.cache is not None and run.cache.layers[number].physical_length != run.num_keys:
+        raise RuntimeError(LOST_CACHE)
     if number < len(run.added):
         output = output + gather_rows(run.added[number], run.steps[number][2]).to(output.device)
     return output
