@@ -86,7 +86,7 @@ def planned(layers, vision, valid, score):
     kept = (order < torch.tensor(counts)[:, 2:3]) & vision
     call = PruningCall(schedule)
     call.plan = Plan(
-        schedule, vision, counts, torch.full((len(vision),), SEQUENCE - 1), kept if layers[0] == 0 else vision, scores
+        schedule, counts, vision, torch.full((len(vision),), SEQUENCE - 1), kept if layers[0] == 0 else vision, scores
     )
     return call
 
@@ -115,7 +115,7 @@ def test_deepstack_equals_its_masked_oracle(layers, batch, attention):
     inputs, vision, valid = prompt(batch)
     call = planned(layers, vision, valid, ByPlace())
     outputs = hooked(**inputs, pruning=call)
-    kept_mask = call.record.kept_mask
+    kept_mask = call.records()["kept_mask"]
     assert [kept.sum(1).tolist() for kept in kept_mask] == [
         call.plan.lengths(1 + step) for step in range(len(kept_mask))
     ]
@@ -166,4 +166,4 @@ def test_scores_are_those_of_normed_queries_and_keys(batch):
         texts = (valid & ~vision)[row].nonzero().flatten().tolist()
         for column in vision[row].nonzero().flatten().tolist():
             seen = [attention[row, text, column] for text in texts if text > column]
-            assert call.record.vision_scores[0][row, column] == pytest.approx((sum(seen) / len(seen)).item(), rel=1e-4)
+            assert call.records()["vision_scores"][0][row, column] == pytest.approx((sum(seen) / len(seen)).item(), rel=1e-4)
