@@ -30,11 +30,8 @@ HUB_CARDS = f"{__package__}.hub_cards"
 
 
 def register_key_conversion(cls: type, stock: str) -> None:
-    """Lets a custom class load the keys of a stock one, named by its model type or class.
-
-    transformers (from 5.13) renames a checkpoint's keys for its own classes alone, and would leave the language model
-    of a subclass newly initialised, with no more than a printed table to tell.
-    """
+    """Lets a custom class load the keys of a stock one, named by its model type or class. transformers renames a
+    checkpoint's keys for its own classes alone, and would leave a subclass's language model newly initialised."""
     # Remote code may be imported more than once.
     register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
 
@@ -44,11 +41,8 @@ def _is_relative(base: str | None) -> bool:
 
 
 def find_base(path, base: str | None, subfolder: str = "") -> str | None:
-    """Where the base is that a checkpoint at `path` names: a Hub id, a folder, or a folder relative to the checkpoint.
-
-    Raises:
-        `ValueError`: where a checkpoint of the Hub names a relative folder, which is nowhere on this machine.
-    """
+    """Where the base is that a checkpoint at `path` names: a Hub id, a folder, or a folder relative to the checkpoint,
+    which raises `ValueError` for a checkpoint of the Hub."""
     if not _is_relative(base):
         return base
     if not os.path.isdir(path):
@@ -115,16 +109,13 @@ class HubMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Loads a stock checkpoint with a fresh pruner, a full checkpoint of this class, or a pruner-only one.
-
-        Args:
-            pretrained_model_name_or_path (`str`): A Hub id or a folder.
-            config ([`PreTrainedConfig`], *optional*): Read from the checkpoint where it is not given.
-            kwargs: The stock method's, and pruner fields such as `pruner_ratio=0.1`.
+        """Loads a stock checkpoint with a new pruner, a full checkpoint of this class, or a pruner-only one, from a Hub
+        id or a folder. `config` is read from the checkpoint where it is not given; `kwargs` are the stock method's, and
+        pruner fields such as `pruner_ratio=0.1`.
 
         Raises:
             `OSError`: where the base model that a pruner-only checkpoint names cannot be found.
-            `RuntimeError`: where any weight but a fresh pruner's is missing or of another shape.
+            `RuntimeError`: where any weight but a new pruner's is missing or of another shape.
             `ValueError`: where the checkpoint is of another family.
         """
         check_transformers()
@@ -151,17 +142,14 @@ class HubMixin:
         elif config.model_type == stock_type:
             config = cls.config_class.from_base_config(config)
         base = given or find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
-        config.base_model_name_or_path = base
-        named = (None, None)
+        config.base_model_name_or_path, stock = base, base is None and model_type == stock_type
         if base is not None:
             model, info = cls._from_base(path, config, place, model_args, kwargs)
         else:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
             cls._prepare_pruner(model)
-            stock = model_type == stock_type
             cls._require_all_weights(path, info, stock)
-            named = cls._name_base(path, place) if stock else named
-        model.base = Base.of(model, *named)
+        model.base = Base.of(model, *(cls._name_base(path, place) if stock else ()))
         return (model, info) if with_info else model
 
     @classmethod
@@ -186,10 +174,7 @@ class HubMixin:
         expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(PRUNER)}
         found = {name: value.shape for name, value in weights.items()}
         if found != expected:
-            raise RuntimeError(
-                f"The pruner in {path} does not fit the model: expected {expected}, found {found}. Its base model may "
-                "be another one."
-            )
+            raise RuntimeError(f"The pruner in {path} does not fit its base model: expected {expected}, found {found}.")
         cls._prepare_pruner(model)
         model.load_state_dict(weights, strict=False)
         model.name_or_path = str(path)  # not the base's
@@ -210,15 +195,12 @@ class HubMixin:
     def _prepare_pruner(model) -> None:
         pruner = model.model.pruner
         if any(parameter.is_meta for parameter in pruner.parameters()):
-            raise ValueError(
-                "The device map offloads the pruner, half a million parameters that every prompt needs: give "
-                "'model.pruner' a device of its own in device_map."
-            )
+            raise ValueError("The device map offloads the pruner: give 'model.pruner' a device of its own there.")
         if type(pruner.hidden) is not nn.Linear:
             raise ValueError(
-                "The quantization_config covers the pruner, half a million parameters that must rank exactly: leave it "
-                "out with llm_int8_skip_modules=['model.pruner', 'lm_head'], best with encoder and projector too "
-                "('model.vision_tower' and 'model.multi_modal_projector'; Qwen: 'model.visual')."
+                "The quantization_config covers the pruner, which must rank exactly: leave it out with "
+                "llm_int8_skip_modules=['model.pruner', 'lm_head'], best with encoder and projector too "
+                "('model.vision_tower', 'model.multi_modal_projector'; Qwen: 'model.visual')."
             )
         # transformers keeps a loaded pruner in float32, but initialises a missing one in the model's precision.
         pruner.float()
@@ -229,9 +211,8 @@ class HubMixin:
         mismatched = sorted(str(key) for key in info["mismatched_keys"])
         if missing or mismatched:
             raise RuntimeError(
-                f"{path} lacks weights of the model, which would be random: missing {missing[:8]}"
-                f"{' and more' if len(missing) > 8 else ''}, of another shape {mismatched[:8]}. The checkpoint is "
-                "incomplete, or of another model."
+                f"{path} is incomplete, or of another model: {len(missing)} weights are missing and would be random "
+                f"({missing[:8]}), {len(mismatched)} are of another shape ({mismatched[:8]})."
             )
 
     def train_pruner_only(self) -> "HubMixin":
@@ -245,14 +226,13 @@ class HubMixin:
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
             logger.warning(
-                "The model was not loaded from a stock checkpoint, or no longer has its weights, so there is no base "
-                "to name: checkpoints will hold all weights."
+                "The model was not loaded from a stock checkpoint, or no longer has its weights: checkpoints will hold "
+                "all weights."
             )
         return self.train()
 
     def leave_base(self) -> tuple[str | None, str | None]:
-        """For whoever changes more than the pruner: from now on checkpoints hold all weights. Returns the base that the
-        model had, and its revision."""
+        """From now on checkpoints hold all weights. Returns the base that the model had, and its revision."""
         base = self.config.base_model_name_or_path, self.config.base_model_revision
         base = (self.base.name, self.base.revision) if base[0] is None else base
         self.base = replace(self.base, name=None, revision=None)
@@ -265,10 +245,9 @@ class HubMixin:
         gradient checkpointing would be passed over."""
         super().train(mode)
         if mode and not trains_base(self):
-            for module in self.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    for part in module.children():
-                        part.eval()
+            layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+            for part in (part for layer in layers for part in layer.children()):
+                part.eval()
         return self
 
     def _freeze_base(self) -> None:

@@ -84,8 +84,8 @@ class Run:
         # What was decided in front of each layer, which a second pass of it (recomputation under checkpointing)
         # replays: where the rows that stay were, (batch, length) int64 or None; arguments for the layer; `rows.index`.
         self.steps: list[tuple[torch.Tensor | None, dict, torch.Tensor]] = []
-        # Of the layer that runs: its rows, its input, what its attention takes (keys that are not padding, and the cuts
-        # that its cache saw before: layers with the same share a mask), how many keys it will hold, what the probe finds.
+        # Of the layer that runs: its rows, its input, what its attention takes (keys that are not padding; the cuts
+        # that its cache saw before: layers with the same share a mask), how many keys it will hold, the probe's note.
         self.rows = self.hidden_states = self.position_embeddings = None
         self.mask = self.key_valid = self.history = None
         self.num_keys, self.note, self.watch = 0, Note(), ExitStack()
