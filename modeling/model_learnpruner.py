@@ -21,7 +21,6 @@ from .rows_learnpruner import install_hooks
 from .scores_learnpruner import LearnedPruningModule
 
 logger = logging.get_logger(__name__)
-
 # What `scheduled` blocks set for the calls of their own thread: pairs of a model and a schedule.
 SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("learnpruner_schedules", default=())
 
@@ -129,7 +128,7 @@ class PrunedModelMixin:
 
     @contextmanager
     def scheduled(self, schedule: Schedule) -> Iterator[None]:
-        """The block in which calls of this model run `schedule`, unless they say otherwise. Not for other threads."""
+        """The block in which this thread's calls of this model run `schedule`, unless they say otherwise."""
         token = SCHEDULES.set((*SCHEDULES.get(), (self, schedule)))
         try:
             yield

@@ -31,24 +31,24 @@ class PrunedLlavaModelMixin(PrunedModelMixin):
     def encode_images(self, arguments: dict, prompt: Prompt) -> dict:
         if arguments.get("pixel_values") is None:
             return arguments
-        # As the host read the sizes: from a tensor, the stock model would read them for each image.
-        features = {name: arguments.get(name) for name in (*self.pixel_arguments, *self.feature_arguments)}
-        encoded = self.get_image_features(**features, image_sizes=prompt.grids.get("image_sizes"), return_dict=True)
+        # Sizes are given as the host read them: from a tensor, the stock model would read them for each image.
+        given = {name: arguments.get(name) for name in (*self.pixel_arguments, *self.feature_arguments)}
+        encoded = self.get_image_features(**given, image_sizes=prompt.grids.get("image_sizes"), return_dict=True)
         return {**arguments, "pixel_values": None, "mm_encoder_outputs": {"image": encoded}}
 
     def encoder_features(self, arguments: dict) -> dict[str, torch.Tensor]:
         # The hidden states that the stock model gives its projector, `(crops, patches, d)`.
-        outputs, layer = arguments["mm_encoder_outputs"]["image"], arguments.get("vision_feature_layer")
-        layer = self.config.vision_feature_layer if layer is None else layer
+        outputs, layers = arguments["mm_encoder_outputs"]["image"], arguments.get("vision_feature_layer")
+        layers = self.config.vision_feature_layer if layers is None else layers
         strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
         if outputs.hidden_states is None:
             raise ValueError(
                 "The pruner reads the vision encoder's hidden states, and mm_encoder_outputs has none: pass what "
                 "model.get_image_features(..., return_dict=True) returned."
             )
-        levels = [outputs.hidden_states[level] for level in ([layer] if isinstance(layer, int) else layer)]
-        # "default" leaves out the [CLS] token.
-        return {"image": torch.cat([level[:, 1:] if strategy == "default" else level for level in levels], dim=-1)}
+        start = int(strategy == "default")  # which leaves out the [CLS] token
+        levels = [outputs.hidden_states[layer] for layer in ([layers] if isinstance(layers, int) else layers)]
+        return {"image": torch.cat([level[:, start:] for level in levels], dim=-1)}
 
     @staticmethod
     def first_image(inputs: dict, image_processor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class LearnPrunerLlavaModel(PrunedLlavaModelMixin, LlavaModel):
 
 
 class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaForConditionalGeneration):
-    """[`LlavaForConditionalGeneration`] that answers from fewer vision tokens. See [`LearnPrunerLlavaConfig`]."""
+    """[`LlavaForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerLlavaConfig`]."""
 
     config: LearnPrunerLlavaConfig
     config_class = LearnPrunerLlavaConfig

@@ -25,16 +25,15 @@ class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
         return [get_anyres_image_grid_shape(size, pinpoints, side) for size in prompt.grids["image_sizes"]]
 
     def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
-        # The learned `image_newline` rows are structure: they carry no score and are kept only when every patch is.
         strategy = arguments.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
         crops = [1 + rows * columns for rows, columns in self._crops(prompt)]
         # The stock model packs the numbers of the rows, on the host: on a GPU it would make the host wait.
         numbers = torch.arange(values.shape[:2].numel(), device="cpu").view(*values.shape[:2], 1).split(crops)
         newline = torch.full((1,), -1, device="cpu")
         packed, _ = self.pack_image_features(numbers, prompt.grids["image_sizes"], strategy, image_newline=newline)
+        # The learned `image_newline` rows are structure: they carry no score and are kept only when every patch is.
         rows = F.pad(values.flatten(0, 1), (0, 0, 0, 1), value=torch.nan)
-        chosen = rows[send(torch.cat(packed).flatten(), rows.device)]
-        return list(chosen.split([len(image) for image in packed]))
+        return list(rows[send(torch.cat(packed).flatten(), rows.device)].split([len(image) for image in packed]))
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
         side, found = self.config.vision_config.image_size // self.config.vision_config.patch_size, []
@@ -45,10 +44,7 @@ class LearnPrunerLlavaNextModel(PrunedLlavaModelMixin, LlavaNextModel):
 
 
 class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMixin, LlavaNextForConditionalGeneration):
-    """[`LlavaNextForConditionalGeneration`] that answers from fewer vision tokens.
-
-    See [`LearnPrunerLlavaNextConfig`].
-    """
+    """[`LlavaNextForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerLlavaNextConfig`]."""
 
     config: LearnPrunerLlavaNextConfig
     config_class = LearnPrunerLlavaNextConfig

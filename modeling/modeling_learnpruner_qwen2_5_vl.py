@@ -28,8 +28,8 @@ class LearnPrunerQwen2_5_VLModel(PrunedQwenVLModelMixin, Qwen2_5_VLModel):
             row, column = (torch.arange(length, device=values.device) // side for length in (rows, columns))
             windows.append(start + (row.unsqueeze(1) * columns + column).flatten())
             start += rows * columns
-        order = torch.cat(windows).argsort(stable=True)
-        return super().lay_out(modality, values.view(start, -1)[order.argsort()], arguments, prompt)
+        places = torch.cat(windows).argsort(stable=True).argsort()
+        return super().lay_out(modality, values.view(start, -1)[places], arguments, prompt)
 
 
 class LearnPrunerQwen2_5_VLForConditionalGeneration(

@@ -14,20 +14,13 @@ from .hub_learnpruner import HubMixin, register_key_conversion
 from .model_learnpruner import PrunedModelMixin
 from .prompt_learnpruner import Prompt
 
-NEXT_TURN = (
-    "For a new image in a later turn on one cache, encode it first: pass mm_encoder_outputs of the new images alone "
-    "(model.model.get_image_features(..., return_dict=True)), grids and mm_token_type_ids of the whole conversation."
-)
 # The pixels of each modality, and the grids that lay them out.
 INPUTS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
 
 
 class PrunedQwenVLModelMixin(PrunedModelMixin):
-    """What Qwen2-VL and Qwen2.5-VL share.
-
-    A token is what the merger makes of 2 x 2 patches. The pruner reads the encoder's features of those four, side by
-    side, before the merger. A budget is an image's, or one of a video's groups of frames.
-    """
+    """What Qwen2-VL and Qwen2.5-VL share: the merger makes a token of 2 x 2 patches, and the pruner reads the encoder's
+    features of those four, side by side. A budget is an image's, or one of a video's groups of frames."""
 
     pixel_arguments = ("pixel_values", "pixel_values_videos")
     grid_arguments = ("image_grid_thw", "video_grid_thw")
@@ -44,19 +37,14 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
 
     def check_images(self, arguments: dict, prompt: Prompt) -> None:
         self._check_positions(arguments)
-        for modality, (pixels, grid) in INPUTS.items():
-            given = arguments.get(pixels)
-            encoded = (arguments.get("mm_encoder_outputs") or {}).get(modality)
-            if given is None and encoded is None:
+        for modality, (name, grid) in INPUTS.items():
+            pixels, encoded = arguments.get(name), (arguments.get("mm_encoder_outputs") or {}).get(modality)
+            if pixels is None and encoded is None:
                 continue
             if grid not in prompt.grids:
-                raise ValueError(
-                    f"{modality.capitalize()}s need {grid}, which the processor returns beside their pixels."
-                )
-            self._check_grid(grid, prompt.grids[grid])
-            if given is not None:
-                self._check_pixels(modality, given, prompt)
-            elif encoded.last_hidden_state is None:
+                raise ValueError(f"{modality.capitalize()}s need {grid}, which the processor returns beside {name}.")
+            self._check_grid(modality, pixels, prompt)
+            if pixels is None and encoded.last_hidden_state is None:
                 raise ValueError(
                     "The pruner reads the vision encoder's features, and mm_encoder_outputs has none: pass what "
                     f"model.get_{modality}_features(..., return_dict=True) returned."
@@ -74,8 +62,8 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         cache = arguments.get(CACHE)
         if arguments.get("input_ids") is None or (cache is not None and cache.get_seq_length() > 0):
             raise ValueError(
-                "Positions of images are found from the ids of the whole prompt: with inputs_embeds, or for images "
-                "in a later call on one cache, pass position_ids (model.model.get_rope_index(...) makes them of the "
+                "Positions of images are found from the ids of the whole prompt: with inputs_embeds, or for images in "
+                "a later call on one cache, pass position_ids (model.model.get_rope_index(...) makes them of the "
                 f"whole). {OR_NO_PRUNING}"
             )
         if arguments.get("mm_token_type_ids") is None:
@@ -84,22 +72,24 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
                 f"the positions would be those of text. {OR_NO_PRUNING}"
             )
 
-    def _check_grid(self, name: str, rows: list[list[int]]) -> None:
-        merge = self.config.vision_config.spatial_merge_size
+    def _check_grid(self, modality: str, pixels: torch.Tensor | None, prompt: Prompt) -> None:
+        (name, grid), merge = INPUTS[modality], self.config.vision_config.spatial_merge_size
+        rows = prompt.grids[grid]
         if any(len(row) != 3 or min(row) < 1 or row[1] % merge or row[2] % merge for row in rows):
             raise ValueError(
-                f"A row of {name} is frames, height and width in patches, the last two multiples of {merge}: {rows}."
+                f"A row of {grid} is frames, height and width in patches, the last two multiples of {merge}: {rows}."
             )
-
-    def _check_pixels(self, modality: str, pixels: torch.Tensor, prompt: Prompt) -> None:
-        name, grid = INPUTS[modality]
-        patches = [math.prod(row) for row in prompt.grids[grid]]
+        if pixels is None:
+            return
+        patches = [math.prod(row) for row in rows]
         if sum(patches) != len(pixels):
             raise ValueError(
-                f"{grid} describes {sum(patches)} patches, and {name} has {len(pixels)}: build both with one "
-                f"processor call. {NEXT_TURN}"
+                f"{grid} describes {sum(patches)} patches, and {name} has {len(pixels)}: build both with one processor "
+                "call. For a new image in a later turn on one cache, encode it first: pass mm_encoder_outputs of the "
+                "new images alone (model.model.get_image_features(..., return_dict=True)), grids and "
+                "mm_token_type_ids of the whole conversation."
             )
-        prompt.owners(modality, [count // self.config.vision_config.spatial_merge_size**2 for count in patches])
+        prompt.owners(modality, [count // merge**2 for count in patches])
 
     def count_parts(self, arguments: dict) -> int:
         images, videos = (arguments.get(grid) for _, grid in INPUTS.values())
@@ -124,11 +114,11 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
         merge, parts = self.config.vision_config.spatial_merge_size, []
-        encoded = len(arguments["mm_encoder_outputs"][modality].pooler_output)
+        per_frame = modality == "video" and self.config.pruner_per_frame
         # A continued conversation may give the grids of all its images; the encoded ones are the last.
+        encoded = len(arguments["mm_encoder_outputs"][modality].pooler_output)
         for frames, height, width in prompt.grids[INPUTS[modality][1]][-encoded:]:
             grid = (height // merge, width // merge)
-            per_frame = modality == "video" and self.config.pruner_per_frame
             parts += [[grid]] * frames if per_frame else [[grid] * frames]
         return parts
 
@@ -163,7 +153,7 @@ class LearnPrunerQwen2VLModel(PrunedQwenVLModelMixin, Qwen2VLModel):
 class LearnPrunerQwen2VLForConditionalGeneration(
     HubMixin, PrunedQwenVLGenerationMixin, Qwen2VLForConditionalGeneration
 ):
-    """[`Qwen2VLForConditionalGeneration`] that answers from fewer vision tokens. See [`LearnPrunerQwen2VLConfig`]."""
+    """[`Qwen2VLForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerQwen2VLConfig`]."""
 
     config: LearnPrunerQwen2VLConfig
     config_class = LearnPrunerQwen2VLConfig
