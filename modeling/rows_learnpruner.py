@@ -83,7 +83,7 @@ class Run:
     rows: PhysicalRows | None = None
     hidden_states: torch.Tensor | None = None  # (batch, length, hidden): its input
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None  # cos and sin, each (batch, length, head_dim)
-    mask: torch.Tensor | None = None  # as its attention takes it
+    mask: torch.Tensor | None = None  # what its attention is given
     key_valid: torch.Tensor | None = None  # (batch, past + length), bool: keys that are not padding
     history: tuple[int, ...] | None = (
         None  # cuts that its cache saw before this call: layers with the same share a mask
