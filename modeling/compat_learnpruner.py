@@ -71,11 +71,11 @@ def installed_names(arguments: dict) -> dict:
     for name in CACHE_NAMES:
         if name != CACHE and name in arguments:
             arguments = dict(arguments)
-            cache = arguments.pop(name)
-            if cache is not None and arguments.setdefault(CACHE, cache) is None:
-                arguments[CACHE] = cache
-            if cache is not None and arguments[CACHE] is not cache:
+            cache, other = arguments.pop(name), arguments.get(CACHE)
+            if cache is not None and other is not None and other is not cache:
                 raise TypeError(f"Two different caches were given, as {name} and as {CACHE}: pass one.")
+            if cache is not None:
+                arguments[CACHE] = cache
     return arguments
 
 

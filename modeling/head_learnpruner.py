@@ -66,8 +66,7 @@ class PrunedGenerationMixin:
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
                 Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
                 first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
-            budget_share (`float`, *optional*): This call's share of a training step's images, which weighs the budget
-                term where batches are accumulated or parallel.
+            budget_share (`float`, *optional*): This call's share of a training step's images, to weigh the budget term.
             stock: The arguments of the stock class, under their names and in their positions.
 
         Returns the output of the stock class, with the fields of [`Recorded`]. Raises `ValueError` where images and
@@ -210,5 +209,5 @@ def prompt_arguments(inputs_tensor: torch.Tensor, model_kwargs: dict) -> dict:
     if inputs_tensor.dim() == 2:
         return {"input_ids": inputs_tensor, "inputs_embeds": None}
     ids = model_kwargs.get("input_ids")
-    same = ids is not None and ids.shape[1] == inputs_tensor.shape[1]
-    return {"input_ids": ids if same else None, "inputs_embeds": inputs_tensor}
+    whole = ids is not None and ids.shape[1] == inputs_tensor.shape[1]
+    return {"input_ids": ids if whole else None, "inputs_embeds": inputs_tensor}

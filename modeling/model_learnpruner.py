@@ -28,13 +28,13 @@ SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("lear
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
-    A family sets the names of arguments of the stock forward, and has the methods without a body here.
+    A family has the methods that are without a body here, and names the stock forward's arguments that matter.
     """
 
-    pixel_arguments: tuple[str, ...]  # that hold images or videos
-    grid_arguments: tuple[str, ...]  # that lay them out, each a row of integers
-    feature_arguments: tuple[str, ...] = ()  # that decide which features they have
-    image_layout: str | None = None  # that an image processor returns, where an image is more than one crop
+    pixel_arguments: tuple[str, ...]  # those that hold images or videos
+    grid_arguments: tuple[str, ...]  # those that lay them out, each a row of integers
+    feature_arguments: tuple[str, ...] = ()  # those that decide which features they have
+    image_layout: str | None = None  # of `grid_arguments` an image processor's, where an image is more than one crop
 
     @staticmethod
     def encoder_width(config: PreTrainedConfig) -> int:
@@ -44,7 +44,7 @@ class PrunedModelMixin:
         """Placeholders, `(batch, sequence)` int8, as in [`Prompt`]."""
 
     def check_images(self, arguments: dict, prompt: Prompt) -> None:
-        """Raises `ValueError` where images and what describes them do not fit; before any work."""
+        """Raises `ValueError` where images and what describes them do not fit, before any work."""
 
     def count_parts(self, arguments: dict) -> int:
         """How many parts of a call, images or groups of frames, have a budget of their own."""
@@ -58,8 +58,8 @@ class PrunedModelMixin:
         """For each modality, the features before the projector in `mm_encoder_outputs`, a row for each patch."""
 
     def lay_out(self, modality: str, values: torch.Tensor, arguments: dict, prompt: Prompt) -> list[torch.Tensor]:
-        """Values of patches, in the order of `encoder_features`, in the order of the prompt: `(tokens, d)` of each part
-        that has a budget of its own. Rows of NaN are structure, not patches."""
+        """Values of patches, as `encoder_features` has them, in the prompt's order: `(tokens, d)` of each part that has
+        a budget of its own. Rows of NaN are structure, not patches."""
 
     def grids(self, modality: str, arguments: dict, prompt: Prompt) -> list[list[tuple[int, int]]]:
         """Rows and columns of each part's grids; empty where they are unknown. Where a part has more tokens than that,
@@ -155,11 +155,9 @@ class PrunedModelMixin:
 
     def has_images(self, arguments: dict) -> bool:
         """Whether a call has images or videos, as pixels or encoded."""
-        pixels = (arguments.get(name) for name in self.pixel_arguments)
-        if any(values is not None and len(values) > 0 for values in pixels):
-            return True
-        outputs = arguments.get("mm_encoder_outputs") or {}
-        return any(outputs.get(modality) is not None for modality in MODALITIES)
+        encoded = arguments.get("mm_encoder_outputs") or {}
+        given = (*map(arguments.get, self.pixel_arguments), *map(encoded.get, MODALITIES))
+        return any(values is not None and len(values) > 0 for values in given)
 
     @can_return_tuple
     def forward(
