@@ -1,4 +1,4 @@
-"""The probe: queries and keys of a layer, whatever the attention backend, and a configuration that reads through."""
+"""The probe: queries and keys of a layer on any attention backend, and a configuration read and written through."""
 
 import pytest
 import torch
