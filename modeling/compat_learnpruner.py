@@ -109,6 +109,8 @@ def derive_forward(cls: type, mixin: type) -> None:
     forward.__qualname__ = f"{cls.__qualname__}.forward"
     forward.__signature__ = signature(stock).replace(parameters=[*named, *added, rest])
     cls.forward, cls.stock_arguments = forward, frozenset(names)
+    for output in output_classes(forward):
+        output_with_records(output)  # now: torch.compile would stop where a class is made
 
 
 RECORDS = ("kept_mask", "vision_scores")
@@ -143,11 +145,16 @@ def _restore(stock: type[ModelOutput], values: dict) -> ModelOutput:
     return output_with_records(stock)(**values)
 
 
+def output_classes(forward: Callable) -> list[type[ModelOutput]]:
+    """The output classes that a forward is annotated with."""
+    annotated = signature(forward).return_annotation
+    kinds = get_args(annotated) or (annotated,)
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ModelOutput)]
+
+
 def fields_beside_predictions(cls: type) -> list[str]:
     """All output fields of a class with a head but loss and logits: what `Trainer.evaluate` must not gather."""
-    annotated = signature(cls.forward).return_annotation
-    outputs = [kind for kind in get_args(annotated) or (annotated,) if isinstance(kind, type)]
-    names = [each.name for kind in outputs if issubclass(kind, ModelOutput) for each in fields(kind)]
+    names = [each.name for kind in output_classes(cls.forward) for each in fields(kind)]
     return [name for name in (*names, *RECORDS) if name not in ("loss", "logits")]
 
 

@@ -156,8 +156,8 @@ class PrunedModelMixin:
     def has_images(self, arguments: dict) -> bool:
         """Whether a call has images or videos, as pixels or encoded."""
         encoded = arguments.get("mm_encoder_outputs") or {}
-        given = (*map(arguments.get, self.pixel_arguments), *map(encoded.get, MODALITIES))
-        return any(values is not None and len(values) > 0 for values in given)
+        pixels = [arguments[name] for name in self.pixel_arguments if arguments.get(name) is not None]
+        return any(map(len, pixels)) or any(encoded.get(modality) is not None for modality in MODALITIES)
 
     @can_return_tuple
     def forward(
