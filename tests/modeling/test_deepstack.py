@@ -166,4 +166,6 @@ def test_scores_are_those_of_normed_queries_and_keys(batch):
         texts = (valid & ~vision)[row].nonzero().flatten().tolist()
         for column in vision[row].nonzero().flatten().tolist():
             seen = [attention[row, text, column] for text in texts if text > column]
-            assert call.records()["vision_scores"][0][row, column] == pytest.approx((sum(seen) / len(seen)).item(), rel=1e-4)
+            assert call.records()["vision_scores"][0][row, column] == pytest.approx(
+                (sum(seen) / len(seen)).item(), rel=1e-4
+            )
