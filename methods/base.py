@@ -3,9 +3,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,9 +14,32 @@ from transformers import PreTrainedModel
 
 from learnpruner.budget_learnpruner import half_up, spread_budget
 from learnpruner.configuration_learnpruner import check_pruner_field
-from learnpruner.cuts_learnpruner import Cut, DecoderScore, DecoderState, EncodedImages, EncoderScore
+from learnpruner.cuts_learnpruner import Cut, DecoderState, EncodedImages
 from learnpruner.prompt_learnpruner import send
 from learnpruner.scores_learnpruner import top_k
+
+
+class EncoderScore(Protocol):
+    """Scores and selects before the decoder."""
+
+    def __call__(self, images: EncodedImages) -> torch.Tensor:
+        """Returns `(images, tokens)` float32, NaN for structure."""
+
+    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
+        """Returns `(images, tokens)` bool, `counts[i]` of image i; an infinite score must be chosen."""
+
+
+class DecoderScore(Protocol):
+    """Scores and selects inside the decoder."""
+
+    def __call__(self, state: DecoderState) -> torch.Tensor:
+        """Returns `(batch, length)` float32, NaN where not scored."""
+
+    def select(self, scores: torch.Tensor, state: DecoderState, counts: torch.Tensor) -> torch.Tensor:
+        """Returns `(batch, length)` bool, `counts[i]` vision tokens of sample i; an infinite score must be chosen."""
+
+    def watch(self, state: DecoderState) -> AbstractContextManager:
+        """In which a layer of the cut's `watched` runs; the state is that before it. For the encoder, the model is."""
 
 
 @dataclass(unsafe_hash=True)

@@ -180,11 +180,3 @@ class LearnPrunerQwen2_5_VLConfig(VideoPrunerConfig, Qwen2_5_VLConfig):
 
     model_type = "learnpruner_qwen2_5_vl"
     base_model_type = "qwen2_5_vl"
-
-
-__all__ = [
-    "LearnPrunerLlavaConfig",
-    "LearnPrunerLlavaNextConfig",
-    "LearnPrunerQwen2VLConfig",
-    "LearnPrunerQwen2_5_VLConfig",
-]

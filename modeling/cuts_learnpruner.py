@@ -2,9 +2,9 @@
 """Cuts as data: where tokens leave, how many stay, and what scores and selects them. LearnPruner is two cuts."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -48,25 +48,6 @@ class DecoderState:
     vision_scores: torch.Tensor  # (batch, length), float32: scores of the cut before the decoder
 
 
-class EncoderScore(Protocol):
-    def __call__(self, images: EncodedImages) -> torch.Tensor:
-        """Returns `(images, tokens)` float32, NaN for structure."""
-
-    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
-        """Returns `(images, tokens)` bool, `counts[i]` of image i; an infinite score must be chosen."""
-
-
-class DecoderScore(Protocol):
-    def __call__(self, state: DecoderState) -> torch.Tensor:
-        """Returns `(batch, length)` float32, NaN where not scored."""
-
-    def select(self, scores: torch.Tensor, state: DecoderState, counts: torch.Tensor) -> torch.Tensor:
-        """Returns `(batch, length)` bool, `counts[i]` vision tokens of sample i; an infinite score must be chosen."""
-
-    def watch(self, state: DecoderState) -> AbstractContextManager:
-        """In which a layer of the cut's `watched` runs; the state is that before it. For the encoder, the model is."""
-
-
 @dataclass(unsafe_hash=True)
 class Cut:
     """One place where vision tokens leave the sequence."""
@@ -74,7 +55,9 @@ class Cut:
     layer: int  # the cut falls before this 0-based decoder layer; 0 is before the decoder
     # Tokens of one image before any cut -> tokens that survive this one. A cut inside the decoder sums them per sample.
     keep: Callable[[int], int]
-    score: EncoderScore | DecoderScore  # what ranks the tokens and chooses; the first kind is for layer 0
+    # What ranks the tokens and chooses among them: called with the state of its place, then `select(scores, state,
+    # counts)`, as `LearnedScore` before the decoder and `TextAttention` inside. An infinite score must be chosen.
+    score: Any
     # For layer 0: what was chosen, (images, tokens) bool -> embeddings (images, tokens, hidden) to use in place of the
     # projector's.
     merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None

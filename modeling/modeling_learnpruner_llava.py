@@ -82,5 +82,3 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
 
 register_key_conversion(LearnPrunerLlavaForConditionalGeneration, "llava")
 register_key_conversion(LearnPrunerLlavaModel, "LlavaModel")
-
-__all__ = ["LearnPrunerLlavaForConditionalGeneration", "LearnPrunerLlavaModel"]

@@ -53,5 +53,3 @@ class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMix
 
 register_key_conversion(LearnPrunerLlavaNextForConditionalGeneration, "llava_next")
 register_key_conversion(LearnPrunerLlavaNextModel, "LlavaNextModel")
-
-__all__ = ["LearnPrunerLlavaNextForConditionalGeneration", "LearnPrunerLlavaNextModel"]

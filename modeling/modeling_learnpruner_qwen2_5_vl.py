@@ -44,5 +44,3 @@ class LearnPrunerQwen2_5_VLForConditionalGeneration(
 
 register_key_conversion(LearnPrunerQwen2_5_VLForConditionalGeneration, "Qwen2_5_VLForConditionalGeneration")
 register_key_conversion(LearnPrunerQwen2_5_VLModel, "Qwen2_5_VLModel")
-
-__all__ = ["LearnPrunerQwen2_5_VLForConditionalGeneration", "LearnPrunerQwen2_5_VLModel"]

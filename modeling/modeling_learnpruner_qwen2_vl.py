@@ -162,5 +162,3 @@ class LearnPrunerQwen2VLForConditionalGeneration(
 
 register_key_conversion(LearnPrunerQwen2VLForConditionalGeneration, "Qwen2VLForConditionalGeneration")
 register_key_conversion(LearnPrunerQwen2VLModel, "Qwen2VLModel")
-
-__all__ = ["LearnPrunerQwen2VLForConditionalGeneration", "LearnPrunerQwen2VLModel"]
