@@ -109,9 +109,7 @@ class PrunedModelMixin:
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """Refused: without its head the model has no way to check that every weight was found."""
-        raise NotImplementedError(
-            f"Load the class for conditional generation, not {cls.__name__}, and take its `.model`."
-        )
+        raise NotImplementedError(f"Load the class for conditional generation and take its `.model`, a {cls.__name__}.")
 
     def pruner_schedule(
         self, ratio: float | None = None, schedule: tuple[Cut, ...] | Schedule | None = None

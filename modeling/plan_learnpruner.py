@@ -2,7 +2,7 @@
 """One call's way through a schedule of cuts: what was asked, what is planned before the decoder, what was decided."""
 
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -65,8 +65,7 @@ class Parts:
     def ending(self, last: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
         """Where a sample's `last` row is a vision token, that token: `(parts, tokens)` bool, as `present`."""
         # It belongs to the last of the sample's images, or of its videos.
-        places = [*zip(self.owners, self.kinds), None]
-        is_last = [place != after for place, after in pairwise(places)]
+        is_last = [place != after for place, after in pairwise([*zip(self.owners, self.kinds), None])]
         length, owner, kind, is_last = send([self.sizes, self.owners, self.kinds, is_last], self.device)
         ends = self.prompt.kinds.gather(1, last.unsqueeze(1)).to(self.device)[owner, 0] == kind
         return torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, (is_last.bool() & ends).unsqueeze(1))
@@ -108,8 +107,8 @@ class Plan:
             values = values.to(device).repeat_interleave(beams, dim=0) if beams > 1 else values.to(device)
             return F.pad(values, (0, answer), value=fill) if answer else values
 
-        return Plan(
-            schedule=self.schedule,
+        return replace(
+            self,
             counts=[[text + answer, *rest] for text, *rest in self.counts for _ in range(beams)],
             vision=spread(self.vision),
             last=self.last.to(device).repeat_interleave(beams, dim=0),
@@ -121,20 +120,13 @@ class Plan:
 
 
 class PruningCall:
-    """What the classes with and without a head, and the hooks of the text model, share of one call. It is no dataclass:
-    FSDP2 and DataParallel copy those that they find among arguments.
+    """What the classes with and without a head, and the hooks of the text model, share of one call."""
 
-    Args:
-        schedule: The cuts, by ascending layer.
-        query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that may rank tokens.
-        soft: Gate at full length instead of cutting.
-    """
-
+    # No dataclass: FSDP2 and DataParallel copy those that they find among arguments. `soft` gates instead of cutting.
     def __init__(self, schedule: tuple[Cut, ...] = (), query_mask: torch.Tensor | None = None, soft: bool = False):
         self.schedule, self.query_mask, self.soft = schedule, query_mask, soft
         self.plan: Plan | None = None  # once the prompt was read and its images encoded
-        # Kept mask and scores of each cut made, each (batch, sequence).
-        self.decisions: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.decisions: list[tuple[torch.Tensor, torch.Tensor]] = []  # kept mask and scores of each cut made
 
     @property
     def acts(self) -> bool:

@@ -65,9 +65,8 @@ def gather_rows(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 class Run:
-    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments.
-
-    It is no dataclass: FSDP2 and DataParallel copy those that they find there.
+    """One call of a text model that has rows missing: what its hooks share. It travels among the layers' arguments, and
+    is no dataclass: FSDP2 and DataParallel copy those that they find there.
 
     Args:
         call: The prompt's; `None` for a step on a cache that was pruned before.
