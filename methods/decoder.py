@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from learnpruner.cuts_learnpruner import DecoderState, TextAttention
-from learnpruner.probe_learnpruner import RUN, Note
-from learnpruner.scores_learnpruner import Attended
+from learnpruner.scores_learnpruner import RUN, Attended, Note
 
 from .base import scaled_layer
 

@@ -9,7 +9,7 @@ from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5
 
 __version__ = "0.2.0.dev0"
 
-# Release that changed defaults -> what they were before it, or what older ones did without a field that it added. So a
+# Release that changed defaults -> what they were before it, or what older ones did without a field that it added: a
 # stored configuration that lacks a field behaves as under the release that wrote it.
 DEFAULTS_BEFORE: dict[str, dict] = {}
 
@@ -18,13 +18,11 @@ def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
     """Raises `ValueError` where a field does not allow `value` in a model of `num_layers` layers; other names pass."""
     if name == "pruner_ratio" and not (isinstance(value, int | float) and 0 < value <= 1):
         raise ValueError(
-            f"pruner_ratio is the mean share of vision tokens kept, in (0, 1], got {value!r}. 1.0 switches pruning "
-            "off; at least one token per image is kept at any ratio."
+            f"pruner_ratio is the mean share of vision tokens kept, in (0, 1], got {value!r}; 1.0 switches pruning off."
         )
     if name == "pruner_layer" and value is not None and not 1 <= value <= (num_layers or math.inf):
         raise ValueError(
-            f"pruner_layer is the number of decoder layers before the second cut, from 1 to the model's "
-            f"{num_layers or 'number of'} layers, got {value}."
+            f"pruner_layer counts the layers before the second cut, from 1 to {num_layers or 'all'}, got {value}."
         )
     if name == "pruner_stage_ratio" and not (1 <= value < math.inf):
         raise ValueError(f"pruner_stage_ratio is R1/R2, at least 1, got {value}.")
@@ -46,12 +44,15 @@ def minor_release(version: str) -> tuple[int, int]:
 
 def defaults_of(version: str) -> dict:
     """Those defaults of a release that are others today."""
-    found = {}
     # From new to old: of several changes of one field, the first behind the release counts.
-    for changed in sorted(DEFAULTS_BEFORE, key=minor_release, reverse=True):
-        if minor_release(version) < minor_release(changed):
-            found |= DEFAULTS_BEFORE[changed]
-    return found
+    later = (changed for changed in DEFAULTS_BEFORE if minor_release(version) < minor_release(changed))
+    newest_first = sorted(later, key=minor_release, reverse=True)
+    return {name: value for changed in newest_first for name, value in DEFAULTS_BEFORE[changed].items()}
+
+
+def _without_identity(config_dict: dict) -> dict:
+    identity = ("model_type", "architectures", "transformers_version", "auto_map")
+    return {name: value for name, value in config_dict.items() if name not in identity}
 
 
 @dataclass(kw_only=True, repr=False)
@@ -59,22 +60,19 @@ class PrunerConfig:
     """The pruner's fields, flat, so that `from_pretrained(path, pruner_ratio=0.1)` overrides them.
 
     Args:
-        pruner_ratio (`float`, defaults to 1/9):
-            Mean share of vision tokens kept over the decoder's layers, in (0, 1]: the number that papers report.
-            1.0 switches pruning off. May be changed at any time; acts from the next call.
-        pruner_layer (`int`, *optional*):
-            Number of decoder layers that see R1 tokens; the second cut falls before the 0-based layer of this number.
-            Defaults to the paper's 12 of 32, scaled to the model's depth. Equal to the depth: no second cut.
+        pruner_ratio (`float`, defaults to 1/9): Mean share of vision tokens kept over the decoder's layers, in (0, 1],
+            as papers report it. 1.0 switches pruning off. May be changed at any time; acts from the next call.
+        pruner_layer (`int`, *optional*): Number of decoder layers before the second cut, which see R1 tokens. Defaults
+            to the paper's 12 of 32, scaled to the model's depth. Equal to the depth: no second cut.
         pruner_stage_ratio (`float`, defaults to 3.0): R1 / R2, at least 1.
         pruner_diversity (`float`, defaults to 0.1): Share of R1 that goes to the tokens least similar to those chosen.
-        pruner_min_tokens (`int`, defaults to 1):
-            At least so many of each image, or group of a video's frames, survive the first cut, or all where it has
-            fewer; the second keeps no fewer of a sample's images together. Helps small images, and raises the mean.
+        pruner_min_tokens (`int`, defaults to 1): So many of each image, or group of a video's frames, survive the first
+            cut, or all where it has fewer; the second keeps no fewer of a sample's images together. Raises the mean.
         pruner_query (`"all"` or `"last"`, defaults to `"all"`): Text rows whose attention decides the second cut.
         pruner_hidden_size (`int`, defaults to 512): Width of the learned module's hidden layer.
         pruner_trained (`bool`, defaults to `False`): Whether the learned module has seen a training step.
-        base_model_name_or_path, base_model_revision (`str`, *optional*):
-            In a pruner-only checkpoint, the model with every weight but the pruner's, and its revision on the Hub.
+        base_model_name_or_path, base_model_revision (`str`, *optional*): In a pruner-only checkpoint, the model with
+            every weight but the pruner's, and its revision on the Hub.
         learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.
     """
 
@@ -93,15 +91,13 @@ class PrunerConfig:
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if minor_release(self.learnpruner_version) > minor_release(__version__):
-            raise ValueError(
-                f"This configuration was written by learnpruner {self.learnpruner_version}, newer than the "
-                f"{__version__} that reads it: run `pip install -U learnpruner`."
-            )
+            versions = f"learnpruner {self.learnpruner_version} wrote this configuration, and {__version__} reads it"
+            raise ValueError(f"{versions}: run `pip install -U learnpruner`.")
         self.pruner_layer = self.pruner_layer  # now that the depth is known: the default, or a check
 
     def __setattr__(self, name, value):
         # The text configuration is a plain dict until it has been built.
-        text_config = self.__dict__.get("text_config")
+        text_config = vars(self).get("text_config")
         depth = text_config.num_hidden_layers if isinstance(text_config, PreTrainedConfig) else None
         if name == "pruner_layer" and value is None and depth is not None:
             value = max(1, math.floor(depth * 12 / 32 + 0.5))  # 12 of 32 in the paper (arXiv 2604.23950)
@@ -110,10 +106,8 @@ class PrunerConfig:
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
-        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == cls.base_model_type:
-            config_dict = cls._without_identity(config_dict)
-        return config_dict, kwargs
+        stored, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return (_without_identity(stored) if stored.get("model_type") == cls.base_model_type else stored), kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -122,21 +116,14 @@ class PrunerConfig:
 
     @classmethod
     def from_base_config(cls, base_config: PreTrainedConfig, **fields):
-        """Builds a pruned model's configuration from a stock one and fields of the pruner, such as `pruner_ratio=0.1`.
-
-        `base_config` is left unchanged. Raises `ValueError` where it is of another family.
-        """
+        """Builds a pruned model's configuration from a stock one, which is left unchanged, and fields of the pruner,
+        such as `pruner_ratio=0.1`. Raises `ValueError` where the stock one is of another family."""
         if base_config.model_type not in (cls.base_model_type, cls.model_type):
             raise ValueError(
-                f"{cls.__name__} extends configurations of type {cls.base_model_type!r}, got "
-                f"{base_config.model_type!r}. LearnPrunerForConditionalGeneration picks the class."
+                f"{cls.__name__} extends {cls.base_model_type!r} configurations, got {base_config.model_type!r}. "
+                "LearnPrunerForConditionalGeneration picks the class."
             )
-        return cls(**{**cls._without_identity(base_config.to_dict()), **fields})
-
-    @staticmethod
-    def _without_identity(config_dict: dict) -> dict:
-        identity = ("model_type", "architectures", "transformers_version", "auto_map")
-        return {name: value for name, value in config_dict.items() if name not in identity}
+        return cls(**{**_without_identity(base_config.to_dict()), **fields})
 
 
 @strict
@@ -157,11 +144,8 @@ class LearnPrunerLlavaNextConfig(PrunerConfig, LlavaNextConfig):
 
 @dataclass(kw_only=True, repr=False)
 class VideoPrunerConfig(PrunerConfig):
-    """The fields of [`PrunerConfig`], and one for families that see videos.
-
-    Args:
-        pruner_per_frame (`bool`, defaults to `True`): Whether each pair of a video's frames has a budget, or the clip.
-    """
+    """The fields of [`PrunerConfig`], and for videos `pruner_per_frame` (`bool`, defaults to `True`): whether each pair
+    of a video's frames has a budget, or the clip."""
 
     pruner_per_frame: bool = True
 

@@ -10,12 +10,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .compat_learnpruner import CACHE, derive_forward, fields_beside_predictions, installed_names, output_with_records
 from .cuts_learnpruner import Cut, Schedule, watching
-from .guards_learnpruner import (
-    OR_NO_PRUNING,
-    refuse_decoder_inputs,
-    refuse_generation,
-    refuse_tensor_parallelism,
-)
+from .guards_learnpruner import OR_NO_PRUNING, refuse_decoder_inputs, refuse_generation, refuse_tensor_parallelism
 from .keys_learnpruner import check_cache
 from .model_learnpruner import check_asked
 from .plan_learnpruner import PruningCall, make_plan
@@ -58,23 +53,21 @@ class PrunedGenerationMixin:
         """The stock forward on fewer vision tokens; at a ratio of 1, or without images, the stock forward itself.
 
         Args:
-            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*):
-                As in the stock class; the label that a dropped row would predict is ignored. In training mode the
-                prompt stays whole, gates weigh its vision tokens in the attention, and the loss adds a budget term.
+            labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): As stock; ignored at a dropped row.
+                In training mode no row drops: gates weigh vision tokens, and the loss adds a budget term.
             pruner_ratio (`float`, *optional*): In place of the configuration's, for this call.
             schedule (`tuple[Cut, ...]` or [`Schedule`], *optional*): Cuts in place of LearnPruner's two, for this call.
-            query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*):
-                Text rows whose attention ranks at the second cut. Defaults to all; with labels, to those before the
-                first supervised one. Where all are supervised none ranks, and the first cut's scores decide.
+            query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that rank at the
+                second cut: all, or those before the first label. Where there are none, the first cut's scores decide.
             budget_share (`float`, *optional*): This call's share of a training step's images, to weigh the budget term.
-            stock: The arguments of the stock class, under their names and in their positions.
+            stock: The arguments of the stock class, by name or position.
 
         Returns the output of the stock class, with the fields of [`Recorded`]. Raises `ValueError` where images and
         placeholders do not match, or where a cut cannot be made (`guards_learnpruner.py` lists the cases).
         """
         check_asked(pruner_ratio, schedule)
-        plan, given = stock.pop(PLAN, None), stock.get(CACHE)
-        prompt = stock["input_ids"] if stock.get("input_ids") is not None else stock["inputs_embeds"]
+        plan, given, ids = stock.pop(PLAN, None), stock.get(CACHE), stock.get("input_ids")
+        prompt = stock["inputs_embeds"] if ids is None else ids
         logits_to_keep = stock.get("logits_to_keep", 0)
         logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         call = PruningCall(query_mask=query_mask, soft=self.training and labels is not None)
@@ -90,7 +83,11 @@ class PrunedGenerationMixin:
             if call.schedule and not call.soft:
                 refuse_tensor_parallelism(self)
         elif call.soft:
-            stock = self._with_gradient(stock)
+            # A zero that depends on the pruner gives a batch of text alone a gradient too, through every layer, as
+            # processes that share the layers (FSDP) expect of each other.
+            embeds = stock.get("inputs_embeds")
+            embeds = self.get_input_embeddings()(prompt) if embeds is None else embeds
+            stock.update(input_ids=None, inputs_embeds=embeds + self._zero().to(embeds))
         outputs = super().forward(**stock, pruning=call, return_dict=True)
         check_cache(outputs.get(CACHE), given, call)
         loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock, budget_share)
@@ -106,8 +103,7 @@ class PrunedGenerationMixin:
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **others)
         if not call.soft:
             return loss
-        if call.plan is None or call.plan.gates is None:
-            # A schedule without a learned cut: the loss must have a gradient all the same.
+        if call.plan is None or call.plan.gates is None:  # no learned cut: there must be a gradient all the same
             return loss + self._zero().to(loss.device)
         budget = budget_loss(call.plan.probabilities, call.plan.shares)
         if others.get("num_items_in_batch") is not None:
@@ -120,14 +116,6 @@ class PrunedGenerationMixin:
             budget.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
         return loss + budget
 
-    def _with_gradient(self, stock: dict) -> dict:
-        """Adds a zero that depends on the pruner to a batch of text alone: it gets a gradient too, through every layer,
-        as processes that share the layers (FSDP) expect of each other."""
-        embeds = stock.get("inputs_embeds")
-        if embeds is None:
-            embeds = self.get_input_embeddings()(stock["input_ids"])
-        return {**stock, "input_ids": None, "inputs_embeds": embeds + self._zero().to(embeds)}
-
     def _zero(self) -> torch.Tensor:
         """Zero, which depends on all of the pruner that is trained."""
         trained = (parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad)
@@ -138,8 +126,8 @@ class PrunedGenerationMixin:
         return super().generate(*args, **installed_names(kwargs))
 
     def read_generate_prompt(self, inputs_tensor: torch.Tensor, model_kwargs: dict, mask_length: int) -> tuple | None:
-        """The cuts of a `generate`, its [`Prompt`], and how many of its columns a cache holds; `None` where the stock
-        steps are enough. The step of `generate` that asks first reads it; `model_kwargs` carry it to the others."""
+        """The cuts of a `generate`, its [`Prompt`], and how many of its columns a cache holds; `None`: the stock steps
+        are enough. `model_kwargs` carry it from the step that asks first to the others."""
         if PROMPT not in model_kwargs:
             ratio, schedule = model_kwargs.get("pruner_ratio"), model_kwargs.get("schedule")
             check_asked(ratio, schedule)
@@ -160,9 +148,8 @@ class PrunedGenerationMixin:
         # `generate` encodes the images here, before it expands the inputs for beams and before the first forward.
         attention_mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE)
         mask_length = generation_config._mask_length if attention_mask is None else attention_mask.shape[1]
-        # As an assistant the stock model is given no images.
-        assists = generation_config.is_assistant
-        read = None if assists else self.read_generate_prompt(inputs_tensor, model_kwargs, mask_length)
+        images_are_given = not generation_config.is_assistant
+        read = self.read_generate_prompt(inputs_tensor, model_kwargs, mask_length) if images_are_given else None
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != PROMPT}
         arguments = (inputs_tensor, model_kwargs, model_input_name, generation_config)
         if read is None:
@@ -171,8 +158,7 @@ class PrunedGenerationMixin:
         refuse_tensor_parallelism(self)
         refuse_generation(generation_config, attention_mask)
         refuse_decoder_inputs(self.model, {"attention_mask": attention_mask, CACHE: cache}, generation_config.use_cache)
-        # Fixed from the prompt: what is generated never ranks the evidence.
-        query_mask = model_kwargs.pop("query_mask", None)
+        query_mask = model_kwargs.pop("query_mask", None)  # of the prompt: what is generated never ranks the evidence
         query_mask = torch.ones_like(prompt.kinds, dtype=torch.bool) if query_mask is None else query_mask[:, start:]
         call = PruningCall(cuts, query_mask)
         images = {name: model_kwargs.get(name) for name in (*self.model.feature_arguments, *self.model.pixel_arguments)}
@@ -192,14 +178,13 @@ class PrunedGenerationMixin:
         return {**inputs, PLAN: plan} if plan is not None and inputs.get("mm_encoder_outputs") else inputs
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
-        # An assistant has its own model, and its own pruner if any.
-        ours = ("pruner_ratio", "schedule", "query_mask", PLAN)
+        ours = ("pruner_ratio", "schedule", "query_mask", PLAN)  # an assistant has its own pruner, if any
         model_kwargs = {name: value for name, value in model_kwargs.items() if name not in ours}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def generate_batch(self, inputs, *args, **kwargs):
-        images = any(self.model.vision_kinds(torch.as_tensor(ids), None).any() for ids in inputs)
-        if self.model.pruner_schedule() and images:
+        prompts = inputs if self.model.pruner_schedule() else ()
+        if any(self.model.vision_kinds(torch.as_tensor(ids), None).any() for ids in prompts):
             raise ValueError(f"Pruning does not support continuous batching: use generate. {OR_NO_PRUNING}")
         return super().generate_batch(inputs, *args, **kwargs)
 

@@ -22,6 +22,7 @@ from .compat_learnpruner import check_transformers
 logger = logging.get_logger(__name__)
 
 PRUNER = "model.pruner."
+RELATIVE = ("./", "../")
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "trust_remote_code")
@@ -32,18 +33,13 @@ HUB_CARDS = f"{__package__}.hub_cards"
 def register_key_conversion(cls: type, stock: str) -> None:
     """Lets a custom class load the keys of a stock one, named by its model type or class. transformers renames a
     checkpoint's keys for its own classes alone, and would leave a subclass's language model newly initialised."""
-    # Remote code may be imported more than once.
     register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
-
-
-def _is_relative(base: str | None) -> bool:
-    return base is not None and base.startswith(("./", "../"))
 
 
 def find_base(path, base: str | None, subfolder: str = "") -> str | None:
     """Where the base is that a checkpoint at `path` names: a Hub id, a folder, or a folder relative to the checkpoint,
     which raises `ValueError` for a checkpoint of the Hub."""
-    if not _is_relative(base):
+    if base is None or not base.startswith(RELATIVE):
         return base
     if not os.path.isdir(path):
         raise ValueError(f"{path} names its base model by the relative path {base!r}, which only a local folder may.")
@@ -52,12 +48,8 @@ def find_base(path, base: str | None, subfolder: str = "") -> str | None:
 
 @dataclass(frozen=True)
 class Base:
-    """The weights that a pruner was put on, as a model was loaded with them.
-
-    Attributes:
-        name, revision: The stock checkpoint that they were loaded from, if it can be named.
-        sample: Up to 64 values of each tensor, on the CPU; `None` for one that is offloaded or sharded.
-    """
+    """The weights that a pruner was put on: the stock checkpoint's `name` and `revision`, if it can be named, and up to
+    64 values of each tensor when it was loaded, on the CPU (`None` for one that is offloaded or sharded)."""
 
     name: str | None = None
     revision: str | None = None
@@ -84,11 +76,8 @@ def trains_base(model: nn.Module) -> bool:
 
 
 class HubMixin:
-    """Loading and saving for classes for conditional generation whose base model holds a `pruner`.
-
-    `base` is what the model was loaded with, `training_record` what trained the pruner, as training.json has it.
-    `config.base_model_name_or_path` is set exactly while the model saves pruner-only.
-    """
+    """Loading and saving. `base` is what the model was loaded with, `training_record` what trained the pruner, as
+    training.json has it. `config.base_model_name_or_path` is set exactly while the model saves pruner-only."""
 
     # save_pretrained copies the code and names it for AutoModelForImageTextToText; `save_pretrained` adds the others.
     _auto_class = "AutoModelForImageTextToText"
@@ -100,12 +89,11 @@ class HubMixin:
         self._follow_base_model_field()
 
     def _follow_base_model_field(self) -> None:
-        pruner_only = self.config.base_model_name_or_path is not None
-        ignored = {name for name in self.state_dict() if not name.startswith(PRUNER)} if pruner_only else set()
+        keys = () if self.config.base_model_name_or_path is None else self.state_dict()
         # What Trainer compares with when it resumes from a pruner-only checkpoint.
-        self._keys_to_ignore_on_save = ignored
+        self._keys_to_ignore_on_save = {key for key in keys if not key.startswith(PRUNER)}
         # The base brings no pruner; `from_pretrained` loads it next.
-        self._keys_to_ignore_on_load_missing = {r"^model\.pruner\."} if pruner_only else set()
+        self._keys_to_ignore_on_load_missing = {r"^model\.pruner\."} if keys else set()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
@@ -113,42 +101,38 @@ class HubMixin:
         id or a folder. `config` is read from the checkpoint where it is not given; `kwargs` are the stock method's, and
         pruner fields such as `pruner_ratio=0.1`.
 
-        Raises:
-            `OSError`: where the base model that a pruner-only checkpoint names cannot be found.
-            `RuntimeError`: where any weight but a new pruner's is missing or of another shape.
-            `ValueError`: where the checkpoint is of another family.
+        Raises `OSError` where a pruner-only checkpoint's base cannot be found, `RuntimeError` where any weight but a
+        new pruner's is missing or of another shape, `ValueError` where the checkpoint is of another family.
         """
         check_transformers()
         path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
-        kwargs["ignore_mismatched_sizes"] = True  # not ignored: the error below names them
+        kwargs["ignore_mismatched_sizes"] = True  # not ignored: `_check_loaded` names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        stored = PreTrainedConfig.get_config_dict(path, **place)[0]
-        model_type = stored.get("model_type")
-        stock_type, own_type = cls.config_class.base_model_type, cls.config_class.model_type
+        stored, config_class = PreTrainedConfig.get_config_dict(path, **place)[0], cls.config_class
+        found, types = stored.get("model_type"), (config_class.base_model_type, config_class.model_type)
         # Given for this call, a folder is relative to where the caller stands.
         given = kwargs.get("base_model_name_or_path") if config is None else None
         if given not in (None, stored.get("base_model_name_or_path")):
             kwargs.setdefault("base_model_revision", None)  # the stored one is of another base
         if config is None:
-            if model_type not in (stock_type, own_type):
+            if found not in types:
                 raise ValueError(
-                    f"{cls.__name__} loads checkpoints of type {stock_type} or {own_type}, and {path} is of type "
-                    f"{model_type!r}. LearnPrunerForConditionalGeneration picks the class."
+                    f"{cls.__name__} loads checkpoints of type {' or '.join(types)}, and {path} is of type {found!r}. "
+                    "LearnPrunerForConditionalGeneration picks the class."
                 )
             # "auto" is for the model to resolve; the configuration would take it as it is.
-            names = {field.name for field in fields(cls.config_class)} - {"dtype"}
+            names = {one.name for one in fields(config_class)} - {"dtype"}
             overrides = {name: kwargs.pop(name) for name in names & set(kwargs)}
-            config = cls.config_class.from_pretrained(path, **place, **overrides)
-        elif config.model_type == stock_type:
-            config = cls.config_class.from_base_config(config)
+            config = config_class.from_pretrained(path, **place, **overrides)
+        elif config.model_type == types[0]:
+            config = config_class.from_base_config(config)
         base = given or find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
-        config.base_model_name_or_path, stock = base, base is None and model_type == stock_type
-        if base is not None:
-            model, info = cls._from_base(path, config, place, model_args, kwargs)
-        else:
+        config.base_model_name_or_path, stock = base, base is None and found == types[0]
+        if base is None:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-            cls._prepare_pruner(model)
-            cls._require_all_weights(path, info, stock)
+            model._check_loaded(path, info, stock)
+        else:
+            model, info = cls._from_base(path, config, place, model_args, kwargs)
         model.base = Base.of(model, *(cls._name_base(path, place) if stock else ()))
         return (model, info) if with_info else model
 
@@ -165,17 +149,15 @@ class HubMixin:
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         except OSError as error:
             raise OSError(
-                f"{path} holds a pruner alone, and its base model {base!r}"
-                f"{f' at revision {revision}' if revision else ''} cannot be loaded ({error}). Download the base, or "
-                "point to a copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
+                f"{path} holds a pruner alone. Its base {base!r} (revision: {revision}) cannot be loaded: {error}. "
+                "Download it, or point to a copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
             ) from error
-        cls._require_all_weights(base, info)
+        model._check_loaded(base, info)
         weights = load_file(weights_file)
         expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(PRUNER)}
         found = {name: value.shape for name, value in weights.items()}
         if found != expected:
             raise RuntimeError(f"The pruner in {path} does not fit its base model: expected {expected}, found {found}.")
-        cls._prepare_pruner(model)
         model.load_state_dict(weights, strict=False)
         model.name_or_path = str(path)  # not the base's
         model._freeze_base()
@@ -184,50 +166,41 @@ class HubMixin:
     @staticmethod
     def _name_base(path, place: dict) -> tuple[str | None, str | None]:
         """What a pruner-only checkpoint will name: a folder, found from anywhere, or a Hub id at its revision."""
-        subfolder = place.get("subfolder", "")
         if os.path.isdir(path):
-            return os.path.abspath(os.path.join(path, subfolder)), None
-        if subfolder:
+            return os.path.abspath(os.path.join(path, place.get("subfolder", ""))), None
+        if place.get("subfolder"):
             return None, None
         return str(path), extract_commit_hash(cached_file(path, CONFIG_NAME, **place), None)
 
-    @staticmethod
-    def _prepare_pruner(model) -> None:
-        pruner = model.model.pruner
+    def _check_loaded(self, path, info: dict, new_pruner: bool = False) -> None:
+        pruner = self.model.pruner
         if any(parameter.is_meta for parameter in pruner.parameters()):
             raise ValueError("The device map offloads the pruner: give 'model.pruner' a device of its own there.")
         if type(pruner.hidden) is not nn.Linear:
             raise ValueError(
-                "The quantization_config covers the pruner, which must rank exactly: leave it out with "
-                "llm_int8_skip_modules=['model.pruner', 'lm_head'], best with encoder and projector too "
-                "('model.vision_tower', 'model.multi_modal_projector'; Qwen: 'model.visual')."
+                "The quantization_config covers the pruner, which must rank exactly: give llm_int8_skip_modules="
+                "['model.pruner', 'lm_head', 'model.vision_tower', 'model.multi_modal_projector'], Qwen: 'model.visual'"
             )
         # transformers keeps a loaded pruner in float32, but initialises a missing one in the model's precision.
         pruner.float()
-
-    @staticmethod
-    def _require_all_weights(path, info: dict, fresh_pruner: bool = False) -> None:
-        missing = sorted(name for name in info["missing_keys"] if not (fresh_pruner and name.startswith(PRUNER)))
-        mismatched = sorted(str(key) for key in info["mismatched_keys"])
+        missing = sorted(name for name in info["missing_keys"] if not (new_pruner and name.startswith(PRUNER)))
+        mismatched = sorted(map(str, info["mismatched_keys"]))
         if missing or mismatched:
             raise RuntimeError(
-                f"{path} is incomplete, or of another model: {len(missing)} weights are missing and would be random "
-                f"({missing[:8]}), {len(mismatched)} are of another shape ({mismatched[:8]})."
+                f"{path} lacks weights, which would be random: {len(missing)} are missing ({missing[:8]}), "
+                f"{len(mismatched)} of another shape ({mismatched[:8]}). It is incomplete, or of another model."
             )
 
     def train_pruner_only(self) -> "HubMixin":
-        """Freezes all but the pruner. From now on `save_pretrained` writes a pruner-only checkpoint that names the
-        base these weights were loaded from; where there is none, checkpoints stay full. Returns the model itself, in
-        training mode."""
+        """Freezes all but the pruner, and returns the model in training mode. `save_pretrained` now names the base that
+        was loaded, and leaves its weights out; where there is none, checkpoints stay full."""
         self._freeze_base()
         if self.base.name is not None and not self.base.changed(self):
-            self.config.base_model_name_or_path = self.base.name
-            self.config.base_model_revision = self.base.revision
+            self.config.base_model_name_or_path, self.config.base_model_revision = self.base.name, self.base.revision
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
             logger.warning(
-                "The model was not loaded from a stock checkpoint, or no longer has its weights: checkpoints will hold "
-                "all weights."
+                "Checkpoints will hold all weights: the model has no stock base, or no longer has its weights."
             )
         return self.train()
 
@@ -241,13 +214,11 @@ class HubMixin:
         return base
 
     def train(self, mode: bool = True) -> "HubMixin":
-        """As stock; a frozen base drops nothing out. Its layers stay in training mode themselves, without which
-        gradient checkpointing would be passed over."""
+        """As stock; a frozen base drops nothing out. Its layers stay in training mode, for gradient checkpointing."""
         super().train(mode)
-        if mode and not trains_base(self):
-            layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
-            for part in (part for layer in layers for part in layer.children()):
-                part.eval()
+        layers = self.modules() if mode and not trains_base(self) else ()
+        for layer in (layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)):
+            nn.ModuleList(layer.children()).eval()
         return self
 
     def _freeze_base(self) -> None:
@@ -260,7 +231,7 @@ class HubMixin:
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
 
     def push_to_hub(self, repo_id: str, **options):
-        """Pushes the model with its processor and card, and returns the commit. The options are those of
+        """Pushes the model with its processor and card, and returns the commit; `options` as in
         `learnpruner.hub_cards.push_pruner`. Code that came with a checkpoint pushes as transformers does."""
         if not find_spec(HUB_CARDS):
             return super().push_to_hub(repo_id, **options)
@@ -269,15 +240,10 @@ class HubMixin:
     def save_pretrained(self, save_directory, *args, pruner_only: bool | None = None, **kwargs):
         """Saves weights, configuration and code; the folder opens with `trust_remote_code=True`.
 
-        Args:
-            pruner_only (`bool`, *optional*): The pruner's weights alone, with the base named in the configuration.
-                Defaults to `True` after `train_pruner_only` or for a model that was loaded so, as long as only the
-                pruner is trainable and the base unchanged, else `False`: a full checkpoint, which needs no base.
-
-        Raises:
-            `ValueError`: where a pruner-only checkpoint has no base to name, would lose changes of it, or replace it,
-                and with `push_to_hub`, unless the code came with a checkpoint.
-        """
+        `pruner_only` (`bool`, *optional*) saves the pruner alone, and names the base in the configuration. Default:
+        `True` after `train_pruner_only`, or where the model was loaded so, while only the pruner is trainable and the
+        base unchanged; else `False`, all weights. Raises `ValueError` where a pruner-only checkpoint has no base to
+        name, would lose changes of it or replace it, and with `push_to_hub` in the installed package."""
         if (kwargs.get("push_to_hub") or any(args[2:3])) and find_spec(HUB_CARDS):
             raise ValueError("Use model.push_to_hub(repo_id): save_pretrained would push no card, and check nothing.")
         base = self.config.base_model_name_or_path
@@ -291,17 +257,17 @@ class HubMixin:
             if base is not None and not pruner_only:
                 why = "The base was changed" if changed else "More than the pruner is trainable"
                 logger.warning(f"{why}: saving all weights, not the pruner alone.")
-        beside = os.path.join(save_directory, base) if _is_relative(base) else base
-        if pruner_only and os.path.realpath(save_directory) == os.path.realpath(beside):
-            raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
-        self.config.auto_map = {
-            "AutoConfig": f"configuration_learnpruner.{self.config_class.__name__}",
-            "AutoModel": f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}",
-        }
-        config, self.config = self.config, copy(self.config)
         if pruner_only:
+            base = os.path.join(save_directory, base) if base.startswith(RELATIVE) else base
+            if os.path.realpath(save_directory) == os.path.realpath(base):
+                raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
             # One file: `from_pretrained` reads no index, and Trainer resumes from none.
             kwargs.pop("max_shard_size", None)
+        code = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
+        configuration = f"configuration_learnpruner.{self.config_class.__name__}"
+        self.config.auto_map = {"AutoConfig": configuration, "AutoModel": code}
+        config, self.config = self.config, copy(self.config)
+        if pruner_only:
             # How the base was quantised here is no part of the pruner: it opens on any copy of the base.
             vars(self.config).pop("quantization_config", None)
         else:

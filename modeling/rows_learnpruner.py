@@ -20,9 +20,8 @@ from .cuts_learnpruner import Cut, DecoderState, watching
 from .guards_learnpruner import refuse_gating, refuse_prepared_mask
 from .keys_learnpruner import LOST_CACHE, PrunedCache, PrunedCacheLayer, is_pruned
 from .plan_learnpruner import PruningCall
-from .probe_learnpruner import RUN, Note, install_probe
 from .prompt_learnpruner import send
-from .scores_learnpruner import gated_causal_mask
+from .scores_learnpruner import RUN, Note, gated_causal_mask, install_probe
 
 
 class PhysicalRows:
