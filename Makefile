@@ -20,7 +20,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-newest test-newest-core test-matrix newest lock raise quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -103,6 +103,19 @@ methods: .venv/installed
 
 test: .venv/installed
 	.venv/bin/python -m pytest $(WORKERS)
+
+# Proofs that take minutes.
+test-slow: .venv/installed
+	.venv/bin/python -m pytest $(WORKERS) -m slow
+
+# All tests on another release of transformers, with the list of skipped ones: make test-at VERSION=5.23.0
+test-at: requirements/lock.txt
+	$(PYTHON) -m venv --clear .venv-at
+	.venv-at/bin/pip install -q $(TORCH_ARGS) -c requirements/torch.txt $(TORCH)
+	.venv-at/bin/pip install -q --no-deps -r requirements/lock.txt
+	.venv-at/bin/pip install -q --no-deps "transformers==$(VERSION)"
+	.venv-at/bin/pip install -q --no-deps --no-build-isolation -e .
+	.venv-at/bin/python -m pytest $(WORKERS) -rs
 
 test-floor: .venv-floor/installed
 	.venv-floor/bin/python -m pytest $(WORKERS) -m core

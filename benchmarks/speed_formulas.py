@@ -14,8 +14,8 @@ rows, as torch.utils.flop_counter counts it. Norms, activations, rotary embeddin
                                 `fullatt_block_indexes` over the image (Qwen2-VL: two d x intermediate, all layers over
                                 the image)
     pruner                      linear: d x h, h x 2 for each token; similarity of all tokens to those chosen by score,
-                                and to each that diversity adds; queries of the text rows, and their products with the
-                                keys of the layer before the second cut
+                                and to each that diversity adds; products of the text rows' queries with the keys of
+                                the layer before the second cut
 """
 
 from itertools import pairwise
@@ -129,7 +129,6 @@ def pruner_flops(config: PreTrainedConfig, schedule: tuple[Cut, ...], width: int
             total += tokens * 2 * width * counts[0] if by_diversity else 0
         else:
             queries = text if cut.score.query == "all" else 1
-            total += queries * 2 * config.text_config.hidden_size * heads * head_dim
             total += 2 * heads * head_dim * queries * (rows + text)
     return batch * total
 

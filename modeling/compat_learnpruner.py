@@ -52,7 +52,7 @@ def check_transformers() -> None:
     if installed < OLDEST:
         wanted = f"transformers>={oldest}"
         raise ImportError(f"learnpruner needs {wanted} and found {transformers.__version__}: pip install -U '{wanted}'")
-    missing = [name for name in GENERATE_STEPS if not hasattr(GenerationMixin, name)] + ([] if CACHE else ["cache"])
+    missing = [name for name in GENERATE_STEPS if not hasattr(GenerationMixin, name)]
     if missing:
         raise ImportError(
             f"transformers {transformers.__version__} has no {', '.join(missing)}, which learnpruner builds on: run "
@@ -89,8 +89,8 @@ def derive_forward(cls: type, mixin: type) -> None:
     parameters = signature(stock).parameters
     if CACHE not in parameters:
         raise TypeError(
-            f"{stock.__qualname__} takes no {CACHE}: transformers {transformers.__version__} may have renamed the KV "
-            "cache. Run `pip install -U learnpruner`."
+            f"{stock.__qualname__} takes none of {CACHE_NAMES}: transformers may have renamed the KV cache. Run "
+            "`pip install -U learnpruner`."
         )
     *named, rest = parameters.values()
     keywords = (each for each in signature(own).parameters.values() if each.kind is Parameter.KEYWORD_ONLY)
@@ -161,4 +161,7 @@ def fields_beside_predictions(cls: type) -> list[str]:
 def eager_attention(attention: nn.Module) -> Callable:
     """The eager attention function of an attention module, which stands beside its class, 5.20 to 5.24."""
     files = (sys.modules[kind.__module__] for kind in type(attention).__mro__)
-    return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
+    found = [file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")]
+    if not found:
+        raise RuntimeError(f"{type(attention).__name__} has no eager attention: pass attn_implementation='sdpa'.")
+    return found[0]

@@ -4,6 +4,7 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -146,14 +147,14 @@ def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -
     depth, layer, stage_ratio = config.text_config.num_hidden_layers, config.pruner_layer, config.pruner_stage_ratio
     check_pruner_field("pruner_layer", layer, depth)
 
-    def counts(num_tokens: int) -> tuple[int, int]:
-        floor = min(num_tokens, config.pruner_min_tokens)
-        first, second = keep_counts(num_tokens, ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
-        return max(first, floor), max(second, floor)
+    counts = partial(keep_counts, ratio=ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
+    first, second = (partial(_keep, counts, step, config.pruner_min_tokens) for step in (0, 1))
+    cuts = Cut(0, first, LearnedScore(config.pruner_diversity)), Cut(layer, second, TextAttention(config.pruner_query))
+    return cuts if layer < depth else cuts[:1]
 
-    first = Cut(0, lambda tokens: counts(tokens)[0], LearnedScore(config.pruner_diversity))
-    second = Cut(layer, lambda tokens: counts(tokens)[1], TextAttention(config.pruner_query))
-    return (first, second) if layer < depth else (first,)
+
+def _keep(counts: Callable[[int], tuple[int, int]], step: int, floor: int, num_tokens: int) -> int:
+    return max(counts(num_tokens)[step], min(num_tokens, floor))
 
 
 def check_schedule(schedule: tuple[Cut, ...], num_layers: int) -> tuple[Cut, ...]:

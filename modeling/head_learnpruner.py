@@ -67,7 +67,7 @@ class PrunedGenerationMixin:
         """
         check_asked(pruner_ratio, schedule)
         plan, given, ids = stock.pop(PLAN, None), stock.get(CACHE), stock.get("input_ids")
-        prompt = stock["inputs_embeds"] if ids is None else ids
+        prompt = stock.get("inputs_embeds") if ids is None else ids
         logits_to_keep = stock.get("logits_to_keep", 0)
         logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         call = PruningCall(query_mask=query_mask, soft=self.training and labels is not None)

@@ -97,18 +97,15 @@ class PrunedCacheLayer(DynamicLayer):
 
 
 class PrunedCache(DynamicCache):
-    """A [`DynamicCache`] of [`PrunedCacheLayer`]s: what a pruned prompt returns in place of one."""
-
-    def __init__(self, layers: list[PrunedCacheLayer]):
-        Cache.__init__(self, layers=layers)
+    """A [`DynamicCache`] of [`PrunedCacheLayer`]s: what becomes of one in a pruned prompt."""
 
     @classmethod
     def adopt(cls, cache: DynamicCache, num_layers: int) -> "PrunedCache":
-        """Makes the caller's cache able to hold pruned layers, in place: both objects share one list of layers."""
+        """Makes a cache able to hold pruned layers, in place: it stays the object that the caller has."""
         if not isinstance(cache, cls):
             cache.layers[:] = [PrunedCacheLayer.from_dynamic(layer) for layer in cache.layers]
             cache.layers += [PrunedCacheLayer() for _ in range(num_layers - len(cache.layers))]
-            cache = cls(cache.layers)
+            cache.__class__ = cls
         return cache
 
     @property
@@ -126,7 +123,7 @@ class PrunedCache(DynamicCache):
 
 
 def is_pruned(cache: Cache | None) -> bool:
-    return cache is not None and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers[:1])  # all, or none
+    return isinstance(cache, Cache) and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers[:1])
 
 
 LOST_CACHE = (
@@ -137,7 +134,9 @@ LOST_CACHE = (
 
 def check_cache(cache: Cache | None, given: Cache | None, call: PruningCall) -> None:
     """Raises `RuntimeError` unless, behind a pruned prompt and each step on its cache, the cache that came back is the
-    one that was given. That each layer grew by its rows, the hooks see."""
-    kept = cache is not None and given is not None and cache.layers is given.layers
-    if given is not None and not kept and (call.decisions or (cache is not None and is_pruned(given))):
+    one that was given, or that the stock model made. That each layer grew by its rows, the hooks see."""
+    expected = {
+        id(each.layers) for each in (given, call.cache) if each is not None and (call.decisions or is_pruned(given))
+    }
+    if expected and (cache is not None or call.decisions) and expected != {id(getattr(cache, "layers", None))}:
         raise RuntimeError(LOST_CACHE)

@@ -197,7 +197,12 @@ class PrunedModelMixin:
                     "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
                     "(model.train_pruner_only()) or load a trained checkpoint."
                 )
-        return super().forward(**stock, return_dict=True)
+        outputs = super().forward(**stock, return_dict=True)
+        if call.acts and not call.taken:
+            raise RuntimeError(
+                "The text model has no hooks, so nothing was cut: call install_hooks (rows_learnpruner) on it."
+            )
+        return outputs
 
 
 def check_asked(ratio: float | None, schedule: tuple[Cut, ...] | Schedule | None) -> None:

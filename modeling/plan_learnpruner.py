@@ -126,6 +126,7 @@ class PruningCall:
     def __init__(self, schedule: tuple[Cut, ...] = (), query_mask: torch.Tensor | None = None, soft: bool = False):
         self.schedule, self.query_mask, self.soft = schedule, query_mask, soft
         self.plan: Plan | None = None  # once the prompt was read and its images encoded
+        self.taken, self.cache = False, None  # by the text model's hooks, and the cache that they fill
         self.decisions: list[tuple[torch.Tensor, torch.Tensor]] = []  # kept mask and scores of each cut made
 
     @property

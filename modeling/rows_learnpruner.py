@@ -13,6 +13,7 @@ from inspect import signature
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
 from .compat_learnpruner import CACHE, DEEPSTACK_FEATURES, DEEPSTACK_WHERE, installed_names
@@ -69,14 +70,14 @@ class Run:
 
     Args:
         call: The prompt's; `None` for a step on a cache that was pruned before.
-        cache: The caller's; else the one that the stock model makes, from the first layer on.
         attention_mask (`torch.Tensor` of shape `(batch, past + sequence)`, bool, *optional*): The caller's.
         sequence: Rows of the call before any cut.
         added (each `(batch, sequence, hidden)`): What the stock loop adds behind its first layers (DeepStack).
     """
 
-    def __init__(self, decoder: nn.Module, call: PruningCall | None, cache, attention_mask, sequence: int, added: list):
-        self.decoder, self.call, self.cache = decoder, call, cache
+    def __init__(self, decoder: nn.Module, call: PruningCall | None, attention_mask, sequence: int, added: list):
+        self.decoder, self.call, self.cache = decoder, call, None
+        self.checkpointed = decoder.gradient_checkpointing and decoder.training and torch.is_grad_enabled()
         self.attention_mask, self.sequence, self.added = attention_mask, sequence, added
         self.cuts: dict[int, Cut] = {} if call is None else {cut.layer: cut for cut in call.schedule}
         # What was decided in front of each layer, which a second pass of it (recomputation under checkpointing)
@@ -96,8 +97,14 @@ class Run:
             valid = self.attention_mask[:, -length:].to(hidden_states.device)
         self.rows = PhysicalRows(batch, length, hidden_states.device, valid)
         self.position_embeddings = arguments["position_embeddings"]
-        if self.call is not None and self.cache is None and arguments.get(CACHE) is not None:
-            self.cache = PrunedCache.adopt(arguments[CACHE], self.decoder.config.num_hidden_layers)
+        if self.cache is None:
+            self.adopt(arguments.get(CACHE))
+
+    def adopt(self, cache: Cache | None) -> None:
+        """Takes the caller's cache, or the one that the stock model made. Layers under checkpointing fill none."""
+        if cache is not None and self.call is not None and not self.checkpointed:
+            cache = self.call.cache = PrunedCache.adopt(cache, self.decoder.config.num_hidden_layers)
+        self.cache = None if self.checkpointed else cache
 
     def cut(self, number: int, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Makes the cut in front of a layer, if one falls there. Returns where the rows that stay were."""
@@ -137,8 +144,11 @@ class Run:
                 held.kept_mask, held.vision_scores = (record[:, :prompt] for record in decisions[-1])
         if stale:
             self.mask = self._mask(number, hidden_states)
-        self.hidden_states, self.note = hidden_states, Note(wanted=number + 1 in self.cuts)
-        self.watch = watching(self.cuts.values(), number, partial(self._state, number, hidden_states, hidden_states))
+        if self.cuts:
+            self.hidden_states, self.note = hidden_states, Note(wanted=number + 1 in self.cuts)
+            self.watch = watching(
+                self.cuts.values(), number, partial(self._state, number, hidden_states, hidden_states)
+            )
         # Packed sequences were refused, so the layers need positions for nothing but the rotary embeddings; the gaps
         # left by a cut would even look like packing to flash attention.
         return {"attention_mask": self.mask, "position_embeddings": self.position_embeddings, "position_ids": None}
@@ -219,22 +229,24 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
             hooks = [hook for module in layer.modules() for hook in module._forward_pre_hooks.values()]
             if not any(isinstance(hook, partial) and hook.func is enter_layer for hook in hooks):
                 raise RuntimeError(_unhooked(number))
-    arguments = dict(zip(signature(decoder.forward).parameters, args)) | arguments
+    if args:
+        arguments = dict(zip(signature(decoder.forward).parameters, args)) | arguments
     cache, mask, inputs_embeds = (arguments.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
     refuse_prepared_mask(mask)
+    if call is not None:
+        call.taken = True
     if call is not None and call.soft:
         refuse_gating(decoder.config)
         gates = call.plan.gates.to(inputs_embeds.device)
         return (), {**arguments, "attention_mask": gated_causal_mask(gates, mask, inputs_embeds.dtype)}
     if inputs_embeds is None:
         inputs_embeds = decoder.get_input_embeddings()(arguments.pop("input_ids"))
-    if cache is not None and call is not None:
-        cache = PrunedCache.adopt(cache, decoder.config.num_hidden_layers)
     where, features = (arguments.pop(name, None) for name in (DEEPSTACK_WHERE, DEEPSTACK_FEATURES))
     nothing = torch.zeros_like(inputs_embeds) if features else None
     added = [nothing.masked_scatter(where.unsqueeze(-1), feature.to(nothing)) for feature in features or ()]
     mask = None if mask is None else mask.bool()
-    run = Run(decoder, call, cache, mask, inputs_embeds.shape[1], added)
+    run = Run(decoder, call, mask, inputs_embeds.shape[1], added)
+    run.adopt(cache)
     # The stock model hands prepared masks on as they are, and makes none: each layer's comes from its hook.
     prepared = inputs_embeds.new_zeros(1, 1, 1, 1)
     own = {"inputs_embeds": inputs_embeds, CACHE: cache, "attention_mask": prepared, "return_dict": True, RUN: run}
@@ -251,8 +263,8 @@ def leave(decoder: nn.Module, args: tuple, arguments: dict, outputs) -> None:
         return
     if len(run.steps) != decoder.config.num_hidden_layers or (run.call and len(run.call.decisions) != len(run.cuts)):
         raise RuntimeError(_unhooked(len(run.steps)))
-    if run.cache is not arguments[CACHE]:  # the stock model made it
-        outputs[CACHE] = run.cache
+    if run.call and run.cache is None and outputs.get(CACHE) is not None and not run.checkpointed:
+        raise RuntimeError(LOST_CACHE)
     if run.call is not None:
         outputs.last_hidden_state = run.rows.to_logical(outputs.last_hidden_state, run.sequence, 0)
 
@@ -264,7 +276,7 @@ def enter_layer(number: int, layer: nn.Module, args: tuple, arguments: dict) -> 
         return None
     if number > len(run.steps):
         raise RuntimeError(_unhooked(len(run.steps)))
-    hidden_states, *rest = args
+    hidden_states, *rest = args or (arguments.pop("hidden_states"),)
     first = number == len(run.steps)  # else again, in the backward pass: nothing is decided twice
     with torch.no_grad():
         if number == 0 and first:

@@ -4,7 +4,7 @@
 import argparse
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -53,6 +53,13 @@ class PrunerDataArguments:
     trust_remote_code: bool = False
 
 
+def installed_setting(name: str) -> str:
+    """A setting under the name that the installed transformers gives it: 5.24 renamed `gradient_checkpointing`."""
+    new = name.replace("gradient_checkpointing", "activation_checkpointing")
+    names = {each.name for each in fields(PrunerTrainingArguments)}
+    return new if "activation_checkpointing" in names else new.replace("activation_", "gradient_")
+
+
 def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments, PrunerTrainingArguments]:
     """Reads a YAML file of the fields of both classes, and flags (`--learning_rate 1e-3`), which win.
 
@@ -67,6 +74,7 @@ def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments
         raise ValueError(f"{config} is not a list of settings, one `name: value` a line.")
     arguments = []
     for name, value in settings.items():
+        name = installed_setting(name)
         if isinstance(value, dict):
             arguments += [f"--{name}", json.dumps(value)]
         elif value is not None:
@@ -74,7 +82,7 @@ def parse_arguments(config: Path, flags: list[str]) -> tuple[PrunerDataArguments
     parser = HfArgumentParser((PrunerDataArguments, PrunerTrainingArguments), allow_abbrev=False, exit_on_error=False)
     try:
         data, training, unknown = parser.parse_args_into_dataclasses(
-            [*arguments, *flags], look_for_args_file=False, return_remaining_strings=True
+            [*arguments, *map(installed_setting, flags)], look_for_args_file=False, return_remaining_strings=True
         )
     except argparse.ArgumentError as error:
         raise ValueError(f"{config}: {error}") from error

@@ -317,6 +317,24 @@ def test_a_mask_longer_than_the_rows_without_a_cache(family, kind):
 
 
 @TWO
+def test_a_cache_that_layers_never_see(family, monkeypatch):
+    """The stock model makes the cache, and hands it to its layers under another name."""
+    _, model = tiny_pair(family)
+    kind = type(model.model.language_model.layers[0])
+    call = kind.__call__
+
+    def renamed(self, *args, **kwargs):
+        kwargs["kv"] = kwargs.pop(CACHE)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(kind, "__call__", renamed)
+    inputs = build_inputs(family, samples_of("one", family))
+    for each in (model, model.model):
+        with pytest.raises(RuntimeError, match="cache"):
+            each(**inputs)
+
+
+@TWO
 def test_a_swapped_cache(family, monkeypatch):
     """Between head and text model, another cache of the same size."""
     stock, model = tiny_pair(family)

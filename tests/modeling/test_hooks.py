@@ -1,6 +1,7 @@
 """The hooks of the text model: recomputed layers, threads, replaced layers, copies, and what stock tools see."""
 
 import copy
+import inspect
 import pickle
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
+from transformers import DynamicCache
 
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.rows_learnpruner import install_hooks
@@ -368,3 +370,78 @@ def test_classes_inside_are_stock(family):
         whole = [name for name, kind in kinds.items() if kind.__name__ in model._no_split_modules]
         assert len(whole) >= LAYERS
         assert not [place for place in places for name in whole if place.startswith(f"{name}.")]
+
+
+# --- What would cut nothing, or lose the cache, without a word
+
+
+@pytest.mark.parametrize("how", ["set_decoder", "attribute", "hooks cleared"])
+def test_a_text_model_without_hooks_is_named(how):
+    stock, model = tiny_pair("llava")
+    inputs = build_inputs("llava", samples_of("one", "llava"))
+    if how == "set_decoder":
+        model.set_decoder(stock.model.language_model)
+    elif how == "attribute":
+        model.model.language_model = stock.model.language_model
+    else:
+        model.model.language_model._forward_pre_hooks.clear()
+    for call in (model, lambda **given: model.generate(**given, **NEW)):
+        with pytest.raises(RuntimeError, match="install_hooks"):
+            call(**inputs)
+    # Unpruned, it is the stock model.
+    assert torch.equal(model(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
+
+
+@TWO
+def test_the_text_model_takes_arguments_by_position(family):
+    stock, model = tiny_pair(family)
+    ids = torch.tensor([[1, 7, 8, 9]])
+    texts = stock.model.language_model, model.model.language_model
+    one, other = (text(ids).last_hidden_state for text in texts)
+    assert torch.equal(one, other)
+    cache = model(**build_inputs(family, samples_of("one", family)))[CACHE]
+    names = list(inspect.signature(texts[1].forward).parameters)
+    copies = [copy.deepcopy(cache) for _ in range(2)]
+    by_place = [ids, None, None, copies[0]]
+    assert names[:4] == ["input_ids", "attention_mask", "position_ids", CACHE]
+    by_name = texts[1](input_ids=ids, **{CACHE: copies[1]}).last_hidden_state
+    assert torch.equal(texts[1](*by_place).last_hidden_state, by_name)
+
+
+def test_a_call_without_a_prompt_fails_as_stock_does():
+    stock, model = tiny_pair("llava")
+    errors = []
+    for each in (stock, model):
+        with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds") as error:
+            each()
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+@TWO
+def test_the_cache_of_the_caller_stays_the_object_that_it_is(family):
+    _, model = tiny_pair(family)
+    inputs, cache = build_inputs(family, samples_of("one", family)), DynamicCache()
+    outputs = model(**inputs, **{CACHE: cache})
+    assert outputs[CACHE] is cache
+    assert all(torch.equal(*pair) for pair in zip(cache.kept_mask, outputs.kept_mask, strict=True))
+
+
+@TWO
+def test_a_cache_under_gradient_checkpointing_is_ignored_as_in_stock(family):
+    model = trained_without_pruner(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    expected = gradients(model, inputs, use_cache=False)
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
+    cache = DynamicCache()
+    assert_same_training(expected, gradients(model, inputs, **{CACHE: cache}))
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_schedules_pickle(family):
+    _, model = tiny_pair(family)
+    schedule = pickle.loads(pickle.dumps(model.model.pruner_schedule()))
+    inputs = build_inputs(family, samples_of("mixed", family))
+    assert torch.equal(model(**inputs, schedule=schedule).logits, model(**inputs).logits)

@@ -69,7 +69,8 @@ def test_the_bundle_can_be_read_in_one_sitting(families):
     files = set().union(*(shipped(family) for family in families))
     lines = {path.name: len(path.read_text().splitlines()) for path in SHIPPABLE if path.stem in files}
     assert max(lines.values()) <= 400, lines
-    assert sum(lines.values()) <= 2500, lines
+    # Two families of a kind; a checkpoint ships one.
+    assert sum(lines.values()) <= 2600, lines
 
 
 @pytest.mark.parametrize("path", SHIPPABLE, ids=lambda path: path.name)

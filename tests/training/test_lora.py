@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
+from learnpruner.training.command import installed_setting
 
 from tiny_models import labelled, tiny_pair
 
@@ -40,7 +41,13 @@ def trainer_for(base, folder, lora=LORA, family="llava", **settings):
 
 @pytest.mark.parametrize(("family", "objective"), [("llava", "default"), ("llava", "paper"), ("qwen2_vl", "default")])
 def test_adapters_and_pruner_learn_together(family, objective, base, tmp_path):
-    trainer = trainer_for(base, tmp_path / "run", family=family, objective=objective, gradient_checkpointing=True)
+    trainer = trainer_for(
+        base,
+        tmp_path / "run",
+        family=family,
+        objective=objective,
+        **{installed_setting("gradient_checkpointing"): True},
+    )
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     trainer.train()
     changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}

@@ -86,7 +86,10 @@ def test_plain_trainer(family, base, tmp_path):
     # Evaluation cuts for real, and its logits have the labels' length.
     prediction = trainer.predict(trainer.eval_dataset)
     assert prediction.predictions.shape[:2] == prediction.label_ids.shape
-    assert not prediction.predictions[:, 5].any() or not prediction.predictions[:, 6].any()
+    # Rows of dropped tokens are zeros, in each sample, and no text row is.
+    zeros = ~prediction.predictions.any(-1)
+    assert zeros.any(1).all()
+    assert not zeros.all(1).any()
 
     checkpoint = tmp_path / "run" / "checkpoint-12"
     loaded = LearnPrunerForConditionalGeneration.from_pretrained(checkpoint)
@@ -122,15 +125,14 @@ def test_best_model_at_end(family, base, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(best.parameters(), model.parameters()))
 
 
-# Since 5.23 it is called activation_checkpointing_enable, which the oldest supported release does not have.
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_forward(family, checkpointing, base):
     """Full length, nothing cut, cross-entropy plus the budget term; gradients in the pruner alone."""
     model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.3).train_pruner_only()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        name = "activation_checkpointing_enable"  # up to 5.22 the other
+        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
     batch = labelled(family, [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]])
     seen, read = [], []
     model.model.pruner.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))

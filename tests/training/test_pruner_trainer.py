@@ -11,6 +11,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
+from learnpruner.training.command import installed_setting
 
 from tiny_models import FAMILIES, LAYERS, QWEN, labelled, row_alone, tiny_pair
 
@@ -343,10 +344,11 @@ def test_a_frozen_base_drops_nothing_out_and_checkpoints_its_layers(base, tmp_pa
     config = json.loads((base / "config.json").read_text())
     config["text_config"]["attention_dropout"] = config["vision_config"]["attention_dropout"] = 0.5
     (base / "config.json").write_text(json.dumps(config))
-    trainer = trainer_for(base, tmp_path / "run", gradient_checkpointing=True)
+    trainer = trainer_for(base, tmp_path / "run", **{installed_setting("gradient_checkpointing"): True})
     batch = labelled("llava", [[2, (32, 32), 8]])
     trainer.state.max_steps = 10
-    trainer.model.gradient_checkpointing_enable()
+    name = "activation_checkpointing_enable"  # up to 5.22 the other
+    getattr(trainer.model, name if hasattr(trainer.model, name) else "gradient_checkpointing_enable")()
     losses = [trainer.compute_loss(trainer.model.train(), batch).item() for _ in range(2)]
     assert losses[0] == losses[1]
     calls = []
@@ -363,7 +365,7 @@ def test_a_frozen_base_drops_nothing_out_and_checkpoints_its_layers(base, tmp_pa
 @pytest.mark.parametrize("setting", ["gradient_checkpointing", "bf16", "gradient_accumulation_steps"])
 def test_stock_settings(setting, base, tmp_path):
     value = 2 if setting == "gradient_accumulation_steps" else True
-    trainer = trainer_for(base, tmp_path / "run", **{setting: value})
+    trainer = trainer_for(base, tmp_path / "run", **{installed_setting(setting): value})
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     output = trainer.train()
     changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
