@@ -1,6 +1,8 @@
 """Names of transformers: signatures derived from stock classes, both names of the cache, and the next rename."""
 
 import inspect
+import subprocess
+import sys
 import warnings
 from dataclasses import fields
 from functools import wraps
@@ -352,3 +354,29 @@ def test_a_swapped_cache(family, monkeypatch):
         model(**inputs, **{CACHE: DynamicCache(config=model.config.text_config)})
     with pytest.raises(RuntimeError, match="lost or swapped"):
         model(**next_token(family, stock, inputs), **{CACHE: caches[0]})
+
+
+NEXT_RELEASE = """
+import functools, inspect, sys
+import transformers
+from transformers import LlamaModel, LlavaForConditionalGeneration, LlavaModel
+
+for kind in {"everywhere": (LlamaModel, LlavaModel, LlavaForConditionalGeneration), "above": (LlavaModel,)}[sys.argv[1]]:
+    known = inspect.signature(kind.forward)
+    names = {"cache": "kv", "past_key_values": "kv"}
+    renamed = [each.replace(name=names.get(each.name, each.name)) for each in known.parameters.values()]
+    kind.forward.__signature__ = known.replace(parameters=renamed)
+try:
+    import learnpruner.modeling_learnpruner_llava
+except TypeError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("where", ["everywhere", "above"])
+def test_a_release_with_another_name_is_named_at_import(where):
+    """As a release that renames the argument once more would bring it: before this package is imported."""
+    run = subprocess.run([sys.executable, "-c", NEXT_RELEASE, where], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "refused: LlavaModel.forward takes none of ('cache', 'past_key_values')" in run.stdout
+    assert "pip install -U learnpruner" in run.stdout
