@@ -44,3 +44,12 @@ def _no_deprecations():
     transformers.utils.logging.add_handler(handler)
     yield
     transformers.utils.logging.remove_handler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """A command may quiet the package's log, in the process that it runs in."""
+    logger = logging.getLogger("learnpruner")
+    level = logger.level
+    yield
+    logger.setLevel(level)
