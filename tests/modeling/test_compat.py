@@ -361,7 +361,8 @@ import functools, inspect, sys
 import transformers
 from transformers import LlamaModel, LlavaForConditionalGeneration, LlavaModel
 
-for kind in {"everywhere": (LlamaModel, LlavaModel, LlavaForConditionalGeneration), "above": (LlavaModel,)}[sys.argv[1]]:
+everywhere = (LlamaModel, LlavaModel, LlavaForConditionalGeneration)
+for kind in everywhere if sys.argv[1] == "everywhere" else (LlavaModel,):
     known = inspect.signature(kind.forward)
     names = {"cache": "kv", "past_key_values": "kv"}
     renamed = [each.replace(name=names.get(each.name, each.name)) for each in known.parameters.values()]
