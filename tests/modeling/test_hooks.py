@@ -364,7 +364,7 @@ def test_classes_inside_are_stock(family):
     assert pruned._no_split_modules == stock._no_split_modules
     for model in (stock, pruned):
         places = infer_auto_device_map(
-            model, {0: "120KB", 1: "120KB", "cpu": "1GB"}, no_split_module_classes=model._no_split_modules
+            model, {0: "120KB", 1: "120KB", "cpu": "1GB"}, no_split_module_classes=list(model._no_split_modules)
         )
         assert len(set(places.values())) > 1
         whole = [name for name, kind in kinds.items() if kind.__name__ in model._no_split_modules]
