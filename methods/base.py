@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from learnpruner.budget_learnpruner import half_up, spread_budget
 from learnpruner.configuration_learnpruner import check_pruner_field
 from learnpruner.cuts_learnpruner import Cut, DecoderState, EncodedImages
+from learnpruner.model_learnpruner import SCHEDULES
 from learnpruner.prompt_learnpruner import send
 from learnpruner.scores_learnpruner import top_k
 
@@ -149,8 +150,11 @@ class Method(ABC):
             model ([`PreTrainedModel`]): A model of this project, with its head.
         """
         self.cuts(model.model)
-        with model.model.scheduled(self):
+        token = SCHEDULES.set((*SCHEDULES.get(), (model.model, self)))
+        try:
             yield model
+        finally:
+            SCHEDULES.reset(token)
 
 
 class TopKImages:

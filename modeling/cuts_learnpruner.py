@@ -5,30 +5,63 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from .budget_learnpruner import keep_counts
 from .configuration_learnpruner import check_pruner_field
-from .prompt_learnpruner import Prompt
+from .prompt_learnpruner import MODALITIES, Prompt, send
 from .scores_learnpruner import Attended, attention_received, rank, top_k, top_k_with_diversity
 
 
 @dataclass
 class EncodedImages:
-    """What a cut before the decoder can look at, one row per image."""
+    """What a cut before the decoder can look at: the parts of a prompt that have a budget of their own, images or
+    groups of a video's frames."""
 
     model: nn.Module  # the vision-language model without its head; holds `pruner`
-    features: torch.Tensor  # (images, tokens, d): the encoder's, before the projector; rows of NaN are structure
-    present: torch.Tensor  # (images, tokens), bool: False where a smaller image is filled up
-    sizes: list[int]  # tokens of each image
-    owners: list[int]  # the sample that each image belongs to
     arguments: dict  # the stock forward's, with encoded images (`mm_encoder_outputs`) beside their pixels
     prompt: Prompt
     query_mask: torch.Tensor | None  # (batch, sequence), bool: text rows that may rank tokens
+    sizes: list[int]  # tokens of each part
+    owners: list[int]  # the sample that each part belongs to
+    kinds: list[int]  # the kind of each part's placeholders, as in `Prompt`
+    features: torch.Tensor  # (parts, tokens, d): the encoder's, before the projector; rows of NaN are structure
+    present: torch.Tensor  # (parts, tokens), bool: False where a smaller part is filled up
+
+    @classmethod
+    def of(cls, model: nn.Module, arguments: dict, prompt: Prompt, query_mask: torch.Tensor | None) -> "EncodedImages":
+        """Raises `ValueError` where the placeholders of a sample are not those of a whole number of parts."""
+        found, parts, owners, kinds = model.pruner_features(arguments, prompt), [], [], []
+        for kind, modality in enumerate(MODALITIES, 1):
+            own = found.get(modality, ())
+            owners += prompt.owners(modality, [len(part) for part in own])
+            kinds += [kind] * len(own)
+            parts += own
+        features, sizes = pad_sequence(parts, batch_first=True), [len(part) for part in parts]
+        present = torch.arange(features.shape[1], device=features.device) < send(sizes, features.device).unsqueeze(1)
+        return cls(model, arguments, prompt, query_mask, sizes, owners, kinds, features, present)
+
+    def to_prompt(self, values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+        """`(parts, tokens)` -> `(batch, sequence)`: `rest`, with the values of each part at its placeholders."""
+        for kind in set(self.kinds):
+            flat = torch.cat([row[:size] for row, size, own in zip(values, self.sizes, self.kinds) if own == kind])
+            rest = rest.masked_scatter(self.prompt.kinds == kind, flat.to(rest.device))
+        return rest
+
+    def ending(self, last: torch.Tensor) -> torch.Tensor:
+        """Where a sample's `last` row is a vision token, that token: `(parts, tokens)` bool."""
+        # It belongs to the last of the sample's images, or of its videos.
+        is_last = [place != after for place, after in pairwise([*zip(self.owners, self.kinds), None])]
+        length, owner, kind, is_last = send([self.sizes, self.owners, self.kinds, is_last], self.features.device)
+        ends = self.prompt.kinds.gather(1, last.unsqueeze(1)).to(kind.device)[owner, 0] == kind
+        none = torch.zeros_like(self.present)
+        return none.scatter(1, length.unsqueeze(1) - 1, (is_last.bool() & ends).unsqueeze(1))
 
 
 @dataclass

@@ -14,18 +14,20 @@ from .keys_learnpruner import PrunedCacheLayer
 OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
 
 
+def unsupported(what: str, instead: str) -> ValueError:
+    return ValueError(f"Pruning does not support {what}: {instead}. {OR_NO_PRUNING}")
+
+
 def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bool) -> None:
     """Raises `ValueError` where the headless `model`, making a cache if `use_cache`, could not cut or gate."""
     attention_mask, position_ids, cache = map(arguments.get, ("attention_mask", "position_ids", CACHE))
     text_config = model.config.text_config
     if any(DynamicCache(config=text_config).is_sliding):
-        raise ValueError(
-            "Pruning does not support sliding-window attention layers: if your prompts fit the window, load the model "
-            "with `config.text_config.sliding_window = None` and with 'full_attention' for all of its `layer_types`, "
-            f"where it has them. {OR_NO_PRUNING}"
-        )
+        how = "`config.text_config.sliding_window = None` and with 'full_attention' for all of its `layer_types`, where"
+        how = f"if your prompts fit the window, load the model with {how} it has them"
+        raise unsupported("sliding-window attention layers", how)
     if text_config._attn_implementation.startswith("paged"):
-        raise ValueError(f"Pruning does not support continuous batching (paged): use generate. {OR_NO_PRUNING}")
+        raise unsupported("continuous batching (paged)", "use generate")
     refuse_prepared_mask(attention_mask)
     packed = "cu_seq_lens_q" in arguments
     if attention_mask is None and position_ids is not None and cache is None and not use_cache:
@@ -33,23 +35,19 @@ def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bo
         text = position_ids[0] if position_ids.dim() == 3 and len(position_ids) == 4 else position_ids
         packed |= text.dim() == 2 and find_packed_sequence_indices(text) is not None
     if packed:
-        raise ValueError(f"Pruning does not support packed sequences: pad the samples of a batch. {OR_NO_PRUNING}")
+        raise unsupported("packed sequences", "pad the samples of a batch")
     if cache is not None:
         plain = isinstance(cache, DynamicCache) and not cache.offloading
         if not plain or not all(type(layer) in (DynamicLayer, PrunedCacheLayer) for layer in cache.layers):
-            raise ValueError(
-                "Pruning needs a DynamicCache of full-attention layers, without offloading or quantisation, got "
-                f"{cache}. Pass {CACHE}=DynamicCache(), or none. {OR_NO_PRUNING}"
-            )
+            why = "any cache but a DynamicCache of full-attention layers, without offloading or quantisation"
+            raise unsupported(why, f"got {cache}; pass {CACHE}=DynamicCache(), or none")
 
 
 def refuse_prepared_mask(attention_mask: Any) -> None:
     """Raises `ValueError` unless the mask is 2D, or `None`."""
     if attention_mask is not None and (not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2):
-        raise ValueError(
-            "Pruning needs a 2D attention_mask (batch, sequence), or None: a prepared mask names keys that a cut "
-            f"removes. {OR_NO_PRUNING}"
-        )
+        why = "it names keys that a cut removes; pass a 2D attention_mask (batch, sequence), or None"
+        raise unsupported("a prepared attention_mask", why)
 
 
 def refuse_gating(text_config: PreTrainedConfig) -> None:
@@ -64,26 +62,20 @@ def refuse_gating(text_config: PreTrainedConfig) -> None:
 def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
     """Raises `ValueError` where `model`, the one that was loaded, is split by tensors over devices."""
     if (model.tp_size or 1) > 1:
-        raise ValueError(f"Pruning does not support tensor parallelism: load with device_map instead. {OR_NO_PRUNING}")
+        raise unsupported("tensor parallelism", "load with device_map instead")
 
 
 def refuse_generation(generation_config: GenerationConfig, attention_mask: torch.Tensor | None) -> None:
     """Raises `ValueError` where `generate` could not keep its promise of equal text."""
     if generation_config.cache_implementation not in (None, "dynamic"):
-        raise ValueError(
-            f"Pruning does not support cache_implementation={generation_config.cache_implementation!r}: its layers "
-            f"cannot hold different lengths. Leave it out, or pass 'dynamic'. {OR_NO_PRUNING}"
-        )
+        what = f"cache_implementation={generation_config.cache_implementation!r}"
+        raise unsupported(what, "its layers cannot hold different lengths; leave it out, or pass 'dynamic'")
     if generation_config.prefill_chunk_size is not None:
-        raise ValueError(
-            "Pruning does not support chunked prefill, since image and question may fall into different chunks: "
-            f"leave out prefill_chunk_size. {OR_NO_PRUNING}"
-        )
+        why = "image and question may fall into different chunks; leave out prefill_chunk_size"
+        raise unsupported("chunked prefill", why)
     if attention_mask is not None and not attention_mask[:, -1].all():
-        raise ValueError(
-            "Right padding in generate: the prompt must end where the answer begins. Set "
-            f"processor.tokenizer.padding_side = 'left'. {OR_NO_PRUNING}"
-        )
+        why = "the prompt must end where the answer begins; set processor.tokenizer.padding_side = 'left'"
+        raise unsupported("right padding in generate", why)
 
 
 def refuse_lost_cache(arguments: dict) -> None:

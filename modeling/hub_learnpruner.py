@@ -30,12 +30,6 @@ OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs",
 HUB_CARDS = f"{__package__}.hub_cards"
 
 
-def register_key_conversion(cls: type, stock: str) -> None:
-    """Lets a custom class load the keys of a stock one, named by its model type or class. transformers renames a
-    checkpoint's keys for its own classes alone, and would leave a subclass's language model newly initialised."""
-    register_checkpoint_conversion_mapping(cls.__name__, get_checkpoint_conversion_mapping(stock), overwrite=True)
-
-
 def find_base(path, base: str | None, subfolder: str = "") -> str | None:
     """Where the base is that a checkpoint at `path` names: a Hub id, a folder, or a folder relative to the checkpoint,
     which raises `ValueError` for a checkpoint of the Hub."""
@@ -83,6 +77,15 @@ class HubMixin:
     _auto_class = "AutoModelForImageTextToText"
     base = Base()
     training_record: dict | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # transformers renames a checkpoint's keys for its own classes and types alone, and would leave the language
+        # model of a subclass newly initialised.
+        for kind in (cls, cls.model_class):
+            names = (kind.__bases__[-1].__name__, cls.config_class.base_model_type)
+            mapping = next(filter(None, map(get_checkpoint_conversion_mapping, names)))
+            register_checkpoint_conversion_mapping(kind.__name__, mapping, overwrite=True)
 
     def post_init(self):
         super().post_init()

@@ -1,8 +1,6 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """What every pruned family shares below its head: a stock model that reads its prompt, plans the cuts, and runs."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -21,7 +19,7 @@ from .rows_learnpruner import install_hooks
 from .scores_learnpruner import LearnedPruningModule
 
 logger = logging.get_logger(__name__)
-# What `scheduled` blocks set for the calls of their own thread: pairs of a model and a schedule.
+# What `with method(model):` sets for the calls of its own thread: pairs of a model and a schedule.
 SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("learnpruner_schedules", default=())
 
 
@@ -114,7 +112,7 @@ class PrunedModelMixin:
     def pruner_schedule(
         self, ratio: float | None = None, schedule: tuple[Cut, ...] | Schedule | None = None
     ) -> tuple[Cut, ...]:
-        """The cuts of a call: those of `schedule`, or LearnPruner's at `ratio`, or those of the [`scheduled`] block
+        """The cuts of a call: those of `schedule`, or LearnPruner's at `ratio`, or those of the block of a method
         around the call, or LearnPruner's at the configuration's ratio. At a ratio of 1 there are none."""
         check_asked(ratio, schedule)
         if schedule is None and ratio is None:
@@ -123,15 +121,6 @@ class PrunedModelMixin:
             return learnpruner_schedule(self.config, ratio)
         cuts = schedule if isinstance(schedule, tuple | list) else schedule.cuts(self)
         return check_schedule(cuts, self.config.text_config.num_hidden_layers)
-
-    @contextmanager
-    def scheduled(self, schedule: Schedule) -> Iterator[None]:
-        """The block in which this thread's calls of this model run `schedule`, unless they say otherwise."""
-        token = SCHEDULES.set((*SCHEDULES.get(), (self, schedule)))
-        try:
-            yield
-        finally:
-            SCHEDULES.reset(token)
 
     def marks(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Where a special token stands, `(batch, sequence)` bool."""

@@ -8,7 +8,7 @@ from transformers import LlavaForConditionalGeneration, LlavaModel, PreTrainedCo
 
 from .configuration_learnpruner import LearnPrunerLlavaConfig
 from .head_learnpruner import PrunedGenerationMixin
-from .hub_learnpruner import HubMixin, register_key_conversion
+from .hub_learnpruner import HubMixin
 from .model_learnpruner import PrunedModelMixin
 from .prompt_learnpruner import Prompt
 
@@ -76,9 +76,4 @@ class LearnPrunerLlavaForConditionalGeneration(HubMixin, PrunedGenerationMixin, 
     """[`LlavaForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerLlavaConfig`]."""
 
     config: LearnPrunerLlavaConfig
-    config_class = LearnPrunerLlavaConfig
     model_class = LearnPrunerLlavaModel
-
-
-register_key_conversion(LearnPrunerLlavaForConditionalGeneration, "llava")
-register_key_conversion(LearnPrunerLlavaModel, "LlavaModel")

@@ -8,7 +8,7 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from .configuration_learnpruner import LearnPrunerLlavaNextConfig
 from .head_learnpruner import PrunedGenerationMixin
-from .hub_learnpruner import HubMixin, register_key_conversion
+from .hub_learnpruner import HubMixin
 from .modeling_learnpruner_llava import PrunedLlavaModelMixin
 from .prompt_learnpruner import Prompt, send
 
@@ -47,9 +47,4 @@ class LearnPrunerLlavaNextForConditionalGeneration(HubMixin, PrunedGenerationMix
     """[`LlavaNextForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerLlavaNextConfig`]."""
 
     config: LearnPrunerLlavaNextConfig
-    config_class = LearnPrunerLlavaNextConfig
     model_class = LearnPrunerLlavaNextModel
-
-
-register_key_conversion(LearnPrunerLlavaNextForConditionalGeneration, "llava_next")
-register_key_conversion(LearnPrunerLlavaNextModel, "LlavaNextModel")

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLModel
 
 from .configuration_learnpruner import LearnPrunerQwen2_5_VLConfig
-from .hub_learnpruner import HubMixin, register_key_conversion
+from .hub_learnpruner import HubMixin
 from .modeling_learnpruner_qwen2_vl import PrunedQwenVLGenerationMixin, PrunedQwenVLModelMixin
 from .prompt_learnpruner import Prompt
 
@@ -38,9 +38,4 @@ class LearnPrunerQwen2_5_VLForConditionalGeneration(
     """[`Qwen2_5_VLForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerQwen2_5_VLConfig`]."""
 
     config: LearnPrunerQwen2_5_VLConfig
-    config_class = LearnPrunerQwen2_5_VLConfig
     model_class = LearnPrunerQwen2_5_VLModel
-
-
-register_key_conversion(LearnPrunerQwen2_5_VLForConditionalGeneration, "Qwen2_5_VLForConditionalGeneration")
-register_key_conversion(LearnPrunerQwen2_5_VLModel, "Qwen2_5_VLModel")

@@ -10,7 +10,7 @@ from .compat_learnpruner import CACHE
 from .configuration_learnpruner import LearnPrunerQwen2VLConfig
 from .guards_learnpruner import OR_NO_PRUNING
 from .head_learnpruner import PROMPT, PrunedGenerationMixin
-from .hub_learnpruner import HubMixin, register_key_conversion
+from .hub_learnpruner import HubMixin
 from .model_learnpruner import PrunedModelMixin
 from .prompt_learnpruner import Prompt
 
@@ -156,9 +156,4 @@ class LearnPrunerQwen2VLForConditionalGeneration(
     """[`Qwen2VLForConditionalGeneration`] on fewer vision tokens. See [`LearnPrunerQwen2VLConfig`]."""
 
     config: LearnPrunerQwen2VLConfig
-    config_class = LearnPrunerQwen2VLConfig
     model_class = LearnPrunerQwen2VLModel
-
-
-register_key_conversion(LearnPrunerQwen2VLForConditionalGeneration, "Qwen2VLForConditionalGeneration")
-register_key_conversion(LearnPrunerQwen2VLModel, "Qwen2VLModel")

@@ -3,72 +3,13 @@
 
 from copy import copy
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from .cuts_learnpruner import Cut, EncodedImages, LearnedScore
-from .prompt_learnpruner import MODALITIES, Prompt, send
-
-
-@dataclass
-class Parts:
-    """The parts of a prompt that have a budget of their own: images, or groups of a video's frames."""
-
-    prompt: Prompt
-    features: list[torch.Tensor]  # (tokens, d) of each part; rows of NaN are structure
-    kinds: list[int]  # the kind of each part's placeholders, as in `Prompt`
-    owners: list[int]  # the sample of each part
-
-    @classmethod
-    def of(cls, features: dict[str, list[torch.Tensor]], prompt: Prompt) -> "Parts":
-        """Of each modality's features, in the order of the prompt. Raises `ValueError` where the placeholders of a
-        sample are not those of a whole number of parts."""
-        parts = cls(prompt, [], [], [])
-        for kind, modality in enumerate(MODALITIES, 1):
-            own = features.get(modality, [])
-            parts.owners += prompt.owners(modality, [len(part) for part in own])
-            parts.kinds += [kind] * len(own)
-            parts.features += own
-        return parts
-
-    @property
-    def sizes(self) -> list[int]:
-        return [len(feature) for feature in self.features]
-
-    @property
-    def device(self) -> torch.device:
-        # With a device map, or inputs left on the host, the prompt may be elsewhere.
-        return self.features[0].device
-
-    def counts(self, schedule: tuple[Cut, ...]) -> tuple[list[list[int]], list[list[int]]]:
-        """How many tokens of each part each cut may keep, and `counts` as in [`Plan`]: from sizes alone."""
-        kept = [self.sizes]
-        for cut in schedule:
-            kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], self.sizes)])
-        rows = []
-        for sample, length in enumerate(self.prompt.lengths):
-            own = [sum(count for count, owner in zip(counts, self.owners) if owner == sample) for counts in kept]
-            rows.append([length - own[0], *own])
-        return kept[1:], rows
-
-    def to_prompt(self, values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
-        """`(parts, tokens)` -> `(batch, sequence)`: `rest`, with the values of each part at its placeholders."""
-        for kind in set(self.kinds):
-            flat = torch.cat([row[:size] for row, size, own in zip(values, self.sizes, self.kinds) if own == kind])
-            rest = rest.masked_scatter(self.prompt.kinds == kind, flat.to(rest.device))
-        return rest
-
-    def ending(self, last: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-        """Where a sample's `last` row is a vision token, that token: `(parts, tokens)` bool, as `present`."""
-        # It belongs to the last of the sample's images, or of its videos.
-        is_last = [place != after for place, after in pairwise([*zip(self.owners, self.kinds), None])]
-        length, owner, kind, is_last = send([self.sizes, self.owners, self.kinds, is_last], self.device)
-        ends = self.prompt.kinds.gather(1, last.unsqueeze(1)).to(self.device)[owner, 0] == kind
-        return torch.zeros_like(present).scatter(1, length.unsqueeze(1) - 1, (is_last.bool() & ends).unsqueeze(1))
+from .prompt_learnpruner import MODALITIES, Prompt
 
 
 @dataclass
@@ -142,6 +83,18 @@ class PruningCall:
         return {"kept_mask": tuple(kept for kept, _ in self.decisions) or None, "vision_scores": scores or None}
 
 
+def count_rows(schedule: tuple[Cut, ...], images: EncodedImages) -> tuple[list[list[int]], list[list[int]]]:
+    """How many tokens of each part are there before the first cut and behind each, and `counts` as in [`Plan`]."""
+    kept = [images.sizes]
+    for cut in schedule:
+        kept.append([min(before, max(1, cut.keep(size))) for before, size in zip(kept[-1], images.sizes)])
+    rows = []
+    for sample, length in enumerate(images.prompt.lengths):
+        own = [sum(count for count, owner in zip(counts, images.owners) if owner == sample) for counts in kept]
+        rows.append([length - own[0], *own])
+    return kept, rows
+
+
 def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prompt) -> dict:
     """Plans `call`: fixes every count on the host, and makes the cut before the decoder, if there is one.
 
@@ -156,8 +109,8 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
             f"query_mask has the shape {tuple(call.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it marks "
             "rows of the prompt, (batch, sequence)."
         )
-    parts = Parts.of(model.pruner_features(arguments, prompt), prompt)
-    kept, counts = parts.counts(call.schedule)
+    images = EncodedImages.of(model, arguments, prompt, call.query_mask)
+    kept, counts = count_rows(call.schedule, images)
     columns = torch.arange(vision.shape[1], device=vision.device).expand_as(vision)
     last = columns.amax(1) if prompt.valid is None else (columns * prompt.valid).amax(1)
     scores = vision.new_full(vision.shape, torch.nan, dtype=torch.float32)
@@ -165,34 +118,33 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     cut = call.schedule[0]
     if not plan.will_cut or cut.layer > 0 or (call.soft and not isinstance(cut.score, LearnedScore)):
         return outputs
-    features = pad_sequence(parts.features, batch_first=True)
-    present = torch.arange(features.shape[1], device=parts.device) < send(parts.sizes, parts.device).unsqueeze(1)
-    images = EncodedImages(model, features, present, parts.sizes, parts.owners, arguments, prompt, call.query_mask)
-    scores = cut.score(images).to(parts.device)
-    plan.scores = parts.to_prompt(scores, plan.scores)
+    scores = cut.score(images).to(images.features.device)
+    plan.scores = images.to_prompt(scores, plan.scores)
     if call.soft:
-        _gate(plan, parts, scores, present, kept[0])
+        _gate(plan, images, scores, kept[1])
         return outputs
-    must = parts.ending(last, present)
-    chosen = cut.score.select(scores.masked_fill(must, torch.inf), images, kept[0])
-    plan.kept = parts.to_prompt(chosen, torch.zeros_like(vision))
-    if cut.merge is None:
-        return outputs
-    merged = [row[:size] for row, size in zip(cut.merge(images, chosen), parts.sizes)]
-    outputs = {modality: copy(output) for modality, output in outputs.items()}
-    for kind, modality in enumerate(MODALITIES, 1):
-        if kind in parts.kinds:
-            outputs[modality].pooler_output = [row for row, own in zip(merged, parts.kinds) if own == kind]
+    chosen = cut.score.select(scores.masked_fill(images.ending(last), torch.inf), images, kept[1])
+    plan.kept = images.to_prompt(chosen, torch.zeros_like(vision))
+    return outputs if cut.merge is None else _merge(cut, images, chosen)
+
+
+def _merge(cut: Cut, images: EncodedImages, chosen: torch.Tensor) -> dict:
+    """The encoded images, their embeddings merged as the cut does."""
+    merged = [row[:size] for row, size in zip(cut.merge(images, chosen), images.sizes)]
+    outputs = {name: copy(output) for name, output in images.arguments["mm_encoder_outputs"].items()}
+    for kind in set(images.kinds):
+        own = [row for row, other in zip(merged, images.kinds) if other == kind]
+        outputs[MODALITIES[kind - 1]].pooler_output = own
     return outputs
 
 
-def _gate(plan: Plan, parts: Parts, scores: torch.Tensor, present: torch.Tensor, counts: list[int]) -> None:
+def _gate(plan: Plan, images: EncodedImages, scores: torch.Tensor, counts: list[int]) -> None:
     """In training, in place of the first cut: gates, and what the budget term of the loss needs."""
-    patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, parts.sizes)]
+    patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, images.sizes)]
     if not all(len(patch) for patch in patches):
         raise FloatingPointError("An image has no score that is a number: its pixels, or the pruner, hold NaN.")
     # Structure is kept last, so the budget is one of patches.
     plan.shares = [min(1.0, count / len(patch)) for count, patch in zip(counts, patches)]
     plan.probabilities = plan.schedule[0].score.gate(patches, plan.shares)
-    gates = torch.ones_like(scores).masked_scatter(present & ~scores.isnan(), torch.cat(plan.probabilities))
-    plan.gates = parts.to_prompt(gates, torch.ones_like(plan.scores))
+    gates = torch.ones_like(scores).masked_scatter(images.present & ~scores.isnan(), torch.cat(plan.probabilities))
+    plan.gates = images.to_prompt(gates, torch.ones_like(plan.scores))

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from transformers import DynamicCache
 
 from learnpruner.compat_learnpruner import CACHE
+from learnpruner.model_learnpruner import SCHEDULES
 from learnpruner.rows_learnpruner import install_hooks
 
 from tiny_models import FAMILIES, LAYERS, PRUNED, STOCK, build_inputs, samples_of, tiny_config, tiny_pair
@@ -153,8 +155,16 @@ def test_threads_share_a_model(family):
     assert all(same(one, wanted) for many, wanted in zip(found, serial) for one in many)
 
 
+@contextmanager
+def scheduled(model, schedule):
+    """As the block of a method."""
+    token = SCHEDULES.set((*SCHEDULES.get(), (model.model, schedule)))
+    yield
+    SCHEDULES.reset(token)
+
+
 class OneCut:
-    """LearnPruner's cuts at a ratio of its own, in a `scheduled` block."""
+    """LearnPruner's cuts at a ratio of its own."""
 
     def __init__(self, ratio):
         self.ratio = ratio
@@ -174,7 +184,7 @@ def test_blocks_of_two_threads_do_not_see_each_other():
     def run(ratio):
         found = []
         for _ in range(15):
-            with model.model.scheduled(OneCut(ratio)):
+            with scheduled(model, OneCut(ratio)):
                 both_inside.wait(30)
                 found.append(model(**inputs).kept_mask[-1])
                 both_inside.wait(30)
