@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from learnpruner.attention_learnpruner import RUN, Attended, Note
 from learnpruner.cuts_learnpruner import DecoderState, TextAttention
-from learnpruner.scores_learnpruner import RUN, Attended, Note
 
 from .base import scaled_layer
 

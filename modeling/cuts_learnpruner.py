@@ -13,10 +13,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
+from .attention_learnpruner import Attended
 from .budget_learnpruner import keep_counts
 from .configuration_learnpruner import check_pruner_field
 from .prompt_learnpruner import MODALITIES, Prompt, send
-from .scores_learnpruner import Attended, attention_received, rank, top_k, top_k_with_diversity
+from .scores_learnpruner import attention_received, rank, soft_top_k, top_k, top_k_with_diversity
 
 
 @dataclass
@@ -136,8 +137,14 @@ class LearnedScore:
         return images.model.pruner(images.features)
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
-        """Keep probabilities in training, from each image's `scores` (`(patches,)`, float32) and its budget's share."""
-        return [score.sigmoid() for score in scores]
+        """Gates in training, in [0, 1], from each image's `scores` (`(patches,)`, float32) and its budget's share.
+        These sum to the budget; those of a subclass may not, and then its trainer has to see to the budget."""
+        return [soft_top_k(score, share * len(score)) for score, share in zip(scores, shares)]
+
+    def harden(self, gates: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor] | None:
+        """What `gates` stand for, `(patches,)` bool each, if the forward is to run on that and the gradient to go
+        through the gates (straight-through)."""
+        return None
 
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
         with torch.autocast(scores.device.type, enabled=False):

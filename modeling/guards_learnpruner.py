@@ -4,11 +4,12 @@
 from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import find_packed_sequence_indices
 
 from .compat_learnpruner import CACHE
+from .cuts_learnpruner import Cut, LearnedScore
 from .keys_learnpruner import PrunedCacheLayer
 
 OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
@@ -50,8 +51,18 @@ def refuse_prepared_mask(attention_mask: Any) -> None:
         raise unsupported("a prepared attention_mask", why)
 
 
-def refuse_gating(text_config: PreTrainedConfig) -> None:
-    """Raises `ValueError` where the attention backend cannot weigh keys, as training does."""
+def refuse_training(schedule: tuple[Cut, ...], text_config: PreTrainedConfig, cache: Cache | None) -> None:
+    """Raises `ValueError` where no cut is learned, or attention cannot weigh keys, as training does."""
+    if cache is not None and cache.get_seq_length():
+        raise ValueError(
+            "The pruner is trained on whole prompts, and the cache holds earlier tokens (of another call, or of prefix "
+            "tuning): train without them, or freeze the pruner (model.model.pruner.requires_grad_(False))."
+        )
+    if schedule[0].layer or not isinstance(schedule[0].score, LearnedScore):
+        raise ValueError(
+            "The pruner is to be trained, and this schedule has no learned cut: leave it out, or call model.eval(), or "
+            "freeze the pruner (model.model.pruner.requires_grad_(False))."
+        )
     if text_config._attn_implementation not in ("sdpa", "eager"):
         raise ValueError(
             f"Training weighs vision tokens in the attention, which {text_config._attn_implementation!r} cannot: load "

@@ -14,7 +14,6 @@ from .guards_learnpruner import OR_NO_PRUNING, refuse_decoder_inputs, refuse_gen
 from .keys_learnpruner import check_cache
 from .model_learnpruner import check_asked
 from .plan_learnpruner import PruningCall, make_plan
-from .scores_learnpruner import budget_loss
 
 # What `generate` carries among the model's arguments: the prompt, as soon as it is read, and the plan made of it.
 PROMPT, PLAN = "pruner_prompt", "pruner_plan"
@@ -47,19 +46,17 @@ class PrunedGenerationMixin:
         pruner_ratio: float | None = None,
         schedule: tuple[Cut, ...] | Schedule | None = None,
         query_mask: torch.Tensor | None = None,
-        budget_share: float | None = None,
         **stock,
     ) -> ModelOutput:
         """The stock forward on fewer vision tokens; at a ratio of 1, or without images, the stock forward itself.
 
         Args:
             labels (`torch.LongTensor` of shape `(batch, sequence)`, *optional*): As stock; ignored at a dropped row.
-                In training mode no row drops: gates weigh vision tokens, and the loss adds a budget term.
+                While the pruner is trained no row drops: gates weigh vision tokens, and sum to the budget.
             pruner_ratio (`float`, *optional*): In place of the configuration's, for this call.
             schedule (`tuple[Cut, ...]` or [`Schedule`], *optional*): Cuts in place of LearnPruner's two, for this call.
             query_mask (`torch.Tensor` of shape `(batch, sequence)`, bool, *optional*): Text rows that rank at the
                 second cut: all, or those before the first label. Where there are none, the first cut's scores decide.
-            budget_share (`float`, *optional*): This call's share of a training step's images, to weigh the budget term.
             stock: The arguments of the stock class, by name or position.
 
         Returns the output of the stock class, with the fields of [`Recorded`]. Raises `ValueError` where images and
@@ -70,7 +67,7 @@ class PrunedGenerationMixin:
         prompt = stock.get("inputs_embeds") if ids is None else ids
         logits_to_keep = stock.get("logits_to_keep", 0)
         logits_to_keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        call = PruningCall(query_mask=query_mask, soft=self.training and labels is not None)
+        call = PruningCall(query_mask=query_mask)
         if labels is not None and query_mask is None:
             # An answer must never choose its own evidence.
             supervised = torch.zeros(prompt.shape[:2], dtype=torch.bool, device=labels.device)
@@ -80,46 +77,21 @@ class PrunedGenerationMixin:
             call.schedule, call.plan = plan.schedule, plan.resume(*prompt.shape[:2], prompt.device)
         elif self.model.has_images(stock):
             call.schedule = self.model.pruner_schedule(pruner_ratio, schedule)
-            if call.schedule and not call.soft:
+            if call.schedule and not self.model.trains_pruner():
                 refuse_tensor_parallelism(self)
-        elif call.soft:
-            # A zero that depends on the pruner gives a batch of text alone a gradient too, through every layer, as
-            # processes that share the layers (FSDP) expect of each other.
-            embeds = stock.get("inputs_embeds")
-            embeds = self.get_input_embeddings()(prompt) if embeds is None else embeds
-            stock.update(input_ids=None, inputs_embeds=embeds + self._zero().to(embeds))
         outputs = super().forward(**stock, pruning=call, return_dict=True)
         check_cache(outputs.get(CACHE), given, call)
-        loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock, budget_share)
+        loss = None if labels is None else self._loss(call, outputs.logits, labels, logits_to_keep, stock)
         return output_with_records(type(outputs))(**{**outputs, "loss": loss}, **call.records())
 
-    def _loss(self, call: PruningCall, logits, labels, logits_to_keep, stock: dict, budget_share) -> torch.Tensor:
+    def _loss(self, call: PruningCall, logits, labels, logits_to_keep, stock: dict) -> torch.Tensor:
         others = {name: value for name, value in stock.items() if name not in self.stock_arguments}
         if call.decisions:
             predicts = call.decisions[-1][0][:, logits_to_keep]
             labels = labels.masked_fill(~F.pad(predicts[:, :-1], (1, 0), value=True), -100)
             if others.get("shift_labels") is not None:
                 others["shift_labels"] = others["shift_labels"].masked_fill(~predicts, -100)
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **others)
-        if not call.soft:
-            return loss
-        if call.plan is None or call.plan.gates is None:  # no learned cut: there must be a gradient all the same
-            return loss + self._zero().to(loss.device)
-        budget = budget_loss(call.plan.probabilities, call.plan.shares)
-        if others.get("num_items_in_batch") is not None:
-            # The Trainer sums the losses of accumulated batches, each over the items of all: weigh this one likewise,
-            # by its share of the step's images where the caller knows it, else of the labels.
-            by_labels = (labels[:, 1:] != -100).sum() / others["num_items_in_batch"]
-            budget = budget * (by_labels if budget_share is None else budget_share)
-        if budget.requires_grad and any(parameter.requires_grad for parameter in self.model.pruner.parameters()):
-            # A forward pass alone trains nothing: only a backward pass gets here.
-            budget.register_hook(lambda gradient: setattr(self.config, "pruner_trained", True))
-        return loss + budget
-
-    def _zero(self) -> torch.Tensor:
-        """Zero, which depends on all of the pruner that is trained."""
-        trained = (parameter for parameter in self.model.pruner.parameters() if parameter.requires_grad)
-        return sum((parameter.sum() * 0 for parameter in trained), torch.zeros(()))
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **others)
 
     @wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):

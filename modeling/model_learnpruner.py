@@ -2,6 +2,8 @@
 """What every pruned family shares below its head: a stock model that reads its prompt, plans the cuts, and runs."""
 
 from contextvars import ContextVar
+from functools import partial
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple, logging
 from .compat_learnpruner import CACHE, TEXT_MODELS, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
 from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
-from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache
+from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache, refuse_training
 from .keys_learnpruner import check_cache
 from .plan_learnpruner import PruningCall, make_plan
 from .prompt_learnpruner import MODALITIES, Prompt
@@ -167,10 +169,29 @@ class PrunedModelMixin:
         check_cache(outputs.get(CACHE), stock.get(CACHE), call)
         return output_with_records(type(outputs))(**outputs, **call.records())
 
+    def trains_pruner(self) -> bool:
+        """Whether the pruner is to be trained: then a call gates its vision tokens in place of cutting them."""
+        # PEFT's wrapper (modules_to_save) freezes the pruner while adapters are switched off: a reference of the policy.
+        frozen = not any(parameter.requires_grad for parameter in self.pruner.parameters())
+        return self.training and (not frozen or getattr(self.pruner, "disable_adapters", False))
+
+    def _replicate_for_data_parallel(self):
+        replica = super()._replicate_for_data_parallel()
+        replica.trains_pruner = partial(bool, self.trains_pruner())  # DataParallel's replicas have no parameters
+        return replica
+
     def _run(self, call: PruningCall, stock: dict) -> ModelOutput:
         given = any(stock.get(name) is not None for name in self.pixel_arguments)
+        trains = call.plan is None and self.trains_pruner()
+        if trains and torch.is_grad_enabled():
+            # A call that gates nothing gives a gradient too, through every layer, as processes that share the layers
+            # (FSDP) expect of each other.
+            call.zero = sum(p.sum() * 0 for p in self.pruner.parameters() if p.requires_grad)
         if not call.schedule or (given and stock.get("mm_encoder_outputs")):  # given both, the stock model says so
-            return super().forward(**stock, return_dict=True)
+            return super().forward(**stock, **({} if call.zero is None else {"pruning": call}), return_dict=True)
+        if trains:
+            refuse_training(call.schedule, self.config.text_config, stock.get(CACHE))
+            call.soft = True
         use_cache = stock.get("use_cache")
         refuse_decoder_inputs(self, stock, self.config.text_config.use_cache if use_cache is None else use_cache)
         if call.plan is None:
@@ -178,8 +199,17 @@ class PrunedModelMixin:
             with watching(call.schedule, -1, lambda: self):
                 stock = self.encode_images(stock, prompt)
             stock = {**stock, "mm_encoder_outputs": make_plan(call, self, {**stock, **pixels}, prompt)}
-        if call.acts:
+            if call.soft and call.plan.gates is not None and call.plan.gates.requires_grad:
+                expect_gradient(self, call.plan.gates)
+            elif call.acts and not call.soft and call.query_mask is None and call.schedule[-1].layer:
+                logger.warning_once(
+                    "All text of this call decides which vision tokens stay at the second cut. If an answer is in it, "
+                    "mark the prompt's rows (query_mask) or give labels, as generate does by itself: an answer would "
+                    "choose its own evidence."
+                )
+        if call.acts or call.zero is not None:
             stock["pruning"] = call
+        if call.acts:
             learned = any(isinstance(cut.score, LearnedScore) for cut in call.schedule)
             if learned and not self.config.pruner_trained and not call.soft:
                 logger.warning_once(
@@ -192,6 +222,37 @@ class PrunedModelMixin:
                 "The text model has no hooks, so nothing was cut: call install_hooks (rows_learnpruner) on it."
             )
         return outputs
+
+
+# For each model whose pruner never got a gradient, the hooks that wait for one in the training steps that it made.
+WAITING: WeakKeyDictionary = WeakKeyDictionary()
+
+
+class Arrival:
+    """A hook of a gradient, alive as long as the graph that it belongs to."""
+
+    def __init__(self, model: PrunedModelMixin):
+        self.model = ref(model)
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        model = self.model()
+        WAITING[model], model.config.pruner_trained = None, True
+
+
+@torch.compiler.disable
+def expect_gradient(model: PrunedModelMixin, gates: torch.Tensor) -> None:
+    """Notes that the pruner is trained as soon as `gates` get a gradient. Warns where those of an earlier call of
+    `model` never got one, nor will, for their graph is gone."""
+    waiting = WAITING.setdefault(model, [])
+    if waiting is not None and any(arrival() is None for arrival in waiting):
+        logger.warning_once(
+            "The pruner is to be trained, and an earlier training step gave it no gradient. Does the loss come from "
+            "the model's outputs? To leave the pruner as it is, call model.model.pruner.requires_grad_(False)."
+        )
+    arrival = Arrival(model)
+    gates.register_hook(arrival)
+    if waiting is not None:
+        waiting.append(ref(arrival))
 
 
 def check_asked(ratio: float | None, schedule: tuple[Cut, ...] | Schedule | None) -> None:

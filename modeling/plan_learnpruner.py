@@ -2,13 +2,13 @@
 """One call's way through a schedule of cuts: what was asked, what is planned before the decoder, what was decided."""
 
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .cuts_learnpruner import Cut, EncodedImages, LearnedScore
+from .cuts_learnpruner import Cut, EncodedImages
 from .prompt_learnpruner import MODALITIES, Prompt
 
 
@@ -28,8 +28,7 @@ class Plan:
     query_mask: torch.Tensor | None = None  # (batch, sequence), bool: text rows that may rank tokens
     answer_length: int = 0  # tokens of this call behind the prompt: candidates, or an answer run without a cache
     gates: torch.Tensor | None = None  # (batch, sequence), float32: in training, keep probabilities; 1 for text
-    probabilities: list[torch.Tensor] = field(default_factory=list)  # each part's, for the budget term of the loss
-    shares: list[float] = field(default_factory=list)  # each part's budget, for the same
+    hard: torch.Tensor | None = None  # (batch, sequence), bool: what they stand for, if the forward runs on that
 
     @property
     def will_cut(self) -> bool:
@@ -63,17 +62,19 @@ class Plan:
 class PruningCall:
     """What the classes with and without a head, and the hooks of the text model, share of one call."""
 
-    # No dataclass: FSDP2 and DataParallel copy those that they find among arguments. `soft` gates instead of cutting.
-    def __init__(self, schedule: tuple[Cut, ...] = (), query_mask: torch.Tensor | None = None, soft: bool = False):
-        self.schedule, self.query_mask, self.soft = schedule, query_mask, soft
+    # No dataclass: FSDP2 and DataParallel copy those that they find among arguments. `soft` gates instead of cutting;
+    # `zero`, which depends on the pruner, gives it a gradient in training where nothing is to be gated.
+    def __init__(self, schedule: tuple[Cut, ...] = (), query_mask: torch.Tensor | None = None):
+        self.schedule, self.query_mask, self.soft, self.zero = schedule, query_mask, False, None
         self.plan: Plan | None = None  # once the prompt was read and its images encoded
         self.taken, self.cache = False, None  # by the text model's hooks, and the cache that they fill
+        self.gated = 0  # attention modules that weighed keys
         self.decisions: list[tuple[torch.Tensor, torch.Tensor]] = []  # kept mask and scores of each cut made
 
     @property
     def acts(self) -> bool:
-        """Whether the text model does anything but the stock one's work: in training, only a learned cut gates."""
-        return self.plan is not None and self.plan.will_cut and not (self.soft and self.plan.gates is None)
+        """Whether the text model does anything but the stock one's work."""
+        return self.plan is not None and self.plan.will_cut
 
     def records(self) -> dict[str, tuple[torch.Tensor, ...] | None]:
         """`kept_mask` and `vision_scores`, as outputs have them."""
@@ -116,7 +117,7 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     scores = vision.new_full(vision.shape, torch.nan, dtype=torch.float32)
     call.plan = plan = Plan(call.schedule, counts, vision, last, vision, scores, call.query_mask)
     cut = call.schedule[0]
-    if not plan.will_cut or cut.layer > 0 or (call.soft and not isinstance(cut.score, LearnedScore)):
+    if not plan.will_cut or cut.layer > 0:
         return outputs
     scores = cut.score(images).to(images.features.device)
     plan.scores = images.to_prompt(scores, plan.scores)
@@ -139,12 +140,16 @@ def _merge(cut: Cut, images: EncodedImages, chosen: torch.Tensor) -> dict:
 
 
 def _gate(plan: Plan, images: EncodedImages, scores: torch.Tensor, counts: list[int]) -> None:
-    """In training, in place of the first cut: gates, and what the budget term of the loss needs."""
+    """In training, in place of the first cut: gates."""
     patches = [row[:size][~row[:size].isnan()] for row, size in zip(scores, images.sizes)]
     if not all(len(patch) for patch in patches):
         raise FloatingPointError("An image has no score that is a number: its pixels, or the pruner, hold NaN.")
     # Structure is kept last, so the budget is one of patches.
-    plan.shares = [min(1.0, count / len(patch)) for count, patch in zip(counts, patches)]
-    plan.probabilities = plan.schedule[0].score.gate(patches, plan.shares)
-    gates = torch.ones_like(scores).masked_scatter(images.present & ~scores.isnan(), torch.cat(plan.probabilities))
-    plan.gates = images.to_prompt(gates, torch.ones_like(plan.scores))
+    shares = [min(1.0, count / len(patch)) for count, patch in zip(counts, patches)]
+    score, patch = plan.schedule[0].score, images.present & ~scores.isnan()
+    gates = score.gate(patches, shares)
+    rows = torch.ones_like(scores).masked_scatter(patch, torch.cat(gates))
+    plan.gates = images.to_prompt(rows, torch.ones_like(plan.scores))
+    if (hard := score.harden(gates, shares)) is not None:
+        rows = images.present.masked_scatter(patch, torch.cat(hard))
+        plan.hard = images.to_prompt(rows, torch.ones_like(plan.vision))

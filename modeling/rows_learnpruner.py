@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from transformers import Cache
 from transformers.masking_utils import create_causal_mask
 
+from .attention_learnpruner import GATED, GATES, HARD, RUN, Note, install_probe, log_gates, reach_keywords
 from .compat_learnpruner import CACHE, DEEPSTACK_FEATURES, DEEPSTACK_WHERE, installed_names
 from .cuts_learnpruner import Cut, DecoderState, watching
-from .guards_learnpruner import refuse_gating, refuse_prepared_mask
+from .guards_learnpruner import refuse_prepared_mask
 from .keys_learnpruner import LOST_CACHE, PrunedCache, PrunedCacheLayer, is_pruned
 from .plan_learnpruner import PruningCall
 from .prompt_learnpruner import send
-from .scores_learnpruner import RUN, Note, gated_causal_mask, install_probe
 
 
 class PhysicalRows:
@@ -221,6 +221,9 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     """In front of the text model: gates its attention in training, or begins a [`Run`]."""
     arguments = installed_names(arguments)
     call = arguments.pop("pruning", None)
+    if call is not None and call.zero is not None:
+        arguments["inputs_embeds"] = arguments["inputs_embeds"] + call.zero.to(arguments["inputs_embeds"])
+    call = None if call is None or not call.acts else call
     if call is None and not any(is_pruned(cache) for cache in (arguments.get(CACHE), *args)):
         return args, arguments
     if call is not None and not torch.compiler.is_compiling():
@@ -236,9 +239,7 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     if call is not None:
         call.taken = True
     if call is not None and call.soft:
-        refuse_gating(decoder.config)
-        gates = call.plan.gates.to(inputs_embeds.device)
-        return (), {**arguments, "attention_mask": gated_causal_mask(gates, mask, inputs_embeds.dtype)}
+        return (), {**arguments, **_gate(decoder, call, mask, inputs_embeds)}
     if inputs_embeds is None:
         inputs_embeds = decoder.get_input_embeddings()(arguments.pop("input_ids"))
     where, features = (arguments.pop(name, None) for name in (DEEPSTACK_WHERE, DEEPSTACK_FEATURES))
@@ -247,15 +248,35 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     mask = None if mask is None else mask.bool()
     run = Run(decoder, call, mask, inputs_embeds.shape[1], added)
     run.adopt(cache)
-    # The stock model hands prepared masks on as they are, and makes none: each layer's comes from its hook.
-    prepared = inputs_embeds.new_zeros(1, 1, 1, 1)
-    own = {"inputs_embeds": inputs_embeds, CACHE: cache, "attention_mask": prepared, "return_dict": True, RUN: run}
-    return (), {**arguments, **own}
+    own = {"inputs_embeds": inputs_embeds, CACHE: cache, "return_dict": True, RUN: run}
+    return (), {**arguments, **own, "attention_mask": _prepared(inputs_embeds)}
+
+
+def _prepared(inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """A mask that the stock model hands on as it is, and makes none: each layer's comes from its hook or its gates."""
+    return inputs_embeds.new_zeros(1, 1, 1, 1)
+
+
+def _gate(decoder: nn.Module, call: PruningCall, mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> dict:
+    """What the layers are given in training: the whole prompt, and gates."""
+    for layer in decoder.layers if decoder.gradient_checkpointing else ():
+        checkpoint = layer._gradient_checkpointing_func
+        if not isinstance(checkpoint, partial) or checkpoint.func is not reach_keywords:
+            layer._gradient_checkpointing_func = partial(reach_keywords, checkpoint)
+    gates, hard, device = call.plan.gates, call.plan.hard, inputs_embeds.device
+    gates = log_gates(gates.to(device), None if mask is None else mask.to(device))
+    own = {GATES: gates, GATED: call, "attention_mask": _prepared(inputs_embeds)}
+    return own if hard is None else {**own, HARD: hard.to(device)}
 
 
 def leave(decoder: nn.Module, args: tuple, arguments: dict, outputs) -> None:
     """Behind the text model: checks that every hook was passed and every cut made, and puts the rows back."""
-    run = arguments.get(RUN)
+    run, gating = arguments.get(RUN), arguments.get(GATED)
+    if outputs is not None and gating is not None and gating.gated < decoder.config.num_hidden_layers:
+        raise RuntimeError(
+            "The pruner is to be trained, and a layer's attention did not ask transformers for its function, so that "
+            "no vision token was weighed there: was the layer or its attention module replaced?"
+        )
     if run is None:
         return
     run.watch.close()

@@ -1,36 +1,19 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""What ranks vision tokens (the learned module, the attention of text), selections, and the gates of training.
+"""What ranks vision tokens: the learned module and the attention of text; selections, and the gates of training."""
 
-Queries and keys of a layer come from a probe: attention modules ask transformers for their function by the name in
-their configuration. Under that name the probe notes them, normed and rotated, and calls the user's own function.
-"""
-
-from dataclasses import dataclass
-from typing import Any
+import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compat_learnpruner import eager_attention
+from .attention_learnpruner import Attended
 from .prompt_learnpruner import send
 
 # Query rows scored at a time: bounds the memory of a long question over a long image.
 ROWS_AT_A_TIME = 128
-# What is left of a key whose gate is 0: nothing that shows in float32, but enough for the right gradient.
-GATE_FLOOR = 1e-8
-# Weight of the squared budget error in the training loss, as in Dynamic-LLaVA (arXiv 2412.00876). The paper gives none.
-BUDGET_WEIGHT = 100.0
-
-# The name under which a run travels among the keyword arguments of layers and attention.
-RUN = "pruned_run"
-# Of this copy of the code alone: two checkpoints with code of their own may be open in one process. It is the same in
-# another process, so that models pickle.
-PROBE = f"learnpruner_probe_{__name__}"
-# Arguments of attention functions that change what a row pays, and that a score would have to follow.
-UNSUPPORTED = ("s_aux", "softcap")
+# Halvings of the interval in which the gates' common shift is sought.
+BISECTIONS = 40
 
 
 class LearnedPruningModule(nn.Module):
@@ -121,106 +104,6 @@ def top_k_with_diversity(
     return chosen | (added > 0)
 
 
-def budget_loss(probabilities: list[torch.Tensor], shares: list[float]) -> torch.Tensor:
-    """Squared error between each image's mean keep probability and its share, R1 / patches; times [`BUDGET_WEIGHT`]."""
-    errors = torch.stack([p.mean() - share for p, share in zip(probabilities, shares)])
-    return BUDGET_WEIGHT * errors.square().mean()
-
-
-@dataclass
-class Attended:
-    """What one decoder layer's attention was given, normed and rotated as its architecture does."""
-
-    query: torch.Tensor  # (batch, heads, length, head_dim), of the current rows
-    keys: torch.Tensor  # (batch, kv_heads, past + length, head_dim), of the cache, too
-    scaling: float  # what multiplies their products
-
-    def to(self, device: torch.device) -> "Attended":
-        return Attended(self.query.to(device), self.keys.to(device), self.scaling)
-
-
-@dataclass
-class Note:
-    """Whether what the next attention module is given is `wanted`, `only` that and no attention; and it, `attended`."""
-
-    wanted: bool = False
-    only: bool = False
-    attended: Attended | None = None
-
-    def take(self) -> Attended:
-        """What was noted. Raises `RuntimeError` where attention did not pass through the probe."""
-        if self.attended is None:
-            raise RuntimeError(
-                "A cut needs a layer's queries and keys, and its attention did not ask transformers for its function: "
-                "was the layer or its attention module replaced? Pass pruner_ratio=1.0 to run without cuts."
-            )
-        return self.attended
-
-
-class ProbedConfig:
-    """What an attention module sees as its configuration: the text model's, read and written through, but for the name
-    of its function."""
-
-    def __init__(self, config: PreTrainedConfig):
-        vars(self)["config"] = config
-
-    @property
-    def _attn_implementation(self) -> str:
-        return PROBE
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "config" or name.startswith("__"):  # while it is copied
-            raise AttributeError(name)
-        return getattr(self.config, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.config, name, value)
-
-    def __reduce__(self):
-        return type(self), (self.config,)
-
-
-class OwnConfig:
-    """An attention module as the user's function expects it: with the configuration that the user sees."""
-
-    def __init__(self, attention: nn.Module):
-        self._attention, self.config = attention, attention.config.config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._attention, name)
-
-
-def attend(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask, **kwargs):
-    """The user's attention function, with the arguments and results of those of transformers."""
-    run = kwargs.pop(RUN, None)
-    if run is not None and run.note.wanted:
-        run.note.wanted = False
-        unsupported = [name for name in UNSUPPORTED if kwargs.get(name) is not None]
-        if unsupported:
-            raise ValueError(f"A cut inside the decoder cannot score attention with {unsupported}: use stage 1 alone.")
-        run.note.attended = Attended(query.detach(), key.detach(), kwargs["scaling"])
-        if run.note.only:
-            return query.transpose(1, 2), None
-    name = attention.config.config._attn_implementation
-    stock = eager_attention(attention) if name == "eager" else ALL_ATTENTION_FUNCTIONS.get_interface(name, None)
-    # These two read no configuration, and a view costs time in each layer of each token.
-    own = attention if name in ("eager", "sdpa") else OwnConfig(attention)
-    return stock(own, query, key, value, attention_mask, **kwargs)
-
-
-def register_probe() -> None:
-    AttentionInterface.register(PROBE, attend)
-
-
-register_probe()
-
-
-def install_probe(attention: nn.Module) -> None:
-    """Puts the probe into an attention module; does nothing where it is there."""
-    if not isinstance(attention.config, ProbedConfig):
-        attention.config = ProbedConfig(attention.config)
-
-
 def attention_received(
     attended: Attended, rows: torch.Tensor, weights: torch.Tensor, key_valid: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,21 +139,26 @@ def attention_received(
     return received / watchers.clamp(min=1), watchers > 0
 
 
-def gated_causal_mask(gates: torch.Tensor, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the attention logits so that the softmax multiplies each key's exponential by its gate.
-
-    The masked softmax of Dynamic-LLaVA (arXiv 2412.00876): at gates of 0 and 1 it is the cut itself, in between it is
-    differentiable, and a dropped key still has a gradient. (Gates times embeddings would be undone by the layers'
-    normalisation.) A row sees itself whatever its gate.
+def soft_top_k(scores: torch.Tensor, count: float) -> torch.Tensor:
+    """Probabilities `sigmoid(score + t)` that sum to `count`, by bisection (VisionSelector, arXiv 2510.16598).
 
     Args:
-        gates (`torch.Tensor` of shape `(batch, sequence)`, float32): In [0, 1], 1 for text.
-        attention_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*): 0 at padding.
-        dtype (`torch.dtype`): Of the layers' input and of the result, `(batch, 1, sequence, sequence)`.
+        scores (`torch.Tensor` of shape `(tokens,)`, float32): Logits.
+        count (`float`): In (0, tokens].
+
+    Returns `(tokens,)`, float32, differentiable in `scores`: raising one score lowers all other probabilities.
     """
-    own = torch.eye(gates.shape[1], dtype=torch.bool, device=gates.device)
-    seen = torch.ones_like(own).tril()
-    if attention_mask is not None:
-        seen = (seen & attention_mask.bool().unsqueeze(1)) | own
-    bias = (gates + GATE_FLOOR).log().to(dtype).unsqueeze(1).masked_fill(own, 0)
-    return bias.masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
+    with torch.no_grad():
+        # Between these two shifts every probability goes from below count / tokens to above it.
+        middle = math.inf if count >= len(scores) else math.log(count / (len(scores) - count))
+        low, high = middle - scores.max(), middle - scores.min()
+        for _ in range(BISECTIONS):
+            shift = (low + high) / 2
+            above = torch.sigmoid(scores + shift).sum() > count
+            low, high = torch.where(above, low, shift), torch.where(above, shift, high)
+        probabilities = torch.sigmoid(scores + shift)
+        slopes = probabilities * (1 - probabilities)
+        weights = slopes / slopes.sum().clamp_min(torch.finfo(scores.dtype).tiny)
+    # The implicit derivative of the shift: the value is left as it is, its gradient is -weights.
+    shift = shift - (weights * (scores - scores.detach())).sum()
+    return torch.sigmoid(scores + shift)

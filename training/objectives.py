@@ -17,29 +17,31 @@ import torch
 from transformers import PreTrainedConfig
 
 from learnpruner.cuts_learnpruner import Cut, LearnedScore, learnpruner_schedule
+from learnpruner.scores_learnpruner import soft_top_k
 
-BISECTIONS = 40
+# Weight of the squared budget error in the training loss, as in Dynamic-LLaVA (arXiv 2412.00876). The paper gives none.
+BUDGET_WEIGHT = 100.0
 
 
 @dataclass(unsafe_hash=True)
 class ArgmaxGate(LearnedScore):
     """The paper's: forward the hard argmax over {drop, keep}, backward its softmax (straight-through).
 
-    A dropped token keeps a trace in the softmax (`GATE_FLOOR`), so that it still gets a gradient. The budget term of
-    the shipped forward (Dynamic-LLaVA, arXiv 2412.00876) asks for the mean of these gates; that form is an assumption.
+    A dropped token gets the gradient that it would have with its keep probability as its gate. These gates do not sum
+    to the budget: [`budget_loss`] asks for it.
     """
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
-        return [(score > 0).float() + (p - p.detach()) for score, p in zip(scores, self.soft(scores, shares))]
+        return [score.sigmoid() for score in scores]
 
-    def soft(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
-        return super().gate(scores, shares)
+    def harden(self, gates: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
+        return [gate > 0.5 for gate in gates]
 
 
 @dataclass(unsafe_hash=True)
 class TopKGate(LearnedScore):
     """An exact budget, differentiable: p = sigmoid(score / temperature + t), with t such that p sums to the budget
-    (bisection; VisionSelector, arXiv 2510.16598). The budget term of the shipped forward is then zero by itself.
+    (bisection; VisionSelector, arXiv 2510.16598).
 
     Args:
         temperature (`float`): Annealed towards 0, where p is the hard top-k.
@@ -53,48 +55,31 @@ class TopKGate(LearnedScore):
 
 @dataclass(unsafe_hash=True)
 class RecordedGate(LearnedScore):
-    """Another gate. For each image `record` gets three numbers: the share it was to keep, the mean gate, and the mean
-    entropy of the keep probabilities, in bits."""
+    """Another gate. For each image `record` gets three numbers: the share it was to keep, the mean gate (of a hard one
+    the share kept, with the gradient of its probabilities), and the mean entropy of the keep probabilities, in bits."""
 
     inner: ArgmaxGate | TopKGate
     record: list[torch.Tensor]
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
         gates = self.inner.gate(scores, shares)
-        with torch.no_grad():
-            # Straight-through gates are hard; the others are probabilities themselves.
-            hard = isinstance(self.inner, ArgmaxGate)
-            for gate, soft, share in zip(gates, self.inner.soft(scores, shares) if hard else gates, shares):
-                entropy = (torch.special.entr(soft) + torch.special.entr(1 - soft)).mean() / math.log(2)
-                self.record.append(torch.stack([torch.full_like(entropy, share), gate.mean(), entropy]))
+        hard = self.inner.harden(gates, shares)
+        for number, (gate, share) in enumerate(zip(gates, shares)):
+            with torch.no_grad():
+                entropy = (torch.special.entr(gate) + torch.special.entr(1 - gate)).mean() / math.log(2)
+            mean = gate.mean() if hard is None else hard[number].float().mean() + gate.mean() - gate.mean().detach()
+            self.record.append(torch.stack([torch.full_like(entropy, share), mean, entropy]))
         return gates
 
+    def harden(self, gates: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor] | None:
+        return self.inner.harden(gates, shares)
 
-def soft_top_k(scores: torch.Tensor, count: float) -> torch.Tensor:
-    """Probabilities that sum to `count`, by one shift of all logits.
 
-    Args:
-        scores (`torch.Tensor` of shape `(tokens,)`, float32): Logits.
-        count (`float`): In (0, tokens).
-
-    Returns:
-        `torch.Tensor` of shape `(tokens,)`, float32, differentiable in `scores`: raising one score lowers all other
-        probabilities, for the shift depends on every score.
-    """
-    with torch.no_grad():
-        # Between these two shifts every probability goes from below count / tokens to above it.
-        middle = torch.logit(torch.tensor(count / len(scores), device=scores.device))
-        low, high = middle - scores.max(), middle - scores.min()
-        for _ in range(BISECTIONS):
-            shift = (low + high) / 2
-            above = torch.sigmoid(scores + shift).sum() > count
-            low, high = torch.where(above, low, shift), torch.where(above, shift, high)
-        probabilities = torch.sigmoid(scores + shift)
-        slopes = probabilities * (1 - probabilities)
-        weights = slopes / slopes.sum().clamp_min(torch.finfo(scores.dtype).tiny)
-    # The implicit derivative of the shift: the value is left as it is, its gradient is -weights.
-    shift = shift - (weights * (scores - scores.detach())).sum()
-    return torch.sigmoid(scores + shift)
+def budget_loss(recorded: list[torch.Tensor]) -> torch.Tensor:
+    """Squared error between each image's mean gate and its share, as [`RecordedGate`] noted them; [`BUDGET_WEIGHT`]
+    times its mean over the images."""
+    shares, means, _ = torch.stack(recorded).unbind(1)
+    return BUDGET_WEIGHT * (means - shares).square().mean()
 
 
 def with_gate(config: PreTrainedConfig, gate: LearnedScore, ratio: float | None = None) -> tuple[Cut, ...]:

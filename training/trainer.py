@@ -29,7 +29,7 @@ from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scores_learnpruner import top_k
 
 from .fsdp import ShardedCheckpoints
-from .objectives import ArgmaxGate, RecordedGate, TopKGate, with_gate
+from .objectives import ArgmaxGate, RecordedGate, TopKGate, budget_loss, with_gate
 
 # In each checkpoint, written last: what run it is of.
 RUN_FILE = "pruner_run.json"
@@ -357,19 +357,22 @@ class PrunerTrainer(ShardedCheckpoints):
         recorded: list[torch.Tensor] = []
         gate = RecordedGate(self.model.config.pruner_diversity, self.make_gate(), recorded)
         gated = {**inputs, "schedule": with_gate(self.model.config, gate, self.step_ratio())}
-        if self._images_in_step is not None:
-            gated["budget_share"] = self._pruned.model.count_parts(inputs) / self._images_in_step.clamp_min(1)
         try:
             loss, outputs = super().compute_loss(model, gated, True, num_items_in_batch)
         except FloatingPointError as error:
             raise self._stop(inputs, str(error)) from error
+        if self.args.objective == "paper" and recorded:
+            # Accumulated batches are summed, each over the items of all: this one counts by its share of the images.
+            summed = num_items_in_batch is not None and self._images_in_step is not None
+            share = len(recorded) / self._images_in_step * self._processes() if summed else 1
+            loss = loss + budget_loss(recorded) * share
         if self.args.objective == "default" and self.args.distillation:
             loss = loss + self.args.distillation * self._distillation(model, inputs, outputs.logits, num_items_in_batch)
         if not loss.isfinite():
             raise self._stop(inputs, f"The loss is {loss.item()}.")
         if recorded:
             # One row for each image: what it was to keep, what it keeps, and how undecided it is.
-            self._recorded.append(torch.stack(recorded))
+            self._recorded.append(torch.stack(recorded).detach())
         if foreground is not None and recorded:
             (scores,) = outputs.vision_scores
             scored = ~scores.isnan()
@@ -389,9 +392,11 @@ class PrunerTrainer(ShardedCheckpoints):
         divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
         if num_items_in_batch is None:
             return divergence / rows.sum().clamp_min(1)
-        # The items are those of all processes, whose gradients are averaged: as the stock trainer does with its loss.
-        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return divergence / num_items_in_batch * processes
+        return divergence / num_items_in_batch * self._processes()
+
+    def _processes(self) -> int:
+        """What a loss over the items of all processes is multiplied by, for their gradients are averaged."""
+        return self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
 
     def _stop(self, inputs: dict, reason: str) -> FloatingPointError:
         step = self.state.global_step

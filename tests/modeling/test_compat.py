@@ -32,7 +32,7 @@ NEW = {"max_new_tokens": 4, "do_sample": False, **NO_PLACEHOLDERS}
 TWO = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 OTHER = next(name for name in CACHE_NAMES if name != CACHE)
 OWN = {
-    "head": ["pruner_ratio", "schedule", "query_mask", "budget_share"],
+    "head": ["pruner_ratio", "schedule", "query_mask"],
     "model": ["pruner_ratio", "schedule", "query_mask"],
 }
 

@@ -7,7 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from learnpruner import Cut, TextAttention
-from learnpruner.scores_learnpruner import PROBE, ProbedConfig
+from learnpruner.attention_learnpruner import PROBE, ProbedConfig
 
 from tiny_models import IMAGE, TEXT_MODELS, build_inputs, samples_of, tiny_pair
 

@@ -5,7 +5,8 @@ import torch
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
-from learnpruner.training.objectives import ArgmaxGate, TopKGate, soft_top_k, with_gate
+from learnpruner.scores_learnpruner import soft_top_k
+from learnpruner.training.objectives import ArgmaxGate, RecordedGate, TopKGate, budget_loss, with_gate
 
 from tiny_models import LAYERS, build_inputs, tiny_pair
 
@@ -44,11 +45,29 @@ def test_soft_top_k_anneals_to_the_hard_one():
 
 def test_argmax_gate():
     scores = torch.tensor([-1.0, 0.5, 3.0], requires_grad=True)
-    (gates,) = ArgmaxGate(diversity=0).gate([scores], [1 / 3])
-    assert gates.tolist() == [0, 1, 1]
+    score = ArgmaxGate(diversity=0)
+    (gates,) = score.gate([scores], [1 / 3])
+    (hard,) = score.harden([gates], [1 / 3])
+    assert hard.tolist() == [False, True, True]
     gates.sum().backward()
     soft = scores.detach().sigmoid()
     assert torch.allclose(scores.grad, soft * (1 - soft))
+
+
+def test_the_budget_term():
+    """By hand: of two images, one of hard gates and one of soft ones; its gradient goes through the probabilities."""
+    scores = [torch.tensor([-1.0, 0.5, 3.0, 2.0], requires_grad=True), torch.tensor([1.0, 0.1], requires_grad=True)]
+    shares, noted = [0.5, 0.5], []
+    RecordedGate(0.0, ArgmaxGate(diversity=0), noted).gate(scores, shares)
+    loss = budget_loss(noted)
+    assert loss.item() == pytest.approx(100 * ((3 / 4 - 0.5) ** 2 + (2 / 2 - 0.5) ** 2) / 2)
+    loss.backward()
+    for score, error, size in zip(scores, (0.25, 0.5), (4, 2)):
+        soft = score.detach().sigmoid()
+        assert torch.allclose(score.grad, 100 / 2 * 2 * error / size * soft * (1 - soft))
+    noted.clear()
+    RecordedGate(0.0, TopKGate(diversity=0), noted).gate(scores, shares)
+    assert budget_loss(noted).item() < 1e-6
 
 
 @pytest.mark.parametrize("gate", [ArgmaxGate(diversity=0.1), TopKGate(diversity=0.1, temperature=0.5)])
@@ -71,14 +90,14 @@ def test_a_training_step_is_an_ordinary_call(gate, tmp_path):
             continue
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".pruner." in name), name
     (call,) = seen
-    (probabilities,) = call.plan.probabilities
-    tokens = len(probabilities)
-    first, _ = keep_counts(tokens, 0.25, num_layers=LAYERS, pruner_layer=model.config.pruner_layer, stage_ratio=3.0)
-    if isinstance(gate, TopKGate):
-        assert probabilities.sum().item() == pytest.approx(first, abs=1e-3)
-    else:
-        assert set(probabilities.tolist()) <= {0.0, 1.0}
     # Text is never gated.
     vision = batch["input_ids"] == model.config.image_token_id
     assert (call.plan.gates[~vision] == 1).all()
-    assert torch.equal(call.plan.gates[vision], probabilities)
+    gates = call.plan.gates[vision]
+    first, _ = keep_counts(len(gates), 0.25, num_layers=LAYERS, pruner_layer=model.config.pruner_layer, stage_ratio=3.0)
+    if isinstance(gate, TopKGate):
+        assert gates.sum().item() == pytest.approx(first, abs=1e-3)
+        assert call.plan.hard is None
+    else:
+        assert torch.equal(call.plan.hard[vision], gates > 0.5)
+        assert call.plan.hard[~vision].all()
