@@ -110,6 +110,18 @@ def test_cls_attention_is_the_towers_own():
         assert image.cls.tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_observations_need_no_mask_where_nothing_is_padded(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    methods = {"learnpruner": METHODS["learnpruner"](ratio=0.4)}
+    (expected,) = observe(pruned, inputs, methods)
+    del inputs["attention_mask"]
+    (seen,) = observe(pruned, inputs, methods)
+    assert torch.equal(seen.text, expected.text)
+    assert torch.equal(seen.kept["learnpruner"], expected.kept["learnpruner"])
+
+
 def test_the_last_text_row_alone_where_the_model_says_so():
     stock, pruned = tiny_pair("llava", attention="eager", pruner_query="last")
     inputs = build_inputs("llava", samples_of("one", "llava"))
