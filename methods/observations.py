@@ -59,9 +59,7 @@ def why_no_cls(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def watched_layers(
-    model: PreTrainedModel, valid: torch.Tensor, vision: torch.Tensor
-) -> Iterator[list[torch.Tensor]]:
+def watched_layers(model: PreTrainedModel, valid: torch.Tensor, vision: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """The block in which `model` runs one prompt unpruned, without a cache. Fills a list: for each decoder layer what
     text pays each vision token, `(batch, sequence)` float32, NaN elsewhere. No attention map is made. Not for models
     that other threads use meanwhile.

@@ -263,8 +263,8 @@ PLACES = {
 }
 
 
-# What stops the answer, where it is not the hooks' own check. A padded batch has a mask; where the cache is lost inside a
-# layer, or right before the layers, torch's attention sees first that the mask is of more keys.
+# What stops the answer where it is not the hooks' own check. A padded batch has a mask: where the cache is lost in the
+# text model or below, torch's attention is the first to see that the mask is of more keys.
 SHAPES = "output with shape .* doesn't match the broadcast shape"
 STOPPED_BY = {
     ("stock head, argument lost in the answer", "padded"): "attention_mask has .* columns .* and no cache came",
