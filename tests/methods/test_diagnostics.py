@@ -5,11 +5,12 @@ import math
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import CLIPImageProcessorPil
+from transformers import AutoConfig, CLIPImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from learnpruner.compare import load_processor, shown_pixels
@@ -231,6 +232,18 @@ def test_no_patch_kept_is_nowhere():
 def test_means_leave_out_what_is_not_known():
     figures = [{"a": 1.0, "b": [None, 2.0]}, {"a": None, "b": [None, 4.0]}, {"a": 2.0, "b": None}]
     assert mean_figures(figures) == {"a": 1.5, "b": [None, 3.0]}
+
+
+def test_the_recorded_figures_are_todays():
+    """The page shows what was recorded, which was measured with the counts that today's formula gives."""
+    recorded = json.loads((ROOT / "methods" / "diagnostics.json").read_text())
+    assert summary(recorded) in (ROOT / "methods" / "DIAGNOSTICS.md").read_text()
+    config = AutoConfig.from_pretrained(ROOT / "examples" / "easy_vqa" / recorded["model"])
+    depth, tokens = config.text_config.num_hidden_layers, config.image_seq_length
+    for name, cuts in recorded["methods"].items():
+        method = METHODS[name](recorded["ratio"], accounting=recorded["accounting"])
+        counts = method.keep_counts(method.places(SimpleNamespace(config=config)), depth, tokens)
+        assert [cut["share"] for cut in cuts] == pytest.approx([count / tokens for count in counts], abs=1e-6), name
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 48), (40, 100)])
