@@ -112,7 +112,9 @@ def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
             means = [sum(values) / len(values) for _, values, _ in points]
             low = [mean - min(values) for mean, (_, values, _) in zip(means, points)]
             high = [max(values) - mean for mean, (_, values, _) in zip(means, points)]
-            line = axis.errorbar([x for x, _, _ in points], means, yerr=[low, high], marker="o", capsize=3, label=method)
+            line = axis.errorbar(
+                [x for x, _, _ in points], means, yerr=[low, high], marker="o", capsize=3, label=method
+            )
             for mean, (x, _, marked) in zip(means, points):
                 if marked:
                     mark_point(axis, x, mean, line.lines[0].get_color())
