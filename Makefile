@@ -20,7 +20,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu bundle-lines test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -100,6 +100,11 @@ speed-gpu: $(INSTALLED)
 methods: .venv/installed
 	.venv/bin/python benchmarks/compare_methods.py --runs runs/ablations
 	.venv/bin/python benchmarks/compare_methods.py --cost --into methods/RESULTS.md
+
+# Lines of code that ship with a checkpoint of each family, before the layer hooks and at the last commit.
+bundle-lines: .venv/installed
+	.venv/bin/python benchmarks/bundle_lines.py --before dd21d86 --output benchmarks/results/bundle_lines.json \
+	  --into CONTRIBUTING.md
 
 test: .venv/installed
 	.venv/bin/python -m pytest $(WORKERS)

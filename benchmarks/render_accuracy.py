@@ -9,6 +9,7 @@ are set beside the unpruned run of the same model and questions among the files.
 """
 
 import sys
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 
@@ -91,7 +92,8 @@ def table(groups: dict[tuple, list[dict]]) -> str:
 
 
 def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
-    """Accuracy against mean tokens, a panel for each level, a line for each method."""
+    """Accuracy against mean tokens, a panel for each level, a line for each method. Points whose counts are not those
+    of today's formula are marked, and a caption says what changed."""
     from matplotlib import pyplot
 
     levels = list(dict.fromkeys(level for level, _, _ in groups))
@@ -100,17 +102,22 @@ def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
         methods = dict.fromkeys(method for place, method, _ in groups if place == level)
         for method in methods:
             points = sorted(
-                (mean, [100 * run["accuracy"] for run in runs])
+                (mean, [100 * run["accuracy"] for run in runs], any(map(is_marked, runs)))
                 for (place, name, mean), runs in groups.items()
                 if (place, name) == (level, method)
             )
             if method == "none":
                 axis.axhline(sum(points[0][1]) / len(points[0][1]), color="black", linestyle=":", label="unpruned")
                 continue
-            means = [sum(values) / len(values) for _, values in points]
-            low = [mean - min(values) for mean, (_, values) in zip(means, points)]
-            high = [max(values) - mean for mean, (_, values) in zip(means, points)]
-            axis.errorbar([x for x, _ in points], means, yerr=[low, high], marker="o", capsize=3, label=method)
+            means = [sum(values) / len(values) for _, values, _ in points]
+            low = [mean - min(values) for mean, (_, values, _) in zip(means, points)]
+            high = [max(values) - mean for mean, (_, values, _) in zip(means, points)]
+            line = axis.errorbar(
+                [x for x, _, _ in points], means, yerr=[low, high], marker="o", capsize=3, label=method
+            )
+            for mean, (x, _, marked) in zip(means, points):
+                if marked:
+                    mark_point(axis, x, mean, line.lines[0].get_color())
         axis.set(title=f"{level} scenes", xlabel="vision tokens, mean over the decoder's layers", xscale="log")
         ticks = sorted({round(mean) for place, _, mean in groups if place == level})
         axis.set_xticks(ticks, ticks)
@@ -120,8 +127,20 @@ def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
         axis.legend()
     axes[0][0].set_ylabel("exact-match accuracy, %")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    explain_marks(figure, [run for runs in groups.values() for run in runs])
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
+
+
+def mark_point(axis, x: float, y: float, color: str) -> None:
+    """Marks a point of a plot, in its line's colour, as measured with other counts than today's formula gives."""
+    axis.annotate(MARK, (x, y), xytext=(4, -14), textcoords="offset points", color=color)
+
+
+def explain_marks(figure, results: list[dict]) -> None:
+    """Writes below a figure what the marks in it mean, where it has any. To be saved with `bbox_inches="tight"`."""
+    width = round(16 * figure.get_figwidth())
+    figure.text(0.5, 0, textwrap.fill(note(results), width), ha="center", va="top", fontsize=7)
 
 
 def fill(page: str, mark: str, text: str) -> str:

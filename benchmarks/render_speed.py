@@ -20,7 +20,7 @@ from learnpruner.hub_cards.recorded_counts import MARK, is_marked, note
 from learnpruner.hub_cards.records import read_result
 from learnpruner_commands.arguments import Parser
 
-from render_accuracy import MISSING, fill
+from render_accuracy import MISSING, explain_marks, fill, mark_point
 from speed_measure import CONFIDENCE
 from speed_presets import PRESETS
 
@@ -301,8 +301,13 @@ def fit(points: list[tuple[float, float]]) -> tuple[float, float, float | None]:
     return slope, start, 1 - (left**2).sum() / ((times - times.mean()) ** 2).sum() if varies else None
 
 
+def marks_by_tokens(results: list[dict]) -> dict[float, str]:
+    """The mark of the results that kept so many tokens in the mean, or nothing."""
+    return {result["tokens"]["mean"]: _mark(result) for result in results}
+
+
 def growth_table(results: list[dict]) -> str:
-    rows, marks = [], {result["tokens"]["mean"]: _mark(result) for result in results}
+    rows, marks = [], marks_by_tokens(results)
     for place, points, stock in sweeps(results):
         slope, start, explained = fit(points)
         measured = ", ".join(f"{time:.0f} at {tokens:.0f}{marks[tokens]}" for tokens, time in points)
@@ -314,24 +319,31 @@ def growth_table(results: list[dict]) -> str:
 
 
 def save_plot(results: list[dict], path: Path) -> None:
-    """Prefill against mean tokens kept, with the fitted line."""
+    """Prefill against mean tokens kept, with the fitted line. Points whose counts are not those of today's formula are
+    marked, and a caption says what changed."""
     from matplotlib import pyplot
 
     found = sweeps(results)
     if not found:
         raise ValueError("No three results differ by their ratio alone: there is no line to plot.")
     figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    marks = marks_by_tokens(results)
     for place, points, _ in found:
         tokens, times = zip(*points)
         slope, start, _ = fit(points)
-        (marks,) = axis.plot(tokens, times, "o", label=textwrap.fill(place, 60))
+        (dots,) = axis.plot(tokens, times, "o", label=textwrap.fill(place, 60))
+        for x, y in points:
+            if marks[x]:
+                mark_point(axis, x, y, dots.get_color())
         ends = (0, max(tokens))
-        axis.plot(ends, [start + slope * end for end in ends], color=marks.get_color(), linewidth=1)
+        axis.plot(ends, [start + slope * end for end in ends], color=dots.get_color(), linewidth=1)
     axis.set(xlabel="vision tokens kept, mean over the decoder's layers", ylabel="prefill, ms", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    shown = {tokens for _, points, _ in found for tokens, _ in points}
+    explain_marks(figure, [result for result in results if result["tokens"]["mean"] in shown])
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     pyplot.close(figure)
 
 

@@ -94,8 +94,10 @@ class UniformScore:
 
 
 def grid_marks(rows: int, columns: int, count: int) -> torch.Tensor:
-    """`(rows * columns,)` bool: `count` patches spread evenly over a grid."""
+    """`(rows * columns,)` bool: `count` patches spread evenly over a grid. That of a very thin image may have none."""
     marks = torch.zeros(rows, columns, dtype=torch.bool)
+    if count == 0:
+        return marks.flatten()
     lines = min(rows, max(1, round(math.sqrt(count * rows / columns)), math.ceil(count / columns)))
     for line in range(lines):
         here = count * (line + 1) // lines - count * line // lines

@@ -59,12 +59,14 @@ def why_no_cls(model: nn.Module) -> str | None:
 
 
 @contextmanager
-def watched_layers(model: PreTrainedModel, inputs: Mapping[str, torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """The block in which `model` runs unpruned on `inputs`, without a cache. Fills a list: for each decoder layer what
+def watched_layers(model: PreTrainedModel, valid: torch.Tensor, vision: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+    """The block in which `model` runs one prompt unpruned, without a cache. Fills a list: for each decoder layer what
     text pays each vision token, `(batch, sequence)` float32, NaN elsewhere. No attention map is made. Not for models
-    that other threads use meanwhile."""
-    valid = inputs["attention_mask"].bool()
-    vision = valid & (inputs["input_ids"] == model.config.image_token_id)
+    that other threads use meanwhile.
+
+    Args:
+        valid, vision (`torch.Tensor` of shape `(batch, sequence)`, bool): What is not padding, and of that the images.
+    """
     queries = valid & ~vision
     num_text, score, received = int(queries.sum(1).max()), TextAttention(model.config.pruner_query), []
 
@@ -109,18 +111,19 @@ def observe(
             token alone, or no text comes after an image.
     """
     inner = model.model
+    prompt = inner.read_prompt(inputs)
+    valid = torch.ones_like(prompt.kinds, dtype=torch.bool) if prompt.valid is None else prompt.valid
+    vision = valid & (prompt.kinds > 0)
     look = Look(why_no_cls(inner) is None)
     cut = Cut(0, lambda tokens: 1, look, watched=(-1,) if look.reads_cls else ())
     inner(**inputs, schedule=(cut,), use_cache=False)
-    vision = ((inputs["input_ids"] == model.config.image_token_id) & inputs["attention_mask"].bool()).cpu()
-    if look.sizes != vision.sum(1).tolist() or min(look.sizes) < 2:
+    if look.sizes != prompt.placeholders["image"] or min(look.sizes) < 2:
         raise ValueError("Samples of one image of two tokens or more are observed, and these are others.")
-    if look.places.shape[1] != vision.sum(1).max():
+    if look.places.shape[1] != max(look.sizes):
         raise ValueError("An image has a token that is no patch, such as the tower's [CLS]: its places are not known.")
-    with watched_layers(model, inputs) as received:
+    with watched_layers(model, valid, vision) as received:
         inner(**inputs, pruner_ratio=1.0, use_cache=False)
-    text = torch.stack(received, dim=1)
-    masks = {}
+    text, masks, vision = torch.stack(received, dim=1), {}, vision.cpu()
     for name, method in methods.items():
         kept = inner(**inputs, schedule=method, use_cache=False).kept_mask
         # Where every count is that of the image nothing is cut.

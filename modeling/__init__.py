@@ -5,32 +5,44 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .auto import LearnPrunerForConditionalGeneration
-from .configuration_learnpruner import (
-    LearnPrunerLlavaConfig,
-    LearnPrunerLlavaNextConfig,
-    LearnPrunerQwen2_5_VLConfig,
-    LearnPrunerQwen2VLConfig,
-    __version__,
-)
+from .configuration_learnpruner import __version__
 from .families import FAMILIES, model_module, model_name, register
 
+# Type checkers and editors cannot follow `_MODULES`; a name that is imported as itself is a public one for them.
 if TYPE_CHECKING:
-    from .cuts_learnpruner import Cut, LearnedScore, TextAttention, learnpruner_schedule
-    from .keys_learnpruner import PrunedCache
-    from .modeling_learnpruner_llava import LearnPrunerLlavaForConditionalGeneration
-    from .modeling_learnpruner_llava_next import LearnPrunerLlavaNextForConditionalGeneration
-    from .modeling_learnpruner_qwen2_5_vl import LearnPrunerQwen2_5_VLForConditionalGeneration
-    from .modeling_learnpruner_qwen2_vl import LearnPrunerQwen2VLForConditionalGeneration
+    from .configuration_learnpruner import LearnPrunerLlavaConfig as LearnPrunerLlavaConfig
+    from .configuration_learnpruner import LearnPrunerLlavaNextConfig as LearnPrunerLlavaNextConfig
+    from .configuration_learnpruner import LearnPrunerQwen2_5_VLConfig as LearnPrunerQwen2_5_VLConfig
+    from .configuration_learnpruner import LearnPrunerQwen2VLConfig as LearnPrunerQwen2VLConfig
+    from .cuts_learnpruner import Cut as Cut
+    from .cuts_learnpruner import LearnedScore as LearnedScore
+    from .cuts_learnpruner import TextAttention as TextAttention
+    from .cuts_learnpruner import learnpruner_schedule as learnpruner_schedule
+    from .keys_learnpruner import PrunedCache as PrunedCache
+    from .modeling_learnpruner_llava import (
+        LearnPrunerLlavaForConditionalGeneration as LearnPrunerLlavaForConditionalGeneration,
+    )
+    from .modeling_learnpruner_llava_next import (
+        LearnPrunerLlavaNextForConditionalGeneration as LearnPrunerLlavaNextForConditionalGeneration,
+    )
+    from .modeling_learnpruner_qwen2_5_vl import (
+        LearnPrunerQwen2_5_VLForConditionalGeneration as LearnPrunerQwen2_5_VLForConditionalGeneration,
+    )
+    from .modeling_learnpruner_qwen2_vl import (
+        LearnPrunerQwen2VLForConditionalGeneration as LearnPrunerQwen2VLForConditionalGeneration,
+    )
 
-# These take seconds to load: each is loaded when it is asked for.
+# Where names are loaded from when they are asked for: all but the configurations take seconds.
 _MODULES = {
     "Cut": "cuts_learnpruner",
     "LearnedScore": "cuts_learnpruner",
     "PrunedCache": "keys_learnpruner",
     "TextAttention": "cuts_learnpruner",
     "learnpruner_schedule": "cuts_learnpruner",
+    **{config_class.__name__: "configuration_learnpruner" for config_class in FAMILIES},
     **{model_name(config_class): model_module(config_class) for config_class in FAMILIES},
 }
+__all__ = ["LearnPrunerForConditionalGeneration", "__version__", *_MODULES]
 
 
 def __getattr__(name: str):
@@ -44,21 +56,3 @@ def __dir__() -> list[str]:
 
 
 register()
-
-__all__ = [
-    "Cut",
-    "LearnPrunerForConditionalGeneration",
-    "LearnPrunerLlavaConfig",
-    "LearnPrunerLlavaForConditionalGeneration",
-    "LearnPrunerLlavaNextConfig",
-    "LearnPrunerLlavaNextForConditionalGeneration",
-    "LearnPrunerQwen2VLConfig",
-    "LearnPrunerQwen2VLForConditionalGeneration",
-    "LearnPrunerQwen2_5_VLConfig",
-    "LearnPrunerQwen2_5_VLForConditionalGeneration",
-    "LearnedScore",
-    "PrunedCache",
-    "TextAttention",
-    "__version__",
-    "learnpruner_schedule",
-]

@@ -9,18 +9,13 @@ from importlib import import_module
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 
-from .configuration_learnpruner import (
-    LearnPrunerLlavaConfig,
-    LearnPrunerLlavaNextConfig,
-    LearnPrunerQwen2_5_VLConfig,
-    LearnPrunerQwen2VLConfig,
-)
+from . import configuration_learnpruner as configurations
 
 FAMILIES = (
-    LearnPrunerLlavaConfig,
-    LearnPrunerLlavaNextConfig,
-    LearnPrunerQwen2VLConfig,
-    LearnPrunerQwen2_5_VLConfig,
+    configurations.LearnPrunerLlavaConfig,
+    configurations.LearnPrunerLlavaNextConfig,
+    configurations.LearnPrunerQwen2VLConfig,
+    configurations.LearnPrunerQwen2_5_VLConfig,
 )
 
 

@@ -33,6 +33,25 @@ def test_every_grid_holds_every_count(rows, columns):
         assert grid_marks(rows, columns, count).sum() == count
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(0, 4), (4, 0), (0, 0)])
+def test_a_grid_without_patches_has_no_marks(rows, columns):
+    assert grid_marks(rows, columns, 0).shape == (0,)
+
+
+# Height and width of images so thin that LLaVA-NeXT's crops have one line of patches, or none.
+@pytest.mark.parametrize("size", [(1, 400), (400, 1), (4, 32), (32, 4), (8, 96), (96, 8)])
+@pytest.mark.parametrize("name", ["uniform", "pool"])
+def test_very_thin_images(name, size):
+    _, pruned = tiny_pair("llava_next")
+    inputs = build_inputs("llava_next", [[3, size, 5], [2, (32, 32), 4]])
+    tokens = (inputs["input_ids"] == IMAGE).sum(1)
+    for ratio in (0.1, 0.5, 0.95):
+        (kept,) = pruned(**inputs, schedule=METHODS[name](ratio)).kept_mask
+        assert (kept & (inputs["input_ids"] == IMAGE)).sum(1).tolist() == [
+            max(1, math.floor(ratio * size + 0.5)) for size in tokens.tolist()
+        ]
+
+
 def test_boxes_come_first_and_in_turn():
     y, x = (8 * part.flatten() + 4 for part in torch.meshgrid(torch.arange(24), torch.arange(24), indexing="ij"))
     for row in scene_dataset("test", 20, level="hard", per_scene=1):

@@ -5,11 +5,12 @@ import math
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from transformers import CLIPImageProcessorPil
+from transformers import AutoConfig, CLIPImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from learnpruner.compare import load_processor, shown_pixels
@@ -108,6 +109,18 @@ def test_cls_attention_is_the_towers_own():
         of_heads = attentions[stock.config.vision_feature_layer][row]
         expected = [sum(head[0, 1 + patch].item() for head in of_heads) / len(of_heads) for patch in range(PATCHES)]
         assert image.cls.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_observations_need_no_mask_where_nothing_is_padded(family):
+    _, pruned = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("one", family))
+    methods = {"learnpruner": METHODS["learnpruner"](ratio=0.4)}
+    (expected,) = observe(pruned, inputs, methods)
+    del inputs["attention_mask"]
+    (seen,) = observe(pruned, inputs, methods)
+    assert torch.equal(seen.text, expected.text)
+    assert torch.equal(seen.kept["learnpruner"], expected.kept["learnpruner"])
 
 
 def test_the_last_text_row_alone_where_the_model_says_so():
@@ -219,6 +232,18 @@ def test_no_patch_kept_is_nowhere():
 def test_means_leave_out_what_is_not_known():
     figures = [{"a": 1.0, "b": [None, 2.0]}, {"a": None, "b": [None, 4.0]}, {"a": 2.0, "b": None}]
     assert mean_figures(figures) == {"a": 1.5, "b": [None, 3.0]}
+
+
+def test_the_recorded_figures_are_todays():
+    """The page shows what was recorded, which was measured with the counts that today's formula gives."""
+    recorded = json.loads((ROOT / "methods" / "diagnostics.json").read_text())
+    assert summary(recorded) in (ROOT / "methods" / "DIAGNOSTICS.md").read_text()
+    config = AutoConfig.from_pretrained(ROOT / "examples" / "easy_vqa" / recorded["model"])
+    depth, tokens = config.text_config.num_hidden_layers, config.image_seq_length
+    for name, cuts in recorded["methods"].items():
+        method = METHODS[name](recorded["ratio"], accounting=recorded["accounting"])
+        counts = method.keep_counts(method.places(SimpleNamespace(config=config)), depth, tokens)
+        assert [cut["share"] for cut in cuts] == pytest.approx([count / tokens for count in counts], abs=1e-6), name
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 48), (40, 100)])

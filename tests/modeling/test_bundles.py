@@ -5,26 +5,32 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.compat_learnpruner import CACHE
 from learnpruner.configuration_learnpruner import __version__
 
-from tiny_models import build_inputs, samples_of, tiny_pair
+from tiny_models import IMAGE, VIDEO, build_inputs, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core
+VERSION_0_1 = Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
 
 OPEN = """
 import json, sys
 import torch
 from transformers import AutoModelForImageTextToText
 torch.set_grad_enabled(False)
-*folders, inputs = sys.argv[1:]
-inputs = torch.load(inputs)
-models = [AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval() for folder in folders]
+*folders, call = sys.argv[1:]
+inputs, generation = torch.load(call)
+full = {"dtype": torch.float32}
+models = [AutoModelForImageTextToText.from_pretrained(each, trust_remote_code=True, **full) for each in folders]
 import learnpruner  # beside them, and behind them
-models.append(learnpruner.LearnPrunerForConditionalGeneration.from_pretrained(folders[0]).eval())
+models.append(learnpruner.LearnPrunerForConditionalGeneration.from_pretrained(folders[-1], **full))
 results = []
 for _ in range(2):
     results = []
@@ -32,7 +38,7 @@ for _ in range(2):
         code = sys.modules[type(model).__module__]
         package = type(model).__module__.rpartition(".")[0]
         prompt = model(**inputs)
-        output = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        output = model.generate(**inputs, **generation)
         results.append({
             "version": sys.modules[package + ".configuration_learnpruner"].__version__,
             "probe": model.model.language_model.layers[0].self_attn.config._attn_implementation,
@@ -43,6 +49,27 @@ for _ in range(2):
         })
 print("RESULTS" + json.dumps(results))
 """
+
+
+GENERATION = {"max_new_tokens": 4, "do_sample": False}
+
+
+def open_all(folders, inputs, generation, tmp_path):
+    """What [`OPEN`] found: of each folder's own code, and of the package with the last folder."""
+    torch.save((dict(inputs), generation), tmp_path / "call.pt")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", OPEN, *map(str, folders), str(tmp_path / "call.pt")]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout.split("RESULTS")[1])
+    roots = [each["module"].split(".")[0] for each in found]
+    assert roots == ["transformers_modules"] * len(folders) + ["learnpruner"]
+    assert len({each["module"] for each in found}) == len(found)
+    return found
+
+
+def survivors(kept_mask):
+    return [kept.nonzero().tolist() for kept in kept_mask]
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
@@ -60,25 +87,32 @@ def test_two_versions_and_the_package(family, tmp_path):
         assert text.count(old) == 1
         (other / name).write_text(text.replace(old, new))
     inputs = build_inputs(family, samples_of("padded", family))
-    torch.save(inputs, tmp_path / "inputs.pt")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, "-c", OPEN, str(one), str(other), str(tmp_path / "inputs.pt")]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second, package = json.loads(run.stdout.split("RESULTS")[1])
-    assert [found["version"] for found in (first, second, package)] == [__version__, "9.9.9", __version__]
-    assert len({found["probe"] for found in (first, second, package)}) == 3
-    assert [found["module"].split(".")[0] for found in (first, second, package)] == [
-        "transformers_modules",
-        "transformers_modules",
-        "learnpruner",
-    ]
-    for found in (first, second, package):
+    second, first, package = open_all([other, one], inputs, GENERATION, tmp_path)
+    assert [found["version"] for found in (second, first, package)] == ["9.9.9", __version__, __version__]
+    assert len({found["probe"] for found in (second, first, package)}) == 3
+    for found in (second, first, package):
         assert found["output"].rpartition(".")[0] == found["module"].rpartition(".")[0]
-    expected = [kept.nonzero().tolist() for kept in model(**inputs).kept_mask]
+    expected = survivors(model(**inputs).kept_mask)
     assert first["kept"] == package["kept"] == expected
-    assert first["tokens"] == package["tokens"] == model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist()
+    assert first["tokens"] == package["tokens"] == model.generate(**inputs, **GENERATION).tolist()
     for module in model.model.pruner.output.parameters():
         module.neg_()
-    assert second["kept"] == [kept.nonzero().tolist() for kept in model(**inputs).kept_mask] != expected
-    assert second["tokens"] == model.generate(**inputs, max_new_tokens=4, do_sample=False).tolist()
+    assert second["kept"] == survivors(model(**inputs).kept_mask) != expected
+    assert second["tokens"] == model.generate(**inputs, **GENERATION).tolist()
+
+
+@pytest.mark.skipif(CACHE != "past_key_values", reason="the code of version 0.1 needs transformers < 5.24")
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_version_0_1_and_today(family, tmp_path):
+    """The code that version 0.1 wrote into its checkpoint, beside what is saved of the same weights today."""
+    old, today = VERSION_0_1 / family, tmp_path / "today"
+    LearnPrunerForConditionalGeneration.from_pretrained(old).save_pretrained(today)
+    questions = json.loads((VERSION_0_1 / "questions.json").read_text())
+    recorded = load_file(old / "answers.safetensors")
+    inputs = build_inputs(family, questions["samples"][family], seed=questions["seed"])
+    new = {"max_new_tokens": questions["max_new_tokens"], "do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
+    found = open_all([old, today], inputs, new, tmp_path)
+    assert [each["version"] for each in found] == ["0.1.0", __version__, __version__]
+    for each in found:
+        assert each["kept"] == survivors((recorded["first_kept"], recorded["second_kept"]))
+        assert each["tokens"] == recorded["sequences"].tolist()

@@ -8,10 +8,12 @@ import torch
 from transformers import Qwen2VLImageProcessorPil
 
 from learnpruner.compare import model_for, shown_pixels
+from learnpruner.doctor_models import BUILDERS
 from learnpruner.families import FAMILIES as CONFIGURATIONS
 from learnpruner.families import model_class
 from learnpruner.model_learnpruner import PrunedModelMixin
 
+from speed_presets import IMAGES
 from tiny_models import FAMILIES, PATCH, PRUNED, SIDE, build_inputs, samples_of, tiny_pair, tiny_processor, vision_tower
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +26,13 @@ OF_A_FAMILY = {"vision_tower", "visual", "image_sizes", "image_grid_thw", "video
 def test_the_list_is_the_one_that_tests_run_over():
     assert {model_class(each) for each in CONFIGURATIONS} == set(PRUNED.values())
     assert set(PRUNED) == set(FAMILIES)
+
+
+def test_what_is_made_for_each_family_is_there():
+    """The doctor's tiny model, and the inputs of the speed benchmark."""
+    known = {each.base_model_type for each in CONFIGURATIONS}
+    assert set(BUILDERS) == known
+    assert set(IMAGES) == known
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -4,6 +4,7 @@ import ast
 import json
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,42 @@ def test_type_checkers_see_what_is_loaded_later():
     (block,) = (node for node in ast.parse(PACKAGE.read_text()).body if isinstance(node, ast.If))
     assert ast.unparse(block.test) == "TYPE_CHECKING"
     assert {alias.name: node.module for node in block.body for alias in node.names} == learnpruner._MODULES
+    # As PEP 484 wants it: without the second name, a type checker takes it for an import of the file's own.
+    assert all(alias.asname == alias.name for node in block.body for alias in node.names)
+
+
+TWIN = """
+@strict
+class LearnPrunerTwinConfig(PrunerConfig, LlavaConfig):
+    model_type = "learnpruner_twin"
+    base_model_type = "twin"
+"""
+USE_TWIN = """
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+import learnpruner
+from learnpruner.families import StandIn
+from learnpruner import *
+assert learnpruner.__file__.startswith(__import__("sys").argv[1])
+config = AutoConfig.for_model("learnpruner_twin", text_config={"num_hidden_layers": 8})
+assert type(config) is LearnPrunerTwinConfig
+assert LearnPrunerTwinForConditionalGeneration.config_class is LearnPrunerTwinConfig
+for auto in (AutoModel, AutoModelForImageTextToText):
+    assert issubclass(LearnPrunerTwinForConditionalGeneration, auto._model_mapping[LearnPrunerTwinConfig])
+"""
+
+
+def test_a_new_family_is_a_file_a_configuration_and_one_line(tmp_path, monkeypatch):
+    package = tmp_path / "learnpruner"
+    shutil.copytree(PACKAGE.parent, package)
+    llava = (package / "modeling_learnpruner_llava.py").read_text()
+    (package / "modeling_learnpruner_twin.py").write_text(llava.replace("LearnPrunerLlava", "LearnPrunerTwin"))
+    with (package / "configuration_learnpruner.py").open("a") as file:
+        file.write(TWIN)
+    families = (package / "families.py").read_text()
+    (line,) = re.findall(r"^ *\S*LearnPrunerLlavaConfig,\n", families, flags=re.MULTILINE)
+    (package / "families.py").write_text(families.replace(line, line + line.replace("Llava", "Twin")))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "learnpruner_twin" in families_in(modules_after(USE_TWIN, tmp_path))
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.parent.glob("*.py")), ids=lambda path: path.name)
