@@ -115,7 +115,7 @@ class Report:
         ]
 
 
-def _run(family: str, name: str, check: Callable):
+def run_check(family: str, name: str, check: Callable):
     """Runs a check, and says how it went; an exception is its failure."""
     start, result = time.perf_counter(), None
     try:
@@ -179,13 +179,13 @@ def doctor(families: Sequence[str] | None = None) -> Report:
     ):
         for name in families:
             progress.set_postfix_str(name)
-            built, case = _run(
+            built, case = run_check(
                 name, "models are built", lambda config_class=known[name]: build_case(model_class(config_class))
             )
             progress.update()
             if not built.passed:
                 checks.append(built)
             for title, check in CHECKS.items() if built.passed else ():
-                checks.append(_run(name, title, lambda check=check, case=case: check(case))[0])
+                checks.append(run_check(name, title, lambda check=check, case=case: check(case))[0])
                 progress.update()
     return Report(checks, versions, _tested())
