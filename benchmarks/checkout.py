@@ -33,9 +33,7 @@ class Checkout(MetaPathFinder):
         if fullname not in self.folders:
             return None
         folder = ROOT / self.folders[fullname]
-        return spec_from_file_location(
-            fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
+        return spec_from_file_location(fullname, folder / "__init__.py", submodule_search_locations=[str(folder)])
 
 
 def find_here() -> None:
