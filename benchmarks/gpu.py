@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-# Seconds below which a part is not begun, since Python needs as much to import what it runs; and those kept for the end.
+# Seconds below which a part is not begun, since its imports alone take as long; and those that are kept for packing.
 LEAST, END = 15, 3
 # Of a part's stderr, in its record.
 LINES, LONGEST = 20, 300

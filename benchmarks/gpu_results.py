@@ -1,6 +1,7 @@
 """Puts the records of benchmarks/gpu.py in their place.
 
-    python benchmarks/gpu_results.py runs/gpu.tar.gz --records benchmarks/results/gpu --points benchmarks/results/speed/gpu
+    python benchmarks/gpu_results.py runs/gpu.tar.gz --records benchmarks/results/gpu \
+        --points benchmarks/results/speed/gpu
 
 The archive may come from anyone: nothing of it is unpacked but JSON files under the names that they should have, of one
 GPU, of one state of the code, whose every field holds what it must. A proof replaces the earlier one of the same GPU,

@@ -1,4 +1,4 @@
-"""Tables from the records that benchmarks/gpu_results.py put in their place.
+"""Pages from the records that benchmarks/gpu_results.py put in their place.
 
     python benchmarks/render_gpu.py benchmarks/results/gpu --into benchmarks/GPU.md --readme README.md
 
@@ -20,6 +20,7 @@ from render_accuracy import MISSING, fill
 NAMES = [config_class.base_model_type for config_class in FAMILIES]
 ORDER = [part.name for parts in (proof_parts("cuda", Path()), speed_parts("cuda", Path(), "sdpa")) for part in parts]
 SHOWN = {"holds": "holds", "fails": "**fails**", "not there": "not there"}
+PAGE, SPEED_PAGE = (f"[benchmarks/{name}.md](benchmarks/{name}.md)" for name in ("GPU", "SPEED"))
 # Of a text in a cell, in characters.
 LONGEST = 300
 
@@ -121,18 +122,17 @@ def part_table(gpus: dict[str, list[dict]]) -> str:
 
 
 def summary(gpus: dict[str, list[dict]]) -> str:
-    """Of README: a line for each GPU, or that there is none."""
+    """Of README: how many checks hold on each GPU, and whether its speed was measured; or that nothing was."""
     lines = []
     for device, records in gpus.items():
         results = Counter(check["result"] for families in checks_of(records).values() for check in families.values())
-        if results:
-            run = results["holds"] + results["fails"]
-            lines.append(
-                f"On {cell(device)}, {results['holds']} of {run} checks hold ([benchmarks/GPU.md](benchmarks/GPU.md))."
-            )
+        run = results["holds"] + results["fails"]
+        proof = f"{results['holds']} of {run} checks hold" if run else f"correctness {MISSING}"
+        timed = any(record["kind"] == "speed" and record["outcome"] == "passed" for record in records)
+        lines.append(f"On {cell(device)}: {proof} ({PAGE}); speed {f'in {SPEED_PAGE}' if timed else MISSING}.")
     return "\n".join(lines) or (
-        "On a GPU: not measured. Neither equality with the stock model, nor flash and flex attention, nor a training step "
-        "has been\nrun on one; `make gpu-proof` does it in five minutes ([benchmarks/GPU.md](benchmarks/GPU.md))."
+        f"On a GPU: {MISSING}, neither equality with the stock model, nor flash and flex attention, nor training, nor\n"
+        f"speed. `make gpu-proof` and `make gpu-speed` do it in a quarter of an hour ({PAGE})."
     )
 
 
