@@ -6,7 +6,6 @@ Tiny random models of each family are checked as by `learnpruner doctor`, on the
 check, so that what was found before a crash or the end of the time is kept.
 """
 
-import json
 import logging
 import platform
 import sys
@@ -208,17 +207,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False
     try:
         if arguments.part == ABOUT:
-            found = about(arguments.device)
-            save(found, arguments.output)
-            print(json.dumps(found))
+            save(about(arguments.device), arguments.output)
             return 0
         log = Log(arguments.output)
         PARTS[arguments.part](arguments.device, log)
     except (OSError, ValueError) as error:
         print(f"gpu_proof: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    log.write()
-    return 1 if any(check["result"] == "fails" for check in log.found["checks"].values()) else 0
+    failed = [name for name, check in log.found["checks"].items() if check["result"] == "fails"]
+    if failed:
+        print(
+            f"gpu_proof: {len(failed)} of {len(log.found['checks'])} checks fail: {'; '.join(failed)}", file=sys.stderr
+        )
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
