@@ -155,13 +155,20 @@ def write(record: dict, file: Path) -> None:
     part.replace(file)
 
 
+def nameless(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without the user whose file it is."""
+    member.uid = member.gid = 0
+    member.uname = member.gname = ""
+    return member
+
+
 def pack(output: Path, archive: Path) -> None:
     """Every record and result, under the names that they have below `output`."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     part = archive.with_name(f"{archive.name}.part")
     with tarfile.open(part, "w:gz") as packed:
         for file in sorted(output.rglob("*.json")):
-            packed.add(file, file.relative_to(output).as_posix(), recursive=False)
+            packed.add(file, file.relative_to(output).as_posix(), recursive=False, filter=nameless)
     part.replace(archive)
 
 

@@ -171,7 +171,7 @@ def with_backend(case: TinyCase, name: str) -> str:
     try:
         for model in (case.stock, case.pruned):
             model.set_attn_implementation({"text_config": name, "vision_config": "sdpa"})
-    except (ImportError, ValueError) as error:  # as transformers refuses what is not installed, or not for this model
+    except (ImportError, OSError, ValueError) as error:  # not installed, or not for this model; nothing is fetched
         raise NotThereError(str(error)) from error
     try:
         # Flex is compiled anew for each length: a prompt has three, and each step of an answer three more.

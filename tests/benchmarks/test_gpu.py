@@ -77,6 +77,8 @@ def test_parts_that_fail_do_not_stop_the_others(scripts, capsys):
     assert "1 of 3 parts passed" in capsys.readouterr().out
     with tarfile.open(f"{output}.tar.gz") as packed:
         assert set(packed.getnames()) == {f"proof/{name}.json" for name in found}
+        # It may be published.
+        assert {(member.uname, member.uid) for member in packed} == {("", 0)}
 
 
 def test_a_part_ends_at_its_limit_and_with_all_that_it_started(scripts, tmp_path):
