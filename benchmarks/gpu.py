@@ -74,16 +74,16 @@ def proof_parts(device: str, output: Path) -> list[Part]:
 SPEED = {
     "llava-next-7b": (120, "--preset llava-next-7b --batch 8 --ratio 160/2928 --new-tokens 2"),
     "llava-1.5-7b": (90, "--preset llava-1.5-7b --batch 8,32 --ratio 1/18 --new-tokens 2"),
-    "qwen2.5-vl-7b-4k": (150, "--preset qwen2.5-vl-7b-4k --batch 8 --ratio 0.11 --new-tokens 2"),
+    "qwen2.5-vl-7b-4k": (180, "--preset qwen2.5-vl-7b-4k --batch 8 --ratio 0.11 --new-tokens 2"),
     "growth": (70, "--preset llava-1.5-7b --batch 8 --ratio 1/18,1/9,2/9,1/3,2/3,1 --new-tokens 1"),
-    "answers": (90, "--preset llava-1.5-7b --batch 1,8 --ratio 1/18 --new-tokens 32"),
-    "batches": (90, "--preset llava-1.5-7b --batch 1,4,16 --ratio 1/18 --new-tokens 1,128"),
-    "texts": (60, "--preset llava-1.5-7b --batch 8 --text 32,256 --ratio 1/18 --new-tokens 1"),
-    "llava-next-7b-answers": (120, "--preset llava-next-7b --ratio 160/2928 --new-tokens 32,128"),
-    "qwen2.5-vl-7b-4k-answers": (120, "--preset qwen2.5-vl-7b-4k --ratio 0.11 --new-tokens 32,128"),
-    "llava-1.5-13b": (90, "--preset llava-1.5-13b --batch 1,8 --ratio 1/18 --new-tokens 1"),
+    "answers": (120, "--preset llava-1.5-7b --batch 1,8 --ratio 1/18 --new-tokens 32"),
+    "batches": (500, "--preset llava-1.5-7b --batch 1,4,16 --ratio 1/18 --new-tokens 1,128"),
+    "texts": (90, "--preset llava-1.5-7b --batch 8 --text 32,256 --ratio 1/18 --new-tokens 1"),
+    "llava-next-7b-answers": (300, "--preset llava-next-7b --ratio 160/2928 --new-tokens 32,128"),
+    "qwen2.5-vl-7b-4k-answers": (300, "--preset qwen2.5-vl-7b-4k --ratio 0.11 --new-tokens 32,128"),
+    "llava-1.5-13b": (200, "--preset llava-1.5-13b --batch 1,8 --ratio 1/18 --new-tokens 1"),
     "qwen2.5-vl-7b-1k": (90, "--preset qwen2.5-vl-7b-1k --batch 1,8 --ratio 0.11 --new-tokens 1"),
-    "qwen2.5-vl-7b-16k": (120, "--preset qwen2.5-vl-7b-16k --ratio 0.11 --new-tokens 1"),
+    "qwen2.5-vl-7b-16k": (400, "--preset qwen2.5-vl-7b-16k --ratio 0.11 --new-tokens 1"),
 }
 # The smallest model of the speed benchmark, one round.
 SPEED_ON_CPU = {"cpu-small": (300, "--preset cpu-small --text 1 --ratio 1/18 --new-tokens 1 --rounds 1")}
@@ -95,7 +95,7 @@ def speed_parts(device: str, output: Path, backend: str) -> list[Part]:
     if device == "cpu":
         chosen = SPEED_ON_CPU
     else:
-        chosen, fixed = SPEED, [*fixed, "--warmup", "2", "--rounds", "7"]
+        chosen, fixed = SPEED, [*fixed, "--warmup", "2", "--rounds", "6"]
     points = output / POINTS
     return [Part(name, limit, ("speed.py", *given.split(), *fixed), points) for name, (limit, given) in chosen.items()]
 
@@ -136,6 +136,8 @@ def record_of(part: Part, file: Path, limit: float, about: dict, environment: di
     else:
         status, seconds, lines = run((*part.command, "--output", str(part.output)), limit, environment)
         outcome = {None: "out of time", 0: "passed"}.get(status, "failed")
+        if status is not None and status < 0:
+            lines.append(f"ended by signal {-status}")
     found = json.loads(file.read_text()) if file.exists() else {}
     return {
         "part": part.name,
@@ -197,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("proof", "speed"))
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N or cpu, there with tiny shapes")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the records; a run goes on there")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of the records; figures of speed that are there stay"
+    )
     parser.add_argument("--archive", type=Path, help="default: --output with .tar.gz behind it")
     parser.add_argument("--wheels", type=Path, default=Path("wheels"), help="folder of wheels that come first")
     parser.add_argument("--limit", type=float, required=True, help="seconds for everything")

@@ -50,7 +50,7 @@ class Log:
             "seconds": round(check.seconds, 2),
         }
         self.write()
-        print(f"{family:12}{name:45}{result:11}{detail}", flush=True)
+        print(f"{family:12}{name:60}{result:11}{detail}", flush=True)
 
     def write(self) -> None:
         save(self.found, self.file)

@@ -31,6 +31,12 @@ from gpu_training import kernels, step, training
 from speed import device as device_argument
 from speed_sweep import code_digest, code_files, device_name, save
 
+FLASH_KERNEL = "the flash kernel of sdpa"
+# By precision: flash attention takes no float32.
+BACKENDS = {BFLOAT16: (FLASH_KERNEL, "flash_attention_2"), FLOAT32: ("eager", "flex_attention")}
+# On the prompt, and in each step of an answer.
+MASKED = ("masked prompt", "masked generate")
+
 
 def about(device: torch.device) -> dict:
     """What all that is found depends on. Raises `ValueError` where the device is not there."""
@@ -133,15 +139,6 @@ def waits(device: torch.device, log: Log) -> None:
     for family, case in cases(log, device, BFLOAT16):
         for name, (more, call) in calls.items():
             log.check(family, f"host waits, {name}", lambda case=case, call=call, more=more: run(case, call, more))
-
-
-FLASH_KERNEL = "the flash kernel of sdpa"
-# By precision: flash attention takes no float32.
-BACKENDS = {BFLOAT16: (FLASH_KERNEL, "flash_attention_2"), FLOAT32: ("eager", "flex_attention")}
-
-
-# On the prompt, and in each step of an answer.
-MASKED = ("masked prompt", "masked generate")
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from speed_presets import PRESETS, Preset, build_inputs, build_pair, check_fits,
 TOLERANCE = 1e-4
 # Tokens of an answer in the batches of tiny models.
 ANSWER = 4
-CHECKPOINTING = {"without checkpointing": None, "reentrant checkpointing": True, "checkpointing": False}
+CHECKPOINTING = {"no checkpointing": None, "reentrant checkpointing": True, "non-reentrant checkpointing": False}
 # sdpa's kernels; where one cannot run, the plain one does.
 KERNELS = {
     "cuda": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION),
@@ -39,14 +39,14 @@ def training_cases(log: Log, device: torch.device, dtype: torch.dtype) -> Iterat
 
 
 def set_checkpointing(model: PreTrainedModel, reentrant: bool | None) -> None:
-    """`None` leaves the model as it is made: without."""
+    """`None` leaves the model as it is made, without."""
     if reentrant is not None:
         name = "activation_checkpointing_enable"  # up to transformers 5.22 the other
         getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
 
 
 def gradient(case: TinyCase, reentrant: bool | None, dtype: torch.dtype | None = None) -> tuple[float, torch.Tensor]:
-    """Loss, and the pruner's gradient as one float32 vector, of a training step by the public interface."""
+    """Loss, and the pruner's gradient as one float32 vector, of a training step by the public interface, on a copy."""
     model = copy.deepcopy(case.pruned)
     if dtype is not None:
         model.to(dtype)
@@ -63,6 +63,10 @@ def gradient(case: TinyCase, reentrant: bool | None, dtype: torch.dtype | None =
     whole = torch.cat([grad.float().flatten() for grad in trained.values()])
     if not (torch.isfinite(loss) and torch.isfinite(whole).all() and whole.any()):
         fail(f"The loss is {loss.item()}, and the gradient's length {whole.norm().item()}.")
+    optimizer = torch.optim.AdamW([model.get_parameter(name) for name in trained])
+    optimizer.step()
+    if not all(torch.isfinite(model.get_parameter(name)).all() for name in trained):
+        fail("The optimizer's step left weights that are no numbers.")
     return loss.item(), whole
 
 
@@ -78,7 +82,7 @@ def training(device: torch.device, log: Log, dtype: torch.dtype) -> None:
                 plain.update(exact=exact, own=(found - exact).norm() / exact.norm())
                 return f"loss {loss:.3f}, gradient {found.norm():.1e}, {plain['own']:.0e} from float32's"
             if not plain:
-                fail("Without checkpointing there was no gradient to compare with.")
+                fail("The step without checkpointing failed: there is no gradient to compare with.")
             return compare_gradients(found, plain["exact"], plain["own"])
 
         for title, reentrant in CHECKPOINTING.items():
@@ -124,13 +128,17 @@ def step(device: torch.device, log: Log) -> None:
     _, model = build_pair(preset.config(), device, BFLOAT16)
     model.train_pruner_only()
     model.train()
-    log.found["steps"] = {}
     for batch, (title, reentrant) in zip((1, 4, 4), CHECKPOINTING.items()):
 
         def run(batch=batch, title=title, reentrant=reentrant):
             set_checkpointing(model, reentrant)
             measured = measure_step(model, preset, batch)
-            log.found["steps"][title] = {"preset": name, "batch_size": batch, "checkpointing": title, **measured}
+            log.found.setdefault("steps", {})[title] = {
+                "preset": name,
+                "batch_size": batch,
+                "checkpointing": title,
+                **measured,
+            }
             return f"{measured['seconds']['median']:.3f} s"
 
         log.check("llava", f"a step of {name}, batch {batch}, {title}", run)

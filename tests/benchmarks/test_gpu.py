@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import gpu
+import gpu_results
+import render_gpu
 import speed
 import speed_sweep
 
@@ -68,6 +70,7 @@ def test_parts_that_fail_do_not_stop_the_others(scripts, capsys):
         "good": "passed",
     }
     assert found["broken"]["stderr"] == ["the reason"]
+    assert found["crashed"]["stderr"][-1] == "ended by signal 11"
     # What was written before the crash is kept.
     assert found["crashed"]["checks"] == found["good"]["checks"] == {"one": 1}
     assert "checks" not in found["broken"]
@@ -187,8 +190,23 @@ def test_packages_of_the_checkout_are_found_and_come_first(tmp_path):
     assert done.stdout.split() == [*map(str, found), "a", "--b"]
 
 
+def test_what_only_training_and_accuracy_need_is_not_needed(tmp_path):
+    """A machine with a GPU and torch seldom has them."""
+    script = tmp_path / "needs.py"
+    script.write_text(
+        "import sys\n"
+        "for name in ('datasets', 'evaluate', 'matplotlib', 'torchvision', 'bitsandbytes', 'gradio', 'tensorboard'):\n"
+        "    sys.modules[name] = None\n"
+        f"sys.path.insert(0, {str(gpu.HERE)!r})\n"
+        "import gpu_proof, speed\n"
+    )
+    command = [sys.executable, gpu.HERE / "checkout.py", script]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
-def test_make_gpu_proof_runs_through_on_the_cpu(tmp_path):
+def test_make_gpu_proof_runs_through_on_the_cpu(tmp_path, capsys):
     command = ["make", "gpu-proof", f"PY={sys.executable}", "DEVICE=cpu", f"GPU={tmp_path / 'gpu'}", "LIMIT=900"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     found = records(tmp_path / "gpu")
@@ -202,5 +220,12 @@ def test_make_gpu_proof_runs_through_on_the_cpu(tmp_path):
         failed = [name for name, check in record["checks"].items() if check["result"] == "fails"]
         assert all("reentrant" in name for name in failed), failed
     assert (done.returncode == 0) == all(record["outcome"] == "passed" for record in found.values())
-    with tarfile.open(tmp_path / "gpu.tar.gz") as packed:
-        assert len(packed.getnames()) == len(found)
+    # On a CPU it is no record.
+    arguments = ["--records", str(tmp_path / "records"), "--points", str(tmp_path / "points")]
+    assert gpu_results.main([str(tmp_path / "gpu.tar.gz"), *arguments]) == 2
+    assert "which is no GPU" in capsys.readouterr().err
+    for name, record in found.items():
+        gpu.write({**record, "device": "Some GPU", "device_type": "cuda"}, tmp_path / "gpu" / "proof" / f"{name}.json")
+    gpu.pack(tmp_path / "gpu", tmp_path / "gpu.tar.gz")
+    assert gpu_results.main([str(tmp_path / "gpu.tar.gz"), *arguments]) == 0
+    assert len(render_gpu.read_folder(tmp_path / "records")["Some GPU"]) == len(found)
