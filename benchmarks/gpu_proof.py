@@ -129,7 +129,10 @@ def waits(device: torch.device, log: Log) -> None:
     calls = {"forward": (0, lambda model, inputs: model(**inputs))}
     for steps in (1, 4):
         arguments = {"max_new_tokens": steps, "do_sample": False, "suppress_tokens": PLACEHOLDERS}
-        calls[f"generate, {steps} tokens"] = (1, lambda model, inputs, a=arguments: model.generate(**inputs, **a))
+        calls[f"generate, max_new_tokens={steps}"] = (
+            1,
+            lambda model, inputs, a=arguments: model.generate(**inputs, **a),
+        )
 
     def run(case, call, more):
         if device.type != "cuda":

@@ -86,7 +86,9 @@ def training(device: torch.device, log: Log, dtype: torch.dtype) -> None:
             return compare_gradients(found, plain["exact"], plain["own"])
 
         for title, reentrant in CHECKPOINTING.items():
-            log.check(family, f"{title}, {name_of(dtype)}", lambda reentrant=reentrant, run=run: run(reentrant))
+            log.check(
+                family, f"training, {title}, {name_of(dtype)}", lambda reentrant=reentrant, run=run: run(reentrant)
+            )
 
 
 def compare_gradients(found: torch.Tensor, exact: torch.Tensor, own: torch.Tensor) -> str:

@@ -7,7 +7,7 @@ README what is between `<!-- gpu -->` and `<!-- /gpu -->`. Where there is no rec
 """
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from learnpruner.families import FAMILIES
@@ -74,10 +74,13 @@ def check_tables(gpus: dict[str, list[dict]]) -> str:
             [cell(name), *(SHOWN[families[family]["result"]] if family in families else "" for family in NAMES)]
             for name, families in found.items()
         ]
-        said = [check for families in found.values() for check in families.values() if check["result"] != "holds"]
+        said = defaultdict(list)
+        for check in (check for families in found.values() for check in families.values()):
+            if check["result"] != "holds":
+                said[check["result"], check["name"], check["detail"]].append(check["family"])
         lines = [
-            f"- {SHOWN[check['result']]}: {cell(check['name'])}, {cell(check['family'])}: {cell(check['detail'])}"
-            for check in sorted(said, key=lambda check: check["result"])
+            f"- {SHOWN[result]}: {cell(name)}, {cell(', '.join(families))}: {cell(detail)}"
+            for (result, name, detail), families in sorted(said.items(), key=lambda one: one[0][0])
         ]
         proof = next(record for record in records if record.get("checks"))
         texts += [cell(conditions(proof)), table(["check", *NAMES], rows), *(["\n".join(lines)] if lines else [])]
@@ -100,7 +103,15 @@ def step_table(gpus: dict[str, list[dict]]) -> str:
                     MISSING if peak is None else f"{peak / 1e9:.1f}",
                 ]
             )
-    head = ["GPU", "model", "image and text tokens", "layers", "seconds a step", "weights, GB", "peak beside them, GB"]
+    head = [
+        "GPU",
+        "model",
+        "image and text tokens",
+        "checkpointing",
+        "seconds a step",
+        "weights, GB",
+        "peak beside them, GB",
+    ]
     return table(head, rows) if rows else MISSING
 
 

@@ -90,7 +90,7 @@ def test_a_training_step(family, kind, dtype, run, monkeypatch):
     chosen = {name: gpu_training.CHECKPOINTING[name] for name in ("no checkpointing", kind)}
     monkeypatch.setattr(gpu_training, "CHECKPOINTING", chosen)
     _, checks, _ = run(f"training-{dtype}", family)
-    assert results(checks) == {f"{name}, {dtype}": "holds" for name in chosen}
+    assert results(checks) == {f"training, {name}, {dtype}": "holds" for name in chosen}
 
 
 def test_a_pruner_without_a_gradient_fails(run, monkeypatch):
@@ -101,7 +101,7 @@ def test_a_pruner_without_a_gradient_fails(run, monkeypatch):
     status, checks, _ = run("training-float32", "llava")
     assert status == 1
     assert set(results(checks).values()) == {"fails"}
-    assert "No gradient reached ['model.pruner." in checks["no checkpointing, float32"]["detail"]
+    assert "No gradient reached ['model.pruner." in checks["training, no checkpointing, float32"]["detail"]
 
 
 def test_gradients_are_compared():
