@@ -9,8 +9,7 @@ TORCH_ARGS ?=
 UV ?= uv==0.13.9
 # Budgets of `make accuracy`: mean vision tokens of 576.
 TOKENS ?= 32
-# The Python of the speed targets. Another one, with the package installed, makes them install nothing:
-# make speed-gpu PY=python
+# The Python of the targets of speed and of GPUs. Another one makes them install nothing: make gpu-proof PY=python
 PY ?= .venv/bin/python
 INSTALLED = $(if $(filter .venv/bin/python,$(PY)),.venv/installed)
 
@@ -20,7 +19,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed speed-gpu bundle-lines test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed gpu-proof gpu-speed gpu-results bundle-lines test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -77,23 +76,27 @@ speed: $(INSTALLED)
 	$(TIME) --preset cpu-small --text 256 --ratio 1/18 --new-tokens 1,32 --rounds 6 --output $(SPEED)/cpu/
 	$(RENDER_SPEED)
 
-# The same on a GPU of 80 GB or more, that of the bars first. PY's torch must be one with CUDA. A line with a point that
-# fails stops make; `make -i speed-gpu` goes on with the next line. On sdpa, the stock vision tower of Qwen2.5-VL makes
-# one attention call for each window: there, GPU_BACKEND=flash_attention_2 is what to compare on.
+# A proof on a GPU in five minutes, and the figures of benchmarks/SPEED.md that need one of 80 GB in nine; with a higher
+# LIMIT (seconds), a second run measures those for which there was no time. PY's torch must be one with CUDA. Nothing is
+# installed or fetched: wheels in $(WHEELS) come first on the path. All that is recorded goes into $(ARCHIVE).
+# DEVICE=cpu runs everything through with tiny shapes.
+GPU ?= runs/gpu
+ARCHIVE ?= $(GPU).tar.gz
+DEVICE ?= cuda
+WHEELS ?= wheels
 GPU_BACKEND ?= sdpa
-TIME_GPU = $(TIME) --device cuda --backend $(GPU_BACKEND) --warmup 3 --output $(SPEED)/gpu/
-speed-gpu: $(INSTALLED)
-	$(TIME_GPU) --preset llava-next-7b --batch 8,16 --ratio 160/2928 --new-tokens 1,2
-	$(TIME_GPU) --preset llava-1.5-7b --batch 8,32 --ratio 32/576 --new-tokens 1,2
-	$(TIME_GPU) --preset qwen2.5-vl-7b-4k --batch 8 --ratio 0.11 --new-tokens 1,2
-	$(TIME_GPU) --preset llava-1.5-7b --batch 1,4,16,32 --ratio 1/18 --new-tokens 1,32,128
-	$(TIME_GPU) --preset llava-1.5-7b --batch 8 --text 32,256 --ratio 1/18 --new-tokens 1
-	$(TIME_GPU) --preset llava-1.5-7b --batch 8 --ratio 1/18,1/9,2/9,1/3,2/3,1 --new-tokens 1
-	$(TIME_GPU) --preset llava-next-7b --ratio 160/2928 --new-tokens 32,128
-	$(TIME_GPU) --preset qwen2.5-vl-7b-4k --ratio 0.11 --new-tokens 32,128
-	$(TIME_GPU) --preset llava-1.5-13b --batch 1,8 --ratio 1/18 --new-tokens 1
-	$(TIME_GPU) --preset qwen2.5-vl-7b-1k --batch 1,8 --ratio 0.11 --new-tokens 1
-	$(TIME_GPU) --preset qwen2.5-vl-7b-16k --ratio 0.11 --new-tokens 1
+RUN_GPU = $(PY) benchmarks/gpu.py --device $(DEVICE) --wheels $(WHEELS) --output $(GPU) --archive $(ARCHIVE)
+gpu-proof: $(INSTALLED)
+	$(RUN_GPU) --limit $(or $(LIMIT),300) proof
+
+gpu-speed: $(INSTALLED)
+	$(RUN_GPU) --limit $(or $(LIMIT),540) --backend $(GPU_BACKEND) speed
+
+# Checks such an archive, puts its records in their place, and makes pages of them: make gpu-results ARCHIVE=FILE.tar.gz
+GPU_RECORDS = benchmarks/results/gpu
+gpu-results: $(INSTALLED)
+	$(PY) benchmarks/gpu_results.py $(ARCHIVE) --records $(GPU_RECORDS) --points $(SPEED)/gpu
+	$(PY) benchmarks/render_gpu.py $(GPU_RECORDS) --into benchmarks/GPU.md --readme README.md
 	$(RENDER_SPEED)
 
 # Every figure of methods/RESULTS.md. Hours; goes on if killed. Cost wants an idle machine.

@@ -180,7 +180,8 @@ def _check(value, schema: Kind | Mapping, name: str = "it") -> None:
             _check(inner, kind, f"{name}.{field}".removeprefix("it."))
 
 
-def _read(path: Path, fields: Mapping, of: str) -> dict:
+def read_record(path: Path, fields: Mapping, of: str) -> dict:
+    """Raises `ValueError` where the file is not what `of` says, with the first of `fields` that does not hold."""
     try:
         record = json.loads(path.read_text())
         _check(record, fields)
@@ -193,12 +194,12 @@ def read_result(path: Path, speed: bool = False) -> dict:
     """Raises `ValueError` where the file is not a result of benchmarks/accuracy.py, or with `speed` of
     benchmarks/speed.py, or holds what cannot have been measured, such as a share above 1. It names the field."""
     command, fields = ("speed", SPEED_FIELDS) if speed else ("accuracy", ACCURACY_FIELDS)
-    return _read(path, fields, f"a result of benchmarks/{command}.py")
+    return read_record(path, fields, f"a result of benchmarks/{command}.py")
 
 
 def read_training(path: Path) -> dict:
     """Raises `ValueError`, as [`read_result`], where the file is no `training.json`."""
-    return _read(path, TRAINING_FIELDS, "a record of `learnpruner train`")
+    return read_record(path, TRAINING_FIELDS, "a record of `learnpruner train`")
 
 
 def check_training(record: Mapping) -> None:

@@ -4,6 +4,7 @@
 A new family needs one builder, and its line in `BUILDERS`.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,14 +43,15 @@ def _text_config(model_type: str, **fields) -> dict:
     return {
         "model_type": model_type,
         "vocab_size": VOCAB,
-        "hidden_size": 32,
+        # Heads of 16: flex attention takes no smaller ones on a GPU.
+        "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 512,
         # Wide enough that attention is far from uniform and greedy tokens differ.
-        "initializer_range": 0.3,
+        "initializer_range": 0.2,
         "pad_token_id": PAD,
         "bos_token_id": BOS,
         "eos_token_id": None,
@@ -94,7 +96,7 @@ def _llava_next() -> TinyFamily:
 
 def _qwen(vision_config: dict) -> TinyFamily:
     """A token is what is made of 2 x 2 patches, each half as wide as a token."""
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]}
     shared = {"depth": 3, "num_heads": 3, "patch_size": PATCH // 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
     config = {
         "text_config": _text_config("qwen2_vl_text", rope_parameters=rope, use_sliding_window=False),
@@ -113,12 +115,12 @@ def _qwen(vision_config: dict) -> TinyFamily:
 
 
 def _qwen2_vl() -> TinyFamily:
-    return _qwen({"embed_dim": 24, "hidden_size": 32, "mlp_ratio": 2})
+    return _qwen({"embed_dim": 24, "hidden_size": 64, "mlp_ratio": 2})
 
 
 def _qwen2_5_vl() -> TinyFamily:
     # Windows of 2 x 2 tokens, and one layer that sees the whole image.
-    vision = {"hidden_size": 24, "out_hidden_size": 32, "intermediate_size": 48}
+    vision = {"hidden_size": 24, "out_hidden_size": 64, "intermediate_size": 48}
     tiny = _qwen({**vision, "window_size": 2 * PATCH, "fullatt_block_indexes": [1]})
     tiny.config["text_config"]["model_type"] = "qwen2_5_vl_text"
     return tiny
@@ -139,12 +141,14 @@ class TinyCase:
 
     Attributes:
         stock, pruned (`PreTrainedModel`).
+        exact (`PreTrainedModel`): The stock model's weights in float32: `stock` itself where that is float32.
         batch (`dict[str, torch.Tensor]`): Inputs of two samples, the shorter one padded on the left.
         rows (`list[dict[str, torch.Tensor]]`): Those of each sample alone, without padding.
     """
 
     stock: PreTrainedModel
     pruned: PreTrainedModel
+    exact: PreTrainedModel
     batch: dict[str, torch.Tensor]
     rows: list[dict[str, torch.Tensor]]
 
@@ -176,8 +180,13 @@ def build_pair(family: type, fields: dict) -> tuple[PreTrainedModel, PreTrainedM
     return stock, pruned
 
 
-def build_case(family: type) -> TinyCase:
-    """Models and prompts of a pruned class; from a seed, by torch's random numbers on the CPU.
+def build_case(family: type, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> TinyCase:
+    """Models and prompts of a pruned class; from a seed, by torch's random numbers on the CPU, whatever the device.
+
+    Args:
+        family (`type`): The pruned class.
+        device (`torch.device` or `str`): Where the models and the prompts are.
+        dtype (`torch.dtype`): Of the weights and pixels; the pruner's weights stay in float32, as they are loaded.
 
     Raises:
         `CheckError`: where the family has no tiny model, or its weights do not fit.
@@ -201,7 +210,22 @@ def build_case(family: type) -> TinyCase:
         if key in ("input_ids", "attention_mask", "mm_token_type_ids"):
             values = [F.pad(value, (longest - value.shape[1], 0), value=0) for value in values]
         batch[key] = torch.cat(values)
-    return TinyCase(stock, pruned, batch, rows)
+    for model in (stock, pruned):
+        model.to(device)
+        # Not the buffers: `from_pretrained` keeps rotary frequencies in float32, too.
+        for name, parameter in model.named_parameters():
+            if ".pruner." not in name:
+                parameter.data = parameter.data.to(dtype)
+    batch, *rows = (_sent(inputs, device, dtype) for inputs in (batch, *rows))
+    exact = stock if dtype == torch.float32 else copy.deepcopy(stock).float()
+    return TinyCase(stock, pruned, exact, batch, rows)
+
+
+def _sent(inputs: dict[str, torch.Tensor], device: torch.device | str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in inputs.items()
+    }
 
 
 def _text_inputs(stock: PreTrainedModel, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
