@@ -138,7 +138,7 @@ def test_two_processes_are_one_batch(objective, folder):
 
 
 def test_flags_win(folder):
-    data, training = parse_arguments(folder / "config.yaml", ["--learning_rate", "5e-4", "--data_share", "0.5"])
+    _, data, training = parse_arguments(folder / "config.yaml", ["--learning_rate", "5e-4", "--data_share", "0.5"])
     assert training.learning_rate == 5e-4
     assert training.budgets == [0.1, 0.2]
     assert data.data_share == 0.5
@@ -148,8 +148,8 @@ def test_flags_win(folder):
 def test_ready_configurations(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # bfloat16 of a GPU is refused on a machine without one.
-    data, training = parse_arguments(path, ["--bf16", "false", "--use_cpu", "true"])
-    assert data.model_name_or_path.startswith("llava-hf/" if "tiny" not in path.stem else "examples/")
+    model, _, training = parse_arguments(path, ["--bf16", "false", "--use_cpu", "true"])
+    assert model.model_name_or_path.startswith("llava-hf/" if "tiny" not in path.stem else "examples/")
     assert training.objective == "default"
 
 
@@ -168,7 +168,7 @@ def test_values_of_every_kind(folder):
     text = (folder / "config.yaml").read_text()
     more = "eval_data: null\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.0001}\n"
     (folder / "config.yaml").write_text(text + more)
-    data, training = parse_arguments(folder / "config.yaml", [])
+    _, data, training = parse_arguments(folder / "config.yaml", [])
     assert data.eval_data is None
     assert training.lr_scheduler_kwargs == {"min_lr": 0.0001}
     with pytest.raises(ValueError, match=r"max_steps.*many"):
