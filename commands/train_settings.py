@@ -122,8 +122,7 @@ def help_lines() -> Iterator[str]:
         for name, each in settings.items():
             yield from _entry(name, each)
         yield ""
-    yield "Every other field of TrainingArguments is a setting, too: output_dir, max_steps, save_steps, bf16,"
-    yield "per_device_train_batch_size, gradient_accumulation_steps, gradient_checkpointing, eval_strategy, push_to_hub."
+    yield "Every other field of TrainingArguments is a setting, too: output_dir, max_steps, save_steps, eval_strategy, ..."
     yield "`learnpruner train CONFIG --help` lists them all."
 
 

@@ -128,7 +128,8 @@ def train(model: PrunerModelArguments, data: PrunerDataArguments, training: Prun
     samples = load_samples(data.train_data, data.image_folder, data.data_share, training.seed, **options)
     evaluation = None if data.eval_data is None else load_samples(data.eval_data, data.image_folder, **options)
     processor = load_processor(model.model_name_or_path, model.trust_remote_code)
-    _say(training, f"{len(samples):,} samples to train on. Loading {model.model_name_or_path}.")
+    share = f" (data_share: {data.data_share:g})" if data.data_share < 1 else ""
+    _say(training, f"{len(samples):,} samples to train on{share}. Loading {model.model_name_or_path}.")
     foreground = data.foreground and "boxes" in samples.column_names
     collator = PrunerCollator(processor, data.max_length, foreground, data.strict)
     trainer = PrunerTrainer(load_model(model, training), training, collator, samples, evaluation)
