@@ -122,7 +122,7 @@ def help_lines() -> Iterator[str]:
         for name, each in settings.items():
             yield from _entry(name, each)
         yield ""
-    yield "Every other field of TrainingArguments is a setting, too: output_dir, max_steps, save_steps, eval_strategy, ..."
+    yield "Every other field of TrainingArguments is a setting, too: output_dir, max_steps, save_steps, bf16, ..."
     yield "`learnpruner train CONFIG --help` lists them all."
 
 
