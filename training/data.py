@@ -95,24 +95,21 @@ def load_samples(
 
     def located(row: dict) -> dict:
         place = {name: locate(row[name], image_folder) for name in ("image", "images") if row.get(name) is not None}
-        if isinstance(row.get("messages"), list):
+        if isinstance(row.get("messages"), list | tuple):
             place["messages"] = [_located_message(message, image_folder) for message in row["messages"]]
         return {**row, **place}
 
-    found = source.filter(is_sample, with_indices=True)
+    found = source.filter(is_sample, with_indices=True, **({} if streamed else {"desc": "Checking samples"}))
     if image_folder is not None:
-        found = found.map(located)
+        found = found.map(located, **({} if streamed else {"desc": "Finding images"}))
     if streamed:
         if next(iter(found), None) is None:
-            raise ValueError(f"No sample is left of the stream: {report.first}")
+            raise ValueError(f"No sample is left of the stream: {report.why}")
         return found
-    if not from_file:
-        report.total = len(source)
-    report.check()
+    report.total = report.total or len(source)
+    report.check(len(found))
     if len(found) < report.total:
-        # Another process, or an earlier call whose result the data set kept, may have looked at them.
-        why = report.first or "an image cannot be read, or the row is no sample"
-        logger.warning(f"{report.total - len(found)} of {report.total} samples left out: {why}")
+        logger.warning(f"{report.total - len(found)} of {report.total} samples left out: {report.why}")
     return found
 
 
@@ -125,7 +122,7 @@ def _read_file(path: Path, share: float, seed: int, answers: bool, report: "_Lef
             report.numbers.append(number)
         except ValueError as error:
             report.bad(number, error)
-    report.check()
+    report.check(len(rows))
     # What no row has is no column: boxes above all.
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     return Dataset.from_list([{name: row[name] for name in names} for row in rows])
@@ -137,7 +134,8 @@ class _LeftOut:
     def __init__(self, name: str, strict: bool, skip_bad_rows: bool, streamed: bool):
         self.name, self.strict, self.skip_bad_rows, self.streamed = name, strict, skip_bad_rows, streamed
         self.numbers: list[int] = []  # of the rows, where they are not all
-        self.total, self.count, self.bad_rows, self.first, self.first_bad = 0, 0, 0, "", ""
+        self.total = self.count = self.bad_rows = 0
+        self.first = self.first_bad = ""
 
     def _note(self, number: int, reason: Exception) -> str:
         told = f"{self.name}, row {number}: {reason}"
@@ -151,25 +149,30 @@ class _LeftOut:
         told = self._note(number, reason)
         self.bad_rows += 1
         self.first_bad = self.first_bad or told
-        if self.streamed and not self.skip_bad_rows:
-            self.check()
+        if self.streamed:
+            self.check(left=1)
 
     def unreadable(self, number: int, reason: OSError) -> None:
         told = self._note(number, reason)
         if self.strict:
             raise ValueError(f"{told} (an image cannot be read; strict: false leaves such rows out)") from reason
 
-    def check(self) -> None:
-        """Raises `ValueError` for rows that are no samples, or where none is left."""
+    @property
+    def why(self) -> str:
+        # Nothing is known where the data set kept what an earlier call had found.
+        return self.first or "an image cannot be read, or the row is no sample"
+
+    def check(self, left: int) -> None:
+        """Raises `ValueError` for rows that are no samples, or where none is `left`."""
         if self.bad_rows and not self.skip_bad_rows:
             others = f"{self.bad_rows - 1} more rows are none; " if self.bad_rows > 1 else ""
             raise ValueError(f"{self.first_bad} ({others}skip_bad_rows: true leaves such rows out)")
-        if self.total and self.count >= self.total:
-            raise ValueError(f"No sample is left of {self.total}: {self.first}")
+        if not left:
+            raise ValueError(f"No sample is left of {self.total}: {self.why}")
 
 
 def _located_message(message: dict, folder: str | Path) -> dict:
-    if not isinstance(message["content"], list):
+    if isinstance(message["content"], str):
         return message
     return {**message, "content": [_located_part(part, folder) for part in message["content"]]}
 

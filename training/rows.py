@@ -122,8 +122,8 @@ def check_row(row: dict, answers: bool = True) -> None:
     messages = read_messages(row)
     check_images(messages, len(image_values(row)))
     boxes = row.get("boxes")
-    if boxes is not None and not (isinstance(boxes, list) and all(map(_is_box, boxes))):
-        raise ValueError(f"boxes are lists of four numbers (left, top, right, bottom), got {str(boxes)[:60]}.")
+    if boxes is not None and not (isinstance(boxes, list | tuple) and all(map(_is_box, boxes))):
+        raise ValueError(f"a box is left, top, right and bottom in pixels, got {str(boxes)[:60]}.")
     if answers and not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no turn is an answer of the assistant, so there is nothing to learn.")
 
@@ -141,7 +141,7 @@ def check_images(messages: list[dict], count: int) -> None:
 def image_values(row: dict) -> list:
     """The images of a sample, as they are given: beside the conversation, or inside a chat's content."""
     beside = as_list(row.get("image")) + as_list(row.get("images"))
-    if not isinstance(row.get("messages"), list):
+    if not isinstance(row.get("messages"), list | tuple):
         return beside
     parts = [part for message in row["messages"] for part in as_parts(message.get("content"))]
     inside = [part[name] for part in parts for name in INSIDE if part.get(name) is not None]
@@ -151,7 +151,7 @@ def image_values(row: dict) -> list:
 
 
 def _is_box(box) -> bool:
-    return isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+    return isinstance(box, list | tuple) and len(box) == 4 and all(type(side) in (int, float) for side in box)
 
 
 def as_list(value) -> list:
@@ -159,7 +159,7 @@ def as_list(value) -> list:
 
 
 def as_parts(content) -> list[dict]:
-    return [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+    return [part for part in content if isinstance(part, dict)] if isinstance(content, list | tuple) else []
 
 
 def read_messages(row: dict) -> list[dict]:
@@ -187,7 +187,7 @@ def read_messages(row: dict) -> list[dict]:
 
 
 def _turns(turns, name: str) -> Iterable[dict]:
-    if not isinstance(turns, list) or not turns:
+    if not isinstance(turns, list | tuple) or not turns:
         raise ValueError(f"{name} is a list of turns, and here it is {_kind(turns)}.")
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
@@ -201,7 +201,7 @@ def _message(message: dict) -> dict:
     content = message.get("content")
     if isinstance(content, str):
         parts = [{"type": "text", "text": content}]
-    elif isinstance(content, list):
+    elif isinstance(content, list | tuple):
         parts = content
     else:
         raise ValueError(f"the content of a message is text or a list of parts, and here it is {_kind(content)}.")
@@ -225,7 +225,7 @@ def _without_image(part: dict) -> dict:
 
 
 def _llava_turn(turn: dict) -> dict:
-    if turn.get("from") not in LLAVA_ROLES:
+    if turn.get("from") not in list(LLAVA_ROLES):
         raise ValueError(
             f"a turn of a conversation is from one of {sorted(LLAVA_ROLES)}, not from {turn.get('from')!r}."
         )

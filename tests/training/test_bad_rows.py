@@ -47,6 +47,7 @@ ROWS = {
     "no turns": ({"conversations": []}, "conversations is a list of turns, and here it is empty"),
     "a turn of text": (turns(QUESTION, ANSWER), "turn 1 of conversations is an object"),
     "an unknown speaker": (turns(says("robot", "x"), GPT), "is from one of .*, not from 'robot'"),
+    "speakers": (turns(says(["human"], QUESTION), GPT), r"is from one of .*, not from \['human'\]"),
     "no speaker": (turns({"value": QUESTION}, GPT), "is from one of .*, not from None"),
     "a turn without text": (turns(HUMAN, {"from": "gpt"}), "the value of a turn is missing or null"),
     "a number as turn": (turns(HUMAN, says("gpt", 3)), "the value of a turn is a number"),
@@ -71,7 +72,7 @@ ROWS = {
     "an empty path": ({**GOOD, "image": ""}, "an image is a path, and here it is empty"),
     "a list in a list": ({**GOOD, "image": [["0.png"]]}, "an image is a path, and here it is a list"),
     "an address": ({**GOOD, "image": "https://example.org/0.png"}, "download it first"),
-    "three numbers": ({**GOOD, "image": "0.png", "boxes": [[1, 2, 3]]}, "boxes are lists of four numbers"),
+    "three numbers": ({**GOOD, "image": "0.png", "boxes": [[1, 2, 3]]}, "a box is left, top, right and bottom"),
 }
 
 
