@@ -206,12 +206,14 @@ class PrunerTrainer(ShardedCheckpoints):
         by the ratio as text. Empty where the data have no answers."""
         config, found = self._pruned.config, {}
         own, budgets = config.pruner_ratio, self.args.budgets if self.args.objective == "default" else []
+        # A ratio written 0.1111 is the budget 1/9.
+        ratios = {f"{ratio:.4g}": ratio for ratio in sorted({1.0, own, *budgets}, reverse=True)}
         try:
-            for ratio in sorted({1.0, own, *budgets}, reverse=True):
+            for name, ratio in ratios.items():
                 config.pruner_ratio = ratio
                 metrics = self.predict(self.eval_dataset).metrics
                 if "test_accuracy" in metrics:
-                    found[f"{ratio:.4g}"] = metrics["test_accuracy"]
+                    found[name] = metrics["test_accuracy"]
         finally:
             config.pruner_ratio = own
         return found
@@ -325,6 +327,8 @@ class PrunerTrainer(ShardedCheckpoints):
                 kept = foreground if outputs.kept_mask is None else foreground & outputs.kept_mask[0]
                 self._foreground[False].append(torch.stack([kept.sum(), foreground.sum()]))
             return (loss, outputs) if return_outputs else loss
+        if inputs.get("labels") is None:
+            raise ValueError("A batch has no labels, so there is nothing to learn: make it with PrunerCollator.")
         recorded: list[torch.Tensor] = []
         encoded = Encoded()
         gate = SharingGate(self.model.config.pruner_diversity, self.make_gate(), recorded, encoded)

@@ -167,7 +167,7 @@ def test_a_trained_run_is_loaded_by_the_trainer(folder, monkeypatch):
 def test_the_end_says_where_how_good_and_what_next(objective, ratios, folder, capsys):
     """With evaluation data and no strategy it evaluates at the end, at each budget, and unpruned."""
     command = ["train", str(folder / "config.yaml"), "--eval_data", str(folder / "data.json"), "--pruner_ratio", "0.3"]
-    assert main([*command, "--objective", objective]) == 0
+    assert main([*command, "--budgets", "0.2", "0.1", "0.30000001", "--objective", objective]) == 0
     record = json.loads((folder / "out" / "training.json").read_text())
     assert list(record["accuracy"]) == ratios
     model = LearnPrunerForConditionalGeneration.from_pretrained(folder / "out").eval()

@@ -137,6 +137,19 @@ def test_images_without_labels_are_taught_nothing(tmp_path):
     assert seen["layers"] == [3, 2]
 
 
+def test_batches_without_any_label(tmp_path):
+    """One of several accumulated batches may have none left, and asks for no logits; a data set must have labels."""
+    trainer = trainer_for("llava", tmp_path)
+    batch = batch_of("llava", [[2, (32, 32), 8], [9]], [0, 0])
+    seen = watch(trainer, "llava")
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(7))
+    loss.backward()
+    assert loss.item() == 0
+    assert [shape[:2] for shape in seen["logits"]] == [(2, 0), (1, 0)]
+    with pytest.raises(ValueError, match="no labels"):
+        trainer.compute_loss(trainer.model, {name: value for name, value in batch.items() if name != "labels"})
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_call_at_its_answers_cuts_as_the_whole_call(family, tmp_path):
     """Where it cuts, the question alone ranks the tokens, as all labels would have it."""
