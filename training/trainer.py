@@ -182,6 +182,7 @@ class PrunerTrainer(ShardedCheckpoints):
     def _load_finished(self, checkpoint: str | Path, state: TrainerState) -> TrainOutput:
         """What was trained, and how: stock `Trainer` would begin a further step where `max_steps` lies in an epoch."""
         self.state = state
+        self.share_model()
         self._load_from_checkpoint(str(checkpoint))
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load_best_model()
