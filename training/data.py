@@ -25,7 +25,18 @@ from transformers.utils import logging
 from learnpruner.compare import shown_pixels, token_side
 
 from .pictures import locate, open_picture, read_picture
-from .rows import INSIDE, check_images, check_row, drawn, image_values, read_messages, read_row, read_rows
+from .rows import (
+    FILE_AND_ROW,
+    INSIDE,
+    check_images,
+    check_row,
+    drawn,
+    image_values,
+    read_messages,
+    read_row,
+    read_rows,
+    told,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -118,7 +129,7 @@ def _read_file(path: Path, share: float, seed: int, answers: bool, report: "_Lef
     for number, row in read_rows(path, share, seed):
         report.total += 1
         try:
-            rows.append(read_row(row, answers))
+            rows.append({**read_row(row, answers), FILE_AND_ROW: report.place(number)})
             report.numbers.append(number)
         except ValueError as error:
             report.bad(number, error)
@@ -137,8 +148,11 @@ class _LeftOut:
         self.total = self.count = self.bad_rows = 0
         self.first = self.first_bad = ""
 
+    def place(self, number: int) -> str:
+        return f"{self.name}, row {number}"
+
     def _note(self, number: int, reason: Exception) -> str:
-        told = f"{self.name}, row {number}: {reason}"
+        told = f"{self.place(number)}: {reason}"
         self.count += 1
         self.first = self.first or told
         if self.streamed:
@@ -222,19 +236,20 @@ class PrunerCollator:
 
     def _read(self, rows: list[dict]) -> list[tuple[dict, list[Image.Image]]]:
         """Rows with their images; those with a damaged one are left out."""
-        read = []
+        read, reason = [], ""
         for row in rows:
             try:
                 read.append((row, read_images(row)))
             except OSError as error:
+                reason = told(row, error)
                 if self.strict:
                     raise ValueError(
-                        f"An image cannot be read: {error}. Mend it, or leave such samples out."
+                        f"{reason} (an image cannot be read; strict: false leaves such rows out)"
                     ) from error
                 self.left_out += 1
-                logger.warning(f"{self.left_out} samples left out so far: {error}")
+                logger.warning(f"{self.left_out} samples left out so far: {reason}")
         if not read:
-            raise ValueError("Every image of a batch is damaged: check the files.")
+            raise ValueError(f"Every image of a batch is damaged, the last one: {reason}")
         return read
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -244,10 +259,14 @@ class PrunerCollator:
                 image, or an image is damaged (all of a batch, or any if `strict`).
         """
         texts, answers, images, front = [], [], [], []
-        for row, pictures in self._read(rows):
-            messages = read_messages(row)
-            check_images(messages, len(pictures))
-            text, spans = self._render(messages)
+        read = self._read(rows)
+        for row, pictures in read:
+            try:
+                messages = read_messages(row)
+                check_images(messages, len(pictures))
+                text, spans = self._render(messages)
+            except ValueError as error:
+                raise ValueError(told(row, error)) from error
             texts.append(text)
             answers.append(spans)
             images += pictures
@@ -263,11 +282,13 @@ class PrunerCollator:
             batch["foreground"] = self._mark(front, ids)
         length = ids.shape[1]
         if self.max_length is not None and length > self.max_length:
-            if (ids[:, self.max_length :] == self.image_token_id).any():
-                raise ValueError(
-                    f"max_length={self.max_length} cuts image tokens off a row of {length}: raise it, or use smaller "
-                    "images."
+            cut = (ids[:, self.max_length :] == self.image_token_id).any(1)
+            if cut.any():
+                row = int(cut.nonzero()[0])
+                reason = (
+                    f"max_length={self.max_length} cuts image tokens off its {int(mask[row].sum())} tokens: raise it, "
                 )
+                raise ValueError(told(read[row][0], f"{reason}or use smaller images."))
             batch = {
                 name: value[:, : self.max_length] if value.shape[:2] == mask.shape else value
                 for name, value in batch.items()

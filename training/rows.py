@@ -16,6 +16,8 @@ LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant":
 ROLES = ("system", "user", "assistant")
 # Where a part of a chat's content may hold its own image.
 INSIDE = ("image", "path", "url")
+# Of a sample of a file: that file and the number of its row, for what is found out only when it is read whole.
+FILE_AND_ROW = "file_and_row"
 # What of a row is read.
 FIELDS = ("images", "messages", "conversations", "question", "answer", "boxes")
 OTHER_ENCODINGS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
@@ -152,6 +154,11 @@ def image_values(row: dict) -> list:
 
 def _is_box(box) -> bool:
     return isinstance(box, list | tuple) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+
+
+def told(row: dict, error: Exception | str) -> str:
+    """What is wrong with a sample, behind its file and row where these are known."""
+    return f"{row[FILE_AND_ROW]}: {error}" if row.get(FILE_AND_ROW) else str(error)
 
 
 def as_list(value) -> list:

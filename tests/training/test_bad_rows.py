@@ -7,8 +7,10 @@ import pytest
 from datasets import Dataset, IterableDataset
 from PIL import Image
 
-from learnpruner.training.data import load_samples, read_images, read_messages
+from learnpruner.training.data import PrunerCollator, load_samples, read_images, read_messages
 from learnpruner_commands import main
+
+import tiny_llava
 
 QUESTION, ANSWER = "what color is the circle?", "teal"
 GOOD = {"question": QUESTION, "answer": ANSWER}
@@ -191,6 +193,26 @@ def test_images(image, text, folder, caplog):
     assert len(load_samples(path)) == 1
     (left,) = [line for line in caplog.messages if "1 of 2 samples left out" in line]
     assert f"{path}, row 2: " in left
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "text"),
+    [
+        ({**GOOD, "image": "short.png"}, {}, r"Every image of a batch is damaged.*{0}, row 2: .*short\.png is damaged"),
+        ({**GOOD, "image": "short.png"}, {"strict": True}, r"^{0}, row 2: .*short\.png is damaged"),
+        ({**GOOD, "image": "0.png"}, {"max_length": 90}, "^{0}, row 2: max_length=90 cuts image tokens"),
+    ],
+)
+def test_what_is_found_out_in_training(row, settings, text, folder):
+    """A picture that is cut short, or too long for the row, is told with file and row, too."""
+    Image.effect_noise((192, 192), 50).save(folder / "whole.png")
+    whole = (folder / "whole.png").read_bytes()
+    (folder / "short.png").write_bytes(whole[: len(whole) // 2])
+    path = write(folder, [GOOD, row])
+    collate = PrunerCollator(tiny_llava.build_processor(), **settings)
+    with pytest.raises(ValueError, match=text.format(path)) as error:
+        collate([load_samples(path)[1]])
+    assert "\n" not in str(error.value)
 
 
 def test_the_image_folder_is_named(folder):
