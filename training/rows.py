@@ -18,7 +18,7 @@ ROLES = ("system", "user", "assistant")
 INSIDE = ("image", "path", "url")
 # Of a sample of a file: that file and the number of its row, for what is found out only when it is read whole.
 FILE_AND_ROW = "file_and_row"
-# What of a row is read.
+# What of a row is read, of the layouts the first that it has.
 FIELDS = ("images", "messages", "conversations", "question", "answer", "boxes")
 OTHER_ENCODINGS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
@@ -109,13 +109,16 @@ def read_row(row, answers: bool = True) -> dict:
         if "://" in value or value.startswith("data:"):
             raise ValueError(f"an image is a path to a file, got {value[:60]!r}: download it first.")
     check_row(row, answers)
-    row = {**row, "images": images}
+    # Only what is read: other fields may hold what Arrow cannot have in one column.
+    read = {**dict.fromkeys(FIELDS), "images": images, "boxes": row.get("boxes")}
     if row.get("messages") is not None:
-        row["messages"] = [
-            {"role": message["role"], "content": [_without_image(part) for part in message["content"]]}
-            for message in messages
-        ]
-    return {name: row.get(name) for name in FIELDS}
+        contents = [[_bare(part) for part in message["content"]] for message in messages]
+        read["messages"] = [{"role": m["role"], "content": content} for m, content in zip(messages, contents)]
+    elif row.get("conversations") is not None:
+        read["conversations"] = [{name: turn[name] for name in ("from", "value")} for turn in row["conversations"]]
+    else:
+        read |= {name: row[name] for name in ("question", "answer")}
+    return read
 
 
 def check_row(row: dict, answers: bool = True) -> None:
@@ -227,8 +230,8 @@ def _part(part) -> dict:
     return {name: value for name, value in part.items() if value is not None}
 
 
-def _without_image(part: dict) -> dict:
-    return {"type": "image"} if part["type"] == "image" else part
+def _bare(part: dict) -> dict:
+    return {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
 
 
 def _llava_turn(turn: dict) -> dict:

@@ -250,8 +250,14 @@ def test_images_inside_chat_content(folder):
 
 def test_layouts_in_one_file(folder):
     """What only a later row has is not lost."""
-    rows = [turns(HUMAN, GPT), GOOD, chat(USER, ASSISTANT), {**turns(SEEN, GPT), "image": "0.png"}]
+    # Fields that nobody reads may be of one kind here and of another there.
+    noted = chat(USER, ("assistant", [{"type": "text", "text": ANSWER, "note": 3}]))
+    noted["messages"][0]["note"] = "x"
+    rows = [turns(HUMAN, GPT), GOOD, chat(USER, ASSISTANT), {**turns(SEEN, GPT), "image": "0.png", "id": 3}]
+    rows += [noted, {**noted, "id": "x"}]
+    rows[-1]["messages"] = [{**noted["messages"][0], "note": 4}, noted["messages"][1]]
+    rows += [turns({**HUMAN, "note": 3}, GPT), turns({**HUMAN, "note": "x"}, GPT), {**turns(HUMAN, GPT), "answer": 3}]
     samples = load_samples(write(folder, rows))
-    assert [read_messages(row)[-1]["content"][0]["text"] for row in samples] == [ANSWER] * 4
-    assert [len(read_images(row)) for row in samples] == [0, 0, 0, 1]
+    assert [read_messages(row)[-1]["content"][0]["text"] for row in samples] == [ANSWER] * 9
+    assert [len(read_images(row)) for row in samples] == [0, 0, 0, 1, 0, 0, 0, 0, 0]
     assert "boxes" not in samples.column_names
