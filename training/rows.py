@@ -41,6 +41,8 @@ def read_rows(path: Path, share: float, seed: int) -> list[tuple[int, object]]:
     """
     if path.is_dir():
         raise OSError(f"{path} is a folder: give a JSON or JSON Lines file in it.")
+    if not path.is_file():
+        raise OSError(f"There is no file {path}.")
     text = _decode(path)
     if not text.strip():
         raise ValueError(f"{path} is empty: it holds no list of samples.")
