@@ -194,7 +194,7 @@ def diagnose(
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output} is a file: name a folder.")
     check_picture(output.parent / PICTURE if output.parent.is_dir() else Path(PICTURE))
-    samples = load_samples(data)
+    samples = load_samples(data, answers=False)
     samples = samples.select(choose_samples(samples, limit, "oracle_boxes" in (method or ())))
     pruned, processor = load(model, trust_remote_code)
     no_cls = why_no_cls(pruned.model)

@@ -57,7 +57,7 @@ def calibrate_files(
 
 
 def _questions(path: Path, image_folder: Path | None, limit: int | None) -> Dataset:
-    samples = load_samples(path, image_folder)
+    samples = load_samples(path, image_folder, answers=False)
     samples = samples.select(range(min(limit or len(samples), len(samples))))
     for number, row in enumerate(samples):
         messages = read_messages(row)

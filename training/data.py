@@ -3,16 +3,15 @@
 
 A sample is a row with one of
 
-- `messages` in chat form and `images`;
+- `messages` in chat form, and `images`, or images inside its content (`{"type": "image", "image": "0.png"}`);
 - `conversations` as LLaVA's data has them (`from`, `value`, an `<image>` where an image stands) and `image`;
 - `question`, `answer` and `image`.
 
 `image` and `images` hold a picture, a path, or a list of them; a sample without any is text alone, and welcome. `boxes`
-(left, top, right, bottom of what its one image shows, in pixels of the file), where known, is for the log alone.
+(left, top, right, bottom of what its one image shows, in pixels of the upright picture), where known, is for the log
+alone.
 """
 
-import io
-import json
 from pathlib import Path
 
 import torch
@@ -25,10 +24,21 @@ from transformers.utils import logging
 
 from learnpruner.compare import shown_pixels, token_side
 
-logger = logging.get_logger(__name__)
+from .pictures import locate, open_picture, read_picture
+from .rows import (
+    FILE_AND_ROW,
+    INSIDE,
+    check_images,
+    check_row,
+    drawn,
+    image_values,
+    read_messages,
+    read_row,
+    read_rows,
+    told,
+)
 
-LLAVA_IMAGE = "<image>"
-LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+logger = logging.get_logger(__name__)
 
 
 def load_samples(
@@ -37,8 +47,10 @@ def load_samples(
     share: float = 1.0,
     seed: int = 0,
     strict: bool = False,
+    skip_bad_rows: bool = False,
+    answers: bool = True,
 ) -> Dataset | IterableDataset:
-    """Reads samples, takes a share of them, and leaves out those whose images are missing or none.
+    """Reads samples, or a share of them, checks every row, and leaves out those whose images are missing or none.
 
     Images are opened here, not decoded: one that turns out damaged later is left out by [`PrunerCollator`].
 
@@ -46,166 +58,150 @@ def load_samples(
         source (`str`, `Path` or a data set): A JSON or JSON Lines file such as LLaVA-665K's, or rows in any of the
             layouts above; a streamed data set stays streamed.
         image_folder (`str` or `Path`, *optional*): Where relative image paths start. Defaults to the file's folder.
-        share (`float`): In (0, 1]: how many of the samples, drawn by `seed`. Not for streamed data.
+        share (`float`): In (0, 1]: how many of the samples, drawn by `seed`, before the others are looked at. Not for
+            streamed data.
         seed (`int`): Of the share.
         strict (`bool`): An image that cannot be opened is an error; otherwise its sample is left out, and counted.
+        skip_bad_rows (`bool`): A row that is no sample is left out and counted; otherwise it is an error.
+        answers (`bool`): Every sample must have an answer to learn.
 
     Raises:
-        `ValueError`: where nothing is left, a row has no known layout, `share` is out of range, or, if `strict`, an
-            image cannot be opened.
+        `ValueError`: with file and row, where a row is no sample and, if `strict`, an image cannot be opened; where
+            the file is not UTF-8 or not JSON, nothing is left, or `share` is out of range.
         `OSError`: where there is no such file.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share is in (0, 1], got {share}.")
-    if isinstance(source, str | Path):
-        path = Path(source)
-        image_folder = path.parent if image_folder is None else image_folder
-        source = Dataset.from_list(_read_rows(path))
     streamed = isinstance(source, IterableDataset)
-    if share < 1:
-        if streamed:
-            raise ValueError("share needs to know how many samples there are: use take() on a streamed data set.")
-        source = source.shuffle(seed=seed).select(range(max(1, round(share * len(source)))))
+    if streamed and share < 1:
+        raise ValueError("share needs to know how many samples there are: use take() on a streamed data set.")
+    from_file = isinstance(source, str | Path)
+    report = _LeftOut(str(source) if from_file else "the data set", strict, skip_bad_rows, streamed)
+    if from_file:
+        image_folder = Path(source).parent if image_folder is None else image_folder
+        source = _read_file(Path(source), share, seed, answers, report)
+    elif share < 1:
+        places = drawn(len(source), share, seed)
+        source, report.numbers = source.select(places), [place + 1 for place in places]
     for name, feature in (source.features or {}).items():
         if isinstance(feature, ImageFeature):
             # Decoded by the data set, a damaged image would be its error, not a sample to leave out.
             source = source.cast_column(name, ImageFeature(decode=False))
-    left_out = 0
 
-    def readable(row: dict) -> bool:
-        nonlocal left_out
+    def is_sample(row: dict, index: int) -> bool:
+        number = report.numbers[index] if report.numbers else index + 1
         try:
-            for value in _image_values(row):
-                _open(value, image_folder)
+            if not from_file:
+                check_row(row, answers)
+        except ValueError as error:
+            report.bad(number, error)
+            return False
+        try:
+            for value in image_values(row):
+                open_picture(value, image_folder)
         except OSError as error:
-            if strict:
-                raise ValueError(f"An image cannot be read: {error}. Mend it, or leave such samples out.") from error
-            left_out += 1
-            if streamed:
-                logger.warning(f"{left_out} samples left out so far: {error}")
+            report.unreadable(number, error)
             return False
         return True
 
     def located(row: dict) -> dict:
-        place = {name: _locate(row[name], image_folder) for name in ("image", "images") if row.get(name) is not None}
+        place = {name: locate(row[name], image_folder) for name in ("image", "images") if row.get(name) is not None}
+        if isinstance(row.get("messages"), list | tuple):
+            place["messages"] = [_located_message(message, image_folder) for message in row["messages"]]
         return {**row, **place}
 
-    found = source.filter(readable)
+    found = source.filter(is_sample, with_indices=True, **({} if streamed else {"desc": "Checking samples"}))
     if image_folder is not None:
-        found = found.map(located)
+        found = found.map(located, **({} if streamed else {"desc": "Finding images"}))
     if streamed:
         if next(iter(found), None) is None:
-            raise ValueError("No sample is left of the stream: none has images that can be read.")
+            raise ValueError(f"No sample is left of the stream: {report.why}")
         return found
-    if len(found) == 0:
-        raise ValueError(f"No sample is left of {len(source)}: none has images that can be read.")
-    if len(found) < len(source):
-        logger.warning(f"{len(source) - len(found)} of {len(source)} samples left out: an image cannot be read.")
+    report.total = report.total or len(source)
+    report.check(len(found))
+    if len(found) < report.total:
+        logger.warning(f"{report.total - len(found)} of {report.total} samples left out: {report.why}")
     return found
 
 
-def _read_rows(path: Path) -> list[dict]:
-    text = path.read_text()
-    try:
-        rows = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines() if line]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} holds no list of samples.")
-    names = ("images", "messages", "conversations", "question", "answer", "boxes")
-    for number, row in enumerate(rows):
+def _read_file(path: Path, share: float, seed: int, answers: bool, report: "_LeftOut") -> Dataset:
+    rows = []
+    for number, row in read_rows(path, share, seed):
+        report.total += 1
         try:
-            messages = read_messages(row)
+            rows.append({**read_row(row, answers), FILE_AND_ROW: report.place(number)})
+            report.numbers.append(number)
         except ValueError as error:
-            raise ValueError(f"Sample {number} of {path}: {error}") from error
-        # One layout for all rows: LLaVA-665K has rows without an image, and rows whose image is a list; and a chat's
-        # content may be text or a list of parts.
-        row["images"] = _as_list(row.pop("image", None)) + _as_list(row.get("images"))
-        if row.get("messages") is not None:
-            row["messages"] = messages
-    return [{name: row[name] for name in names if name in row} for row in rows]
+            report.bad(number, error)
+    report.check(len(rows))
+    # What no row has is no column: boxes above all.
+    names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
+    return Dataset.from_list([{name: row[name] for name in names} for row in rows])
 
 
-def _as_list(value) -> list:
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+class _LeftOut:
+    """Rows that are left out, or why none may be. `first` says what was wrong with the first, with file and row."""
+
+    def __init__(self, name: str, strict: bool, skip_bad_rows: bool, streamed: bool):
+        self.name, self.strict, self.skip_bad_rows, self.streamed = name, strict, skip_bad_rows, streamed
+        self.numbers: list[int] = []  # of the rows, where they are not all
+        self.total = self.count = self.bad_rows = 0
+        self.first = self.first_bad = ""
+
+    def place(self, number: int) -> str:
+        return f"{self.name}, row {number}"
+
+    def _note(self, number: int, reason: Exception) -> str:
+        told = f"{self.place(number)}: {reason}"
+        self.count += 1
+        self.first = self.first or told
+        if self.streamed:
+            logger.warning(f"{self.count} samples left out so far: {told}")
+        return told
+
+    def bad(self, number: int, reason: ValueError) -> None:
+        told = self._note(number, reason)
+        self.bad_rows += 1
+        self.first_bad = self.first_bad or told
+        if self.streamed:
+            self.check(left=1)
+
+    def unreadable(self, number: int, reason: OSError) -> None:
+        told = self._note(number, reason)
+        if self.strict:
+            raise ValueError(f"{told} (an image cannot be read; strict: false leaves such rows out)") from reason
+
+    @property
+    def why(self) -> str:
+        # Nothing is known where the data set kept what an earlier call had found.
+        return self.first or "an image cannot be read, or the row is no sample"
+
+    def check(self, left: int) -> None:
+        """Raises `ValueError` for rows that are no samples, or where none is `left`."""
+        if self.bad_rows and not self.skip_bad_rows:
+            others = f"{self.bad_rows - 1} more rows are none; " if self.bad_rows > 1 else ""
+            raise ValueError(f"{self.first_bad} ({others}skip_bad_rows: true leaves such rows out)")
+        if not left:
+            raise ValueError(f"No sample is left of {self.total}: {self.why}")
 
 
-def _locate(value, folder):
-    if isinstance(value, list):
-        return [_locate(one, folder) for one in value]
-    return str(Path(folder) / value) if isinstance(value, str) and folder is not None else value
+def _located_message(message: dict, folder: str | Path) -> dict:
+    if isinstance(message["content"], str):
+        return message
+    return {**message, "content": [_located_part(part, folder) for part in message["content"]]}
 
 
-def _image_values(row: dict) -> list:
-    return _as_list(row.get("image")) + _as_list(row.get("images"))
-
-
-def _open(value, folder: str | Path | None) -> Image.Image:
-    """A picture, a path, or a data set's dict of bytes and path; its header is read. Raises `OSError`."""
-    if isinstance(value, dict):
-        value = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
-    if isinstance(value, Image.Image):
-        return value
-    try:
-        return Image.open(_locate(value, folder))
-    except SyntaxError as error:  # Pillow's PNG reader
-        raise OSError(str(error)) from error
+def _located_part(part: dict, folder: str | Path) -> dict:
+    return {name: locate(value, folder) if name in INSIDE else value for name, value in part.items()}
 
 
 def read_images(row: dict, image_folder: str | Path | None = None) -> list[Image.Image]:
-    """The images of a sample, read whole.
+    """The images of a sample, read whole: RGB, upright as their EXIF data say, transparency on white.
 
     Raises:
         `OSError`: where one is missing, or no image, or damaged.
     """
-    images = []
-    for value in _image_values(row):
-        try:
-            images.append(_open(value, image_folder).convert("RGB"))
-        except SyntaxError as error:  # Pillow's PNG reader
-            raise OSError(str(error)) from error
-    return images
-
-
-def read_messages(row: dict) -> list[dict]:
-    """The conversation of a sample in chat form: `role`, and `content` as a list of image and text parts.
-
-    Raises:
-        `ValueError`: where the row has none of the known layouts.
-    """
-    if row.get("messages") is not None:
-        return [{**message, "content": _parts(message["content"])} for message in row["messages"]]
-    if row.get("conversations") is not None:
-        unknown = {turn["from"] for turn in row["conversations"]} - set(LLAVA_ROLES)
-        if unknown:
-            raise ValueError(
-                f"A turn of a conversation is from one of {sorted(LLAVA_ROLES)}, not from {sorted(unknown)}."
-            )
-        return [{"role": LLAVA_ROLES[turn["from"]], "content": _split(turn["value"])} for turn in row["conversations"]]
-    if row.get("question") is not None and row.get("answer") is not None:
-        images = [{"type": "image"}] * (len(_as_list(row.get("image"))) + len(_as_list(row.get("images"))))
-        return [
-            {"role": "user", "content": [*images, {"type": "text", "text": row["question"]}]},
-            {"role": "assistant", "content": [{"type": "text", "text": row["answer"]}]},
-        ]
-    raise ValueError(f"A sample has messages, conversations, or question and answer; this one has {sorted(row)}.")
-
-
-def _parts(content) -> list[dict]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    # A data set fills up parts that lack a field with None.
-    return [{name: value for name, value in part.items() if value is not None} for part in content]
-
-
-def _split(text: str) -> list[dict]:
-    parts = []
-    for number, piece in enumerate(text.split(LLAVA_IMAGE)):
-        if number:
-            parts.append({"type": "image"})
-        if piece.strip():
-            parts.append({"type": "text", "text": piece.strip()})
-    return parts
+    return [read_picture(value, image_folder) for value in image_values(row)]
 
 
 class PrunerCollator:
@@ -240,34 +236,37 @@ class PrunerCollator:
 
     def _read(self, rows: list[dict]) -> list[tuple[dict, list[Image.Image]]]:
         """Rows with their images; those with a damaged one are left out."""
-        read = []
+        read, reason = [], ""
         for row in rows:
             try:
                 read.append((row, read_images(row)))
             except OSError as error:
+                reason = told(row, error)
                 if self.strict:
                     raise ValueError(
-                        f"An image cannot be read: {error}. Mend it, or leave such samples out."
+                        f"{reason} (an image cannot be read; strict: false leaves such rows out)"
                     ) from error
                 self.left_out += 1
-                logger.warning(f"{self.left_out} samples left out so far: {error}")
+                logger.warning(f"{self.left_out} samples left out so far: {reason}")
         if not read:
-            raise ValueError("Every image of a batch is damaged: check the files.")
+            raise ValueError(f"Every image of a batch is damaged, the last one: {reason}")
         return read
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """
         Raises:
-            `ValueError`: where a row's images and placeholders differ in number, `max_length` cuts an image, or an
-                image is damaged (all of a batch, or any if `strict`).
+            `ValueError`: where a row is no sample, its images and placeholders differ in number, `max_length` cuts an
+                image, or an image is damaged (all of a batch, or any if `strict`).
         """
         texts, answers, images, front = [], [], [], []
-        for row, pictures in self._read(rows):
-            messages = read_messages(row)
-            places = sum(part["type"] == "image" for message in messages for part in message["content"])
-            if places != len(pictures):
-                raise ValueError(f"A sample has {len(pictures)} images and {places} places for them: {messages}")
-            text, spans = self._render(messages)
+        read = self._read(rows)
+        for row, pictures in read:
+            try:
+                messages = read_messages(row)
+                check_images(messages, len(pictures))
+                text, spans = self._render(messages)
+            except ValueError as error:
+                raise ValueError(told(row, error)) from error
             texts.append(text)
             answers.append(spans)
             images += pictures
@@ -283,11 +282,13 @@ class PrunerCollator:
             batch["foreground"] = self._mark(front, ids)
         length = ids.shape[1]
         if self.max_length is not None and length > self.max_length:
-            if (ids[:, self.max_length :] == self.image_token_id).any():
-                raise ValueError(
-                    f"max_length={self.max_length} cuts image tokens off a row of {length}: raise it, or use smaller "
-                    "images."
+            cut = (ids[:, self.max_length :] == self.image_token_id).any(1)
+            if cut.any():
+                row = int(cut.nonzero()[0])
+                reason = (
+                    f"max_length={self.max_length} cuts image tokens off its {int(mask[row].sum())} tokens: raise it, "
                 )
+                raise ValueError(told(read[row][0], f"{reason}or use smaller images."))
             batch = {
                 name: value[:, : self.max_length] if value.shape[:2] == mask.shape else value
                 for name, value in batch.items()

@@ -57,6 +57,14 @@ class ShardedCheckpoints(Trainer):
         if self.model.config.base_model_name_or_path is None:
             raise ValueError("With FSDP a checkpoint is the pruner alone: load a stock checkpoint, which it can name.")
 
+    def share_model(self) -> None:
+        """Shares the model as training would, where no training will: accelerate shares no model without its
+        optimizer."""
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+
     def trained_state(self) -> dict[str, torch.Tensor]:
         """What is trained, whole and on the CPU, in the main process; all processes must call it."""
         return get_model_state_dict(self.model, options=WHOLE)

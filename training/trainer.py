@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -16,9 +15,9 @@ import transformers
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
-from torch.nn import functional as F
-from transformers import EvalPrediction, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers import EvalPrediction, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput, has_length
 
 from learnpruner.cuts_learnpruner import learnpruner_schedule
 from learnpruner.hub_cards.checks import hub_reached
@@ -28,73 +27,14 @@ from learnpruner.hub_cards.repository import find, writable
 from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scores_learnpruner import top_k
 
+from .arguments import PrunerTrainingArguments
 from .fsdp import ShardedCheckpoints
-from .objectives import ArgmaxGate, RecordedGate, TopKGate, budget_loss, with_gate
+from .objectives import ArgmaxGate, TopKGate, budget_loss, with_gate
+from .runs import RunRecord, last_checkpoint, read_run
+from .teacher import Encoded, SharingGate, at_answers, divergence, rows_to_teach, teacher_call, trains_tower
 
-# In each checkpoint, written last: what run it is of.
-RUN_FILE = "pruner_run.json"
 # Of `Trainer.create_model_card`, which is not what makes the card here.
 CARD_FIELDS = {"language", "model_name", "finetuned_from", "tasks", "dataset_tags", "dataset", "dataset_args"}
-
-
-@dataclass
-class PrunerTrainingArguments(TrainingArguments):
-    """[`TrainingArguments`] and what a pruner learns from.
-
-    > Objective
-
-    Args:
-        objective (`"default"` or `"paper"`, defaults to `"default"`):
-            `"default"`: an exact-budget differentiable top-k, annealed towards the hard one, with a budget drawn for
-            each step and the unpruned model as teacher. `"paper"`: straight-through argmax, cross-entropy and the
-            budget term, at the configuration's ratio (LearnPruner, arXiv 2604.23950; what it leaves open is in
-            `objectives.py`).
-        budgets (`list[float]`, defaults to 1/3, 2/9, 1/9 and 1/18):
-            Ratios of which each step draws one, so that one checkpoint serves them all: the first cut's gates sum to
-            R1 of that ratio; the second cut has no part in training. `"default"` only.
-        distillation (`float`, defaults to 1.0):
-            Weight of the Kullback-Leibler divergence from the unpruned model on answer tokens. `"default"` only.
-        temperature, final_temperature (`float`, default to 1.0 and 0.1):
-            Of the soft top-k, falling geometrically over the training. `"default"` only.
-
-    > Hub
-
-    Args:
-        hub_strategy (`"end"`): With `push_to_hub`, the finished pruner is pushed, by `push_to_hub`, `save_model` or the
-            `train` command. Checkpoints are not: they hold pickles (optimizer, arguments).
-
-    With `load_best_model_at_end` the best is the one of the highest `accuracy`, unless `metric_for_best_model` says
-    otherwise.
-    """
-
-    objective: str = field(default="default", metadata={"help": "default or paper"})
-    budgets: list[float] = field(default_factory=lambda: [1 / 3, 2 / 9, 1 / 9, 1 / 18])
-    distillation: float = 1.0
-    temperature: float = 1.0
-    final_temperature: float = 0.1
-    # Collators read the columns of samples themselves, and foreground is no argument of forward.
-    remove_unused_columns: bool = False
-    hub_strategy: HubStrategy | str = "end"
-
-    def __post_init__(self):
-        if self.load_best_model_at_end and self.metric_for_best_model is None:
-            self.metric_for_best_model = "accuracy"
-        if self.accelerator_config is None:
-            # Each process collates its own batches of a stream: cut out of a large one, rows would lose their images.
-            self.accelerator_config = {"dispatch_batches": False}
-        super().__post_init__()
-        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
-            raise ValueError("hub_strategy is 'end': checkpoints hold pickles, which are not pushed.")
-        if self.objective not in ("default", "paper"):
-            raise ValueError(f"objective is 'default' or 'paper', got {self.objective!r}.")
-        if not self.budgets or not all(0 < budget < 1 for budget in self.budgets):
-            raise ValueError(f"budgets are ratios in (0, 1), at least one, got {self.budgets}.")
-        if self.distillation < 0:
-            raise ValueError(f"distillation is a weight of at least 0, got {self.distillation}.")
-        if not 0 < self.final_temperature <= self.temperature:
-            raise ValueError(
-                f"0 < final_temperature <= temperature must hold, got {self.final_temperature} and {self.temperature}."
-            )
 
 
 def predicted_tokens(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -189,7 +129,7 @@ class PrunerTrainer(ShardedCheckpoints):
         self.check_sharding()
         self._pruned = pruned
         self._seconds = 0.0
-        self.add_callback(_RunRecord(self))
+        self.add_callback(RunRecord(self))
         self._recorded: list[torch.Tensor] = []
         self._images_in_step: torch.Tensor | None = None
         # Foreground tokens kept by the first cut, and all of them, of each batch.
@@ -204,11 +144,15 @@ class PrunerTrainer(ShardedCheckpoints):
         settings = {name: getattr(self.args, name) for name in names}
         settings |= {name: getattr(config, name) for name in ("pruner_ratio", "pruner_layer", "pruner_stage_ratio")}
         settings["samples"] = len(data) if data is not None and has_length(data) else None
+        if isinstance(self.model, PeftModel):
+            adapter = self.model.active_peft_config
+            settings |= {name: getattr(adapter, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
         return {"base": self._base[0], "revision": self._base[1], **settings}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`. The metrics that it returns have, besides, `seconds` (of all starts of the run),
-        `trained_parameters` and `peak_memory_bytes` (of the GPU's tensors, or else of the process).
+        `trained_parameters` and `peak_memory_bytes` (of the GPU's tensors, or else of the process). A checkpoint of the
+        last step is loaded, and nothing is trained.
 
         Raises:
             `ValueError`: where a run to go on from was of another base, seed, objective, budgets, length and so on.
@@ -218,17 +162,62 @@ class PrunerTrainer(ShardedCheckpoints):
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
         self._seconds = 0.0
+        self._start = time.perf_counter()
+        state = None
         if resume_from_checkpoint:
-            self._seconds = self._check_same_run(Path(resume_from_checkpoint))
+            self._seconds = read_run(Path(resume_from_checkpoint), self.run_settings())["seconds"]
+            state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
-        self._start = time.perf_counter()
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if state is not None and state.global_step >= state.max_steps:
+            output = self._load_finished(resume_from_checkpoint, state)
+        else:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         output.metrics["seconds"] = round(self.seconds(), 1)
         output.metrics["trained_parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         output.metrics["peak_memory_bytes"] = peak_memory(self.args.device)
         self._pruned.training_record = self._record(output.metrics)
         return output
+
+    def _load_finished(self, checkpoint: str | Path, state: TrainerState) -> TrainOutput:
+        """What was trained, and how: stock `Trainer` would begin a further step where `max_steps` lies in an epoch."""
+        self.state = state
+        self.share_model()
+        self._load_from_checkpoint(str(checkpoint))
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self._pruned.config.pruner_trained = True
+        return TrainOutput(state.global_step, 0.0, {})
+
+    def load_run(self, folder: str | Path) -> dict:
+        """Loads what a finished run left in its output folder, and returns its record (`training.json`).
+
+        Raises:
+            `ValueError`: where it was another run.
+        """
+        record = read_run(Path(folder), self.run_settings())
+        state = TrainerState(global_step=record["steps"], max_steps=record["steps"], log_history=record["log"])
+        state.is_world_process_zero = self.is_world_process_zero()
+        self._load_finished(folder, state)
+        self._pruned.training_record = record
+        return record
+
+    def accuracy_at_budgets(self) -> dict[str, float]:
+        """`accuracy` on the evaluation data, unpruned ("1"), at each of the budgets, and at the configuration's ratio;
+        by the ratio as text. Empty where the data have no answers."""
+        config, found = self._pruned.config, {}
+        own, budgets = config.pruner_ratio, self.args.budgets if self.args.objective == "default" else []
+        # A ratio written 0.1111 is the budget 1/9.
+        ratios = {f"{ratio:.4g}": ratio for ratio in sorted({1.0, own, *budgets}, reverse=True)}
+        try:
+            for name, ratio in ratios.items():
+                config.pruner_ratio = ratio
+                metrics = self.predict(self.eval_dataset).metrics
+                if "test_accuracy" in metrics:
+                    found[name] = metrics["test_accuracy"]
+        finally:
+            config.pruner_ratio = own
+        return found
 
     def record(self) -> dict | None:
         """What `training.json` says of the last training: settings, cost, log, and the sha256 of its pruner."""
@@ -309,21 +298,6 @@ class PrunerTrainer(ShardedCheckpoints):
         """Of training, in all starts of the run."""
         return self._seconds + time.perf_counter() - self._start
 
-    def _check_same_run(self, checkpoint: Path) -> float:
-        """Seconds that the run had taken at a checkpoint."""
-        record = checkpoint / RUN_FILE
-        if not record.exists():
-            raise ValueError(
-                f"{checkpoint} has no {RUN_FILE}: it is not a whole checkpoint of PrunerTrainer. Take an earlier one."
-            )
-        before, now = json.loads(record.read_text()), json.loads(json.dumps(self.run_settings()))
-        differ = [f"{name} {before.get(name)!r}, not {now[name]!r}" for name in now if before.get(name) != now[name]]
-        if differ:
-            raise ValueError(
-                f"{checkpoint} is of another run ({'; '.join(differ)}): choose another output_dir, or remove it."
-            )
-        return before["seconds"]
-
     def get_batch_samples(self, *args, **kwargs):
         samples, items = super().get_batch_samples(*args, **kwargs)
         own = torch.tensor(sum(map(self._pruned.model.count_parts, samples)), device=self.args.device)
@@ -354,9 +328,13 @@ class PrunerTrainer(ShardedCheckpoints):
                 kept = foreground if outputs.kept_mask is None else foreground & outputs.kept_mask[0]
                 self._foreground[False].append(torch.stack([kept.sum(), foreground.sum()]))
             return (loss, outputs) if return_outputs else loss
+        if inputs.get("labels") is None:
+            raise ValueError("A batch has no labels, so there is nothing to learn: make it with PrunerCollator.")
         recorded: list[torch.Tensor] = []
-        gate = RecordedGate(self.model.config.pruner_diversity, self.make_gate(), recorded)
-        gated = {**inputs, "schedule": with_gate(self.model.config, gate, self.step_ratio())}
+        encoded = Encoded()
+        gate = SharingGate(self.model.config.pruner_diversity, self.make_gate(), recorded, encoded)
+        call = at_answers(inputs)
+        gated = {**call, "schedule": with_gate(self.model.config, gate, self.step_ratio())}
         try:
             loss, outputs = super().compute_loss(model, gated, True, num_items_in_batch)
         except FloatingPointError as error:
@@ -367,7 +345,8 @@ class PrunerTrainer(ShardedCheckpoints):
             share = len(recorded) / self._images_in_step * self._processes() if summed else 1
             loss = loss + budget_loss(recorded) * share
         if self.args.objective == "default" and self.args.distillation:
-            loss = loss + self.args.distillation * self._distillation(model, inputs, outputs.logits, num_items_in_batch)
+            taught = self._distillation(model, call, outputs.logits, encoded.outputs, num_items_in_batch)
+            loss = loss + self.args.distillation * taught
         if not loss.isfinite():
             raise self._stop(inputs, f"The loss is {loss.item()}.")
         if recorded:
@@ -381,18 +360,23 @@ class PrunerTrainer(ShardedCheckpoints):
             self._foreground[True].append(torch.stack([kept.sum(), foreground.sum()]))
         return (loss, outputs) if return_outputs else loss
 
-    def _distillation(self, model, inputs, logits, num_items_in_batch) -> torch.Tensor:
-        """KL(unpruned || gated) over the rows that predict an answer token, weighted as the cross-entropy is."""
-        prompt = {name: value for name, value in inputs.items() if name != "labels"}
+    def _distillation(self, model, call, logits, encoded, num_items_in_batch) -> torch.Tensor:
+        """KL(unpruned || gated) over the rows that predict an answer token, weighted as the cross-entropy is.
+
+        `call` is of [`at_answers`], `logits` are the student's, `encoded` the images that it encoded, if any."""
         model = self.accelerator.unwrap_model(model)
+        # Layers that are shared by processes (FSDP) run in all of them, or the others would wait.
+        taught = rows_to_teach(model, call, every=self.is_fsdp_enabled)
+        if not taught.any():
+            return logits.new_zeros((), dtype=torch.float32)
+        encoded = None if trains_tower(self._pruned.model) else encoded
         with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
-            teacher = model(**prompt, pruner_ratio=1.0).logits
-        rows = inputs["labels"][:, 1:] != -100
-        student, teacher = (values[:, :-1][rows].float().log_softmax(-1) for values in (logits, teacher))
-        divergence = F.kl_div(student, teacher, reduction="sum", log_target=True)
+            teacher = model(**teacher_call(call, taught, encoded, self._pruned.model.pixel_arguments)).logits
+        rows = call["labels"] != -100
+        summed = divergence(logits[taught], teacher, rows[taught])
         if num_items_in_batch is None:
-            return divergence / rows.sum().clamp_min(1)
-        return divergence / num_items_in_batch * self._processes()
+            return summed / rows.sum().clamp_min(1)
+        return summed / num_items_in_batch * self._processes()
 
     def _processes(self) -> int:
         """What a loss over the items of all processes is multiplied by, for their gradients are averaged."""
@@ -427,25 +411,6 @@ class PrunerTrainer(ShardedCheckpoints):
             self._recorded.clear()
             self._foreground[True].clear()
         super().log(logs, *args, **kwargs)
-
-
-class _RunRecord(TrainerCallback):
-    """Writes what the run is into each checkpoint, behind all else that is in it."""
-
-    def __init__(self, trainer: PrunerTrainer):
-        self.trainer = trainer
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            record = {**self.trainer.run_settings(), "seconds": round(self.trainer.seconds(), 1)}
-            (folder / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a folder: one that was being written when the run was killed is passed over."""
-    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{RUN_FILE}")]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
 
 
 @contextmanager

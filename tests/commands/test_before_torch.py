@@ -2,13 +2,21 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 
 import learnpruner
 from learnpruner_commands import COMMANDS, main
+from learnpruner_commands.train_settings import (
+    RECIPE,
+    PrunerDataArguments,
+    PrunerModelArguments,
+    PrunerObjectiveArguments,
+)
 
+SETTINGS = (PrunerModelArguments, PrunerDataArguments, PrunerObjectiveArguments)
 # Those that take long, and this project's, which load them.
 SLOW = ("torch", "transformers", "numpy", "huggingface_hub", "safetensors", "learnpruner")
 # As the console script does, by the entry point that the installed package has.
@@ -38,6 +46,17 @@ def test_help(command):
     assert run.stdout.startswith(" ".join(["usage: learnpruner", *command]))
     if not command:
         assert all(f"    {name}" in run.stdout for name in COMMANDS)
+
+
+def test_help_of_train():
+    """All settings of this project's own, each with help, before torch is loaded."""
+    run = answer("train", "--help")
+    assert run.returncode == 0, run.stderr
+    settings = [each for kind in SETTINGS for each in fields(kind)]
+    for name, each in [*((each.name, each) for each in settings), *RECIPE.items()]:
+        (line,) = [line for line in run.stdout.splitlines() if line.startswith(f"  --{name} ")]
+        assert each.metadata["help"][:20] in line
+    assert all(len(line) <= 120 for line in run.stdout.splitlines())
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_shared_layers(folder):
 
 def test_a_run_goes_on(folder):
     """With momentum, so that the optimizer has something to lose."""
-    adam = ("--optim", "adamw_torch", "--learning_rate", "1e-3")
+    adam = ("--optim", "adamw_torch", "--learning_rate", "1e-3", "--eval_data", str(folder / "data.json"))
     launch(folder, *adam, "--output_dir", str(folder / "run"))
     whole = load_file(folder / "run" / "model.safetensors")
     # As if it had been killed behind its second step.
@@ -92,6 +92,19 @@ def test_a_run_goes_on(folder):
     cut = load_file(folder / "run" / "model.safetensors")
     assert set(cut) == set(whole)
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
+    # As if it had been killed behind its last step: nothing is left to train, but it is evaluated and written.
+    record = json.loads((folder / "run" / "training.json").read_text())
+    for path in (folder / "run").glob("*.*"):
+        path.unlink()
+    launch(folder, *adam, "--output_dir", str(folder / "run"))
+    again = json.loads((folder / "run" / "training.json").read_text())
+    assert all(again[name] == record[name] for name in ("pruner_sha256", "steps", "accuracy"))
+    assert len(again["accuracy"]) == 4
+    # Finished, it is left alone.
+    before = (folder / "run" / "training.json").stat().st_mtime_ns
+    _, printed = launch(folder, *adam, "--output_dir", str(folder / "run"))
+    assert "nothing is trained" in printed
+    assert (folder / "run" / "training.json").stat().st_mtime_ns == before
 
 
 def test_first_version_is_refused(folder, monkeypatch):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
 from learnpruner.training.command import installed_setting
+from learnpruner.training.teacher import at_answers
 
 from tiny_models import labelled, tiny_pair
 
@@ -89,7 +90,10 @@ def test_the_teacher_is_the_base_without_adapters(base, tmp_path):
     stock = tiny_pair("llava")[0]
     with torch.no_grad():
         logits = stock(**{name: value for name, value in batch.items() if name != "labels"}).logits
-        assert trainer._distillation(trainer.model.train(), batch, logits, None).item() == pytest.approx(0, abs=1e-5)
+        call = at_answers(batch)
+        logits = logits[:, call["logits_to_keep"]]
+        found = trainer._distillation(trainer.model.train(), call, logits, None, None)
+        assert found.item() == pytest.approx(0, abs=1e-5)
 
 
 def test_resume_gives_the_same_adapters(base, tmp_path):

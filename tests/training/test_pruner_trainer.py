@@ -12,6 +12,7 @@ from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
 from learnpruner.training.command import installed_setting
+from learnpruner.training.teacher import at_answers
 
 from tiny_models import FAMILIES, LAYERS, QWEN, labelled, row_alone, tiny_pair
 
@@ -137,8 +138,9 @@ def test_the_gate_anneals(base, tmp_path):
 def test_distillation_is_the_divergence_from_the_stock_model(base, tmp_path):
     trainer = trainer_for(base, tmp_path / "run")
     batch = labelled("llava", [[2, (32, 32), 8], [1, (32, 32), 6]])
-    model = trainer.model.train()
+    model, call = trainer.model.train(), at_answers(batch)
     logits = torch.randn(*batch["input_ids"].shape, model.config.text_config.vocab_size)
+    kept = logits[:, call["logits_to_keep"]]
     stock = tiny_pair("llava")[0]
     with torch.no_grad():
         teacher = stock(**{name: value for name, value in batch.items() if name != "labels"}).logits
@@ -147,8 +149,9 @@ def test_distillation_is_the_divergence_from_the_stock_model(base, tmp_path):
         p, q = teacher[row, column - 1].softmax(-1), logits[row, column - 1].softmax(-1)
         expected += (p * (p / q).log()).sum().item()
         rows += 1
-    assert trainer._distillation(model, batch, logits, None).item() == pytest.approx(expected / rows, rel=1e-4)
-    assert trainer._distillation(model, batch, logits, 3 * rows).item() == pytest.approx(expected / rows / 3, rel=1e-4)
+    for items, divided in ((None, rows), (3 * rows, 3 * rows)):
+        found = trainer._distillation(model, call, kept, None, items)
+        assert found.item() == pytest.approx(expected / divided, rel=1e-4)
 
 
 @pytest.mark.parametrize("weight", [0.0, 2.0])
@@ -160,7 +163,8 @@ def test_the_loss(weight, base, tmp_path):
     loss, outputs = trainer.compute_loss(trainer.model.train(), batch, return_outputs=True)
     teacher = tiny_pair("llava")[0](**{name: value for name, value in batch.items() if name != "labels"}).logits
     rows = batch["labels"][:, 1:] != -100
-    student, teacher = outputs.logits[:, :-1][rows].softmax(-1), teacher[:, :-1][rows].softmax(-1)
+    own = rows[:, at_answers(batch)["logits_to_keep"]]
+    student, teacher = outputs.logits[own].softmax(-1), teacher[:, :-1][rows].softmax(-1)
     entropy = -student.log().gather(1, batch["labels"][:, 1:][rows].unsqueeze(1)).mean()
     divergence = (teacher * (teacher / student).log()).sum(1).mean()
     assert divergence > 1e-4
