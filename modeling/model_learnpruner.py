@@ -171,7 +171,7 @@ class PrunedModelMixin:
 
     def trains_pruner(self) -> bool:
         """Whether the pruner is to be trained: then a call gates its vision tokens in place of cutting them."""
-        # PEFT's wrapper (modules_to_save) freezes the pruner while adapters are switched off: a reference of the policy.
+        # PEFT's wrapper (modules_to_save) freezes the pruner while adapters are switched off, for a policy's reference.
         frozen = not any(parameter.requires_grad for parameter in self.pruner.parameters())
         return self.training and (not frozen or getattr(self.pruner, "disable_adapters", False))
 
