@@ -73,17 +73,7 @@ def test_a_wrong_layer_fails_in_each_precision(dtype, run, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "no checkpointing",
-        "non-reentrant checkpointing",
-        pytest.param(
-            "reentrant checkpointing",
-            marks=pytest.mark.xfail(strict=True, reason="gates are computed once, and backward frees them twice"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("kind", gpu_training.CHECKPOINTING)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step(family, kind, dtype, run, monkeypatch):
     # Without is what the others are compared with.
