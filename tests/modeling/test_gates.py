@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from learnpruner import attention_learnpruner as attention_file
@@ -429,3 +430,18 @@ def test_names_of_the_gates_stay_inside():
         model.train()(**labelled("llava", samples_of("one", "llava")))
     assert seen
     assert not any("prune" in name for names in seen for name in names)
+
+
+@pytest.mark.parametrize("kernel", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize("hard", [False, True])
+def test_every_kernel_of_the_cpu(kernel, hard):
+    states, gates, valid = operands(64)
+    found = []
+    for kernels in ([kernel], [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION]):
+        inputs = [part.detach().requires_grad_() for part in (*states, gates)]
+        with sdpa_kernel(kernels):
+            output = run_op("sdpa", inputs[:3], inputs[3], valid, inputs[3].detach() > HALF if hard else None)
+        output[valid].square().sum().backward()
+        found.append([output, *(part.grad for part in inputs)])
+    for one, other in zip(*found):
+        assert (one - other).abs().max() < 1e-5 * max(1, other.abs().max())
