@@ -21,6 +21,8 @@ from .keys_learnpruner import PrunedCache
 from .model_learnpruner import PrunedModelMixin
 
 RUNS = 3
+# Modes of pictures that may be transparent.
+TRANSPARENT = ("RGBA", "LA", "PA")
 # How much a dropped patch is darkened.
 SHADE = 0.82
 
@@ -72,7 +74,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def load_image(path: Path) -> Image.Image:
-    """Reads an image whole, so that a damaged one is found here, and upright, as its camera was held.
+    """Reads an image whole, so that a damaged one is found here, as [`as_rgb`] makes it.
 
     Raises:
         `ValueError`: where there is none, or Pillow cannot read it.
@@ -80,10 +82,19 @@ def load_image(path: Path) -> Image.Image:
     if not path.is_file():
         raise ValueError(f"no such image: {path}")
     try:
-        return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        return as_rgb(Image.open(path))
     except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
         # What Pillow's readers raise, PNG's the second, the last at pictures too large to be meant.
         raise ValueError(f"{path} is not an image that Pillow can read, or is damaged ({error})") from error
+
+
+def as_rgb(picture: Image.Image) -> Image.Image:
+    """A picture in RGB: upright, as its EXIF data say that the camera was held, and what is transparent on white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in TRANSPARENT or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def model_for(processor: ProcessorMixin) -> type[PrunedModelMixin]:

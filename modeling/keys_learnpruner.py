@@ -9,7 +9,7 @@ from .plan_learnpruner import PruningCall
 
 
 class PrunedCacheLayer(DynamicLayer):
-    """One decoder layer's keys and values after cuts. All heads hold the same rows; layers may hold different ones.
+    """One decoder layer's keys and values after cuts. Layers may hold different rows; heads will, by `head_valid`.
 
     Outside, a cache counts in the caller's tokens: generate, positions, slicing of a next turn and crop all read
     `get_seq_length`. So that is the logical length, and only the mask learns the physical one.
@@ -20,6 +20,9 @@ class PrunedCacheLayer(DynamicLayer):
         self.num_pruned = 0  # logical minus physical length
         self.prefix_length = 0  # physical length at the last cut; behind it, each key is one of the last tokens seen
         self.prefix_valid = None  # (batch, prefix_length), bool: False at padding; None: all valid
+        self.head_valid = (
+            None  # (batch, kv_heads, prefix_length), bool: what each head kept; None: what the layer holds
+        )
         self.history = ()  # for each pruned prompt, how many cuts came before this layer
         # What the cut right before this layer decided, each (batch, sequence), in the caller's coordinates.
         self.kept_mask = self.vision_scores = None
@@ -43,6 +46,8 @@ class PrunedCacheLayer(DynamicLayer):
     def key_valid(self, attention_mask: torch.Tensor | None, query_length: int) -> torch.Tensor | None:
         """Which keys held before a call of `query_length` tokens are not padding: `(batch, physical_length)` bool, or
         `None`: all. `attention_mask` is the caller's, `(batch, logical length)` bool, of past and call."""
+        if self.head_valid is not None:
+            raise NotImplementedError("Attention over a cache whose heads kept different keys is not supported yet.")
         if attention_mask is None and self.prefix_valid is None:
             return None
         suffix, prefix = self.physical_length - self.prefix_length, self.prefix_valid
@@ -91,7 +96,7 @@ class PrunedCacheLayer(DynamicLayer):
         self._select(lambda tensor: tensor[indices])
 
     def _select(self, select) -> None:
-        for name in ("prefix_valid", "kept_mask", "vision_scores"):
+        for name in ("prefix_valid", "head_valid", "kept_mask", "vision_scores"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else select(tensor))
 

@@ -4,11 +4,12 @@
 import io
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
+
+from learnpruner.compare import as_rgb
 
 # What Pillow's readers raise, PNG's the second, the last at pictures too large to be meant.
 UNREADABLE = (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError)
-TRANSPARENT = ("RGBA", "LA", "PA")
 
 
 def locate(value, folder: str | Path | None):
@@ -47,11 +48,7 @@ def read_picture(value, folder: str | Path | None = None) -> Image.Image:
     """A picture read whole, in RGB: turned as its EXIF data say, transparency on white. Raises `OSError`."""
     picture = open_picture(value, folder)
     try:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode in TRANSPARENT or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
+        return as_rgb(picture)
     except UNREADABLE as error:
         name = locate(value, folder) if isinstance(value, str) else "a picture"
         raise OSError(f"{name} is damaged ({error})") from error

@@ -117,6 +117,22 @@ def test_an_image_stands_as_its_camera_was_held(tmp_path):
     assert load_image(tmp_path / "turned.jpg").size == (10, 20)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_stands_on_white(mode, tmp_path):
+    image = Image.new("RGBA", (2, 1), (10, 20, 30, 0))
+    image.putpixel((1, 0), (10, 20, 30, 255))
+    picture, options = image.convert("RGBA" if mode == "P" else mode), {}
+    if mode == "P":
+        picture = Image.new("P", (2, 1))
+        picture.putpalette([10, 20, 30, 40, 50, 60])
+        picture.putpixel((1, 0), 1)
+        options = {"transparency": 0}
+    picture.save(tmp_path / "seen.png", **options)
+    found = load_image(tmp_path / "seen.png")
+    assert found.getpixel((0, 0)) == (255, 255, 255)
+    assert found.getpixel((1, 0)) != (255, 255, 255)
+
+
 @pytest.fixture
 def qwen(tmp_path, monkeypatch):
     """The small Qwen2-VL of the examples, untrained, whose processor is code in its folder."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from learnpruner.keys_learnpruner import PrunedCache, is_pruned
+from learnpruner.keys_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
 
 from property_settings import PROPERTY
 
@@ -295,3 +295,19 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCache = CacheMachine.TestCase
 TestCache.settings = settings(PROPERTY, max_examples=80, stateful_step_count=15)
+
+
+def test_what_heads_kept_has_its_place():
+    """It follows samples and beams as keys do; attention over it is not built, and says so."""
+    layer = PrunedCacheLayer()
+    states = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 2, 3, 4)
+    layer.update(states, states)
+    layer.head_valid = torch.tensor([[[True, True, False], [False, True, True]], [[True, False, True]] * 2])
+    kept = layer.head_valid
+    layer.batch_repeat_interleave(2)
+    layer.reorder_cache(torch.tensor([3, 0, 0, 2]))
+    layer.batch_select_indices(torch.tensor([0, 1]))
+    assert torch.equal(layer.head_valid, kept[[1, 0]])
+    assert layer.keys[:, 0, 0, 0].tolist() == [1, 0]
+    with pytest.raises(NotImplementedError, match="heads kept different keys"):
+        layer.key_valid(None, 1)
