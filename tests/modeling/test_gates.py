@@ -5,6 +5,11 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
@@ -445,3 +450,20 @@ def test_every_kernel_of_the_cpu(kernel, hard):
         found.append([output, *(part.grad for part in inputs)])
     for one, other in zip(*found):
         assert (one - other).abs().max() < 1e-5 * max(1, other.abs().max())
+
+
+@pytest.mark.parametrize("kind", CheckpointImpl)
+@TWO
+def test_checkpoint_wrapper(family, kind):
+    """Torch's own, around each layer."""
+    _, model = tiny_pair(family)
+    model.train_pruner_only()
+    inputs = labelled(family, samples_of("mixed", family))
+    expected = gradients(model, inputs)
+    layers = set(model.model.language_model.layers)
+    apply_activation_checkpointing(
+        model, lambda module: checkpoint_wrapper(module, checkpoint_impl=kind), check_fn=lambda module: module in layers
+    )
+    found = gradients(model, inputs)
+    assert expected
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
