@@ -467,3 +467,22 @@ def test_checkpoint_wrapper(family, kind):
     found = gradients(model, inputs)
     assert expected
     assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@BACKENDS
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_low_precision_trains(family, dtype, attention):
+    """Its pruner stays in float32, as from_pretrained has it."""
+    _, exact = tiny_pair(family, attention=attention)
+    _, model = tiny_pair(family, attention=attention, dtype=dtype)
+    model.model.pruner.float().load_state_dict(exact.model.pruner.state_dict())
+    inputs = labelled(family, samples_of("mixed", family))
+    low = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    loss = model.train_pruner_only()(**low, use_cache=False).loss
+    loss.backward()
+    expected = exact.train()(**inputs, use_cache=False).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=0.05)
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.model.pruner.parameters()])
+    assert gradient.isfinite().all()
+    assert gradient.any()
