@@ -123,7 +123,10 @@ class PrunerConfig:
                 f"{cls.__name__} extends {cls.base_model_type!r} configurations, got {base_config.model_type!r}. "
                 "LearnPrunerForConditionalGeneration picks the class."
             )
-        return cls(**{**_without_identity(base_config.to_dict()), **fields})
+        config = cls(**{**_without_identity(base_config.to_dict()), **fields})
+        parts = {name: getattr(base_config, name) for name in base_config.sub_configs} | {"": base_config}
+        config._attn_implementation = {name: part._attn_implementation for name, part in parts.items()}
+        return config
 
 
 @strict

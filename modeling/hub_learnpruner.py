@@ -2,8 +2,8 @@
 """Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
 
 import os
-from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -11,11 +11,12 @@ import torch
 from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, logging
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 from .compat_learnpruner import check_transformers
 
@@ -24,8 +25,8 @@ logger = logging.get_logger(__name__)
 PRUNER = "model.pruner."
 RELATIVE = ("./", "../")
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
-PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "trust_remote_code")
+PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+OF_ONE_REPOSITORY = ("revision", "subfolder", "variant", "code_revision", "trust_remote_code")
 # Pushes with a card. In the installed package it lies beside this file; in a checkpoint's folder there is none.
 HUB_CARDS = f"{__package__}.hub_cards"
 
@@ -38,6 +39,25 @@ def find_base(path, base: str | None, subfolder: str = "") -> str | None:
     if not os.path.isdir(path):
         raise ValueError(f"{path} names its base model by the relative path {base!r}, which only a local folder may.")
     return os.path.abspath(os.path.join(path, subfolder, base))
+
+
+def read_config(source, place: dict) -> dict:
+    """A configuration as a dictionary: one in memory, or that of a file, a folder or a Hub id."""
+    if isinstance(source, PreTrainedConfig):
+        return source.to_dict()
+    return PreTrainedConfig.get_config_dict(source, **place)[0]
+
+
+def find_file(path, name: str, place: dict) -> str | None:
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **place)
+
+
+def find_weights(path, variant: str | None, place: dict) -> list[str]:
+    """The files that hold a checkpoint's weights. Raises `OSError` where there are none."""
+    end = f".{variant}." if variant else "."
+    one, index = (end.join(name.rsplit(".", 1)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    found = None if find_file(path, one, place) else find_file(path, index, place)
+    return get_checkpoint_shard_files(path, found, **place)[0] if found else [cached_file(path, one, **place)]
 
 
 @dataclass(frozen=True)
@@ -100,55 +120,70 @@ class HubMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Loads a stock checkpoint with a new pruner, a full checkpoint of this class, or a pruner-only one, from a Hub
-        id or a folder. `config` is read from the checkpoint where it is not given; `kwargs` are the stock method's, and
-        pruner fields such as `pruner_ratio=0.1`.
+        """Loads a stock checkpoint with a new pruner, a full checkpoint of this class, a pruner-only one, or an adapter
+        of one of these, from a Hub id or a folder. Arguments are the stock method's, and the pruner's fields, such as
+        `pruner_ratio=0.1`; `base_model_name_or_path` says where the base of a pruner-only checkpoint is.
 
         Raises `OSError` where a pruner-only checkpoint's base cannot be found, `RuntimeError` where any weight but a
         new pruner's is missing or of another shape, `ValueError` where the checkpoint is of another family.
         """
         check_transformers()
-        path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        with_info, adapter_options = kwargs.pop("output_loading_info", False), kwargs.pop("adapter_kwargs", None) or {}
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: `_check_loaded` names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        stored, config_class = PreTrainedConfig.get_config_dict(path, **place)[0], cls.config_class
-        found, types = stored.get("model_type"), (config_class.base_model_type, config_class.model_type)
+        adapter, path, adapter_options = maybe_load_adapters(pretrained_model_name_or_path, place, **adapter_options)
+        asked = read_config(path if config is None else config, place)
+        found, types = asked.get("model_type"), (cls.config_class.base_model_type, cls.config_class.model_type)
+        if found not in types:
+            raise ValueError(
+                f"{cls.__name__} loads checkpoints of type {' or '.join(types)}, and {path} is of type {found!r}. "
+                "LearnPrunerForConditionalGeneration picks the class."
+            )
         # Given for this call, a folder is relative to where the caller stands.
-        given = kwargs.get("base_model_name_or_path") if config is None else None
-        if given not in (None, stored.get("base_model_name_or_path")):
-            kwargs.setdefault("base_model_revision", None)  # the stored one is of another base
-        if config is None:
-            if found not in types:
-                raise ValueError(
-                    f"{cls.__name__} loads checkpoints of type {' or '.join(types)}, and {path} is of type {found!r}. "
-                    "LearnPrunerForConditionalGeneration picks the class."
-                )
-            # "auto" is for the model to resolve; the configuration would take it as it is.
-            names = {one.name for one in fields(config_class)} - {"dtype"}
-            overrides = {name: kwargs.pop(name) for name in names & set(kwargs)}
-            config = config_class.from_pretrained(path, **place, **overrides)
-        elif config.model_type == types[0]:
-            config = config_class.from_base_config(config)
-        base = given or find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
-        config.base_model_name_or_path, stock = base, base is None and found == types[0]
-        if base is None:
-            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-            model._check_loaded(path, info, stock)
+        given, named = kwargs.pop("base_model_name_or_path", None), asked.get("base_model_name_or_path")
+        revision = asked.get("base_model_revision") if given in (None, named) else None
+        base = None if path is None else given or find_base(path, named, place.get("subfolder", ""))
+        fields = {
+            "base_model_name_or_path": base,
+            "base_model_revision": kwargs.pop("base_model_revision", revision) if base else None,
+        }
+        if isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_base_config(config) if found == types[0] else deepcopy(config)
+            # `pipeline` passes a configuration, and again the fields that it was read with.
+            again = [name for name in kwargs if name.startswith("pruner_") and hasattr(config, name)]
+            for name, value in {**fields, **{name: kwargs.pop(name) for name in again}}.items():
+                setattr(config, name, value)
         else:
-            model, info = cls._from_base(path, config, place, model_args, kwargs)
-        model.base = Base.of(model, *(cls._name_base(path, place) if stock else ()))
+            kwargs.update(fields)
+        if base is not None:
+            model, info = cls._from_base(path, config, fields, place, model_args, kwargs)
+        else:
+            if path is not None and config is not None and find_file(path, CONFIG_NAME, place):
+                found = read_config(path, place).get("model_type")  # of the weights
+            if adapter == path:  # beside the model, where the stock method finds it
+                adapter, kwargs["adapter_kwargs"] = None, adapter_options
+            model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
+            model._check_loaded(path, info, found == types[0])
+        named = path is not None and base is None and found == types[0] and "variant" not in kwargs
+        model.base = Base.of(model, *(cls._name_base(path, place) if named else ()))
+        if adapter is not None:
+            options = {**place, **adapter_options}
+            model.load_adapter(adapter, adapter_name=kwargs.get("adapter_name", "default"), adapter_kwargs=options)
         return (model, info) if with_info else model
 
     @classmethod
-    def _from_base(cls, path, config, place: dict, model_args, kwargs: dict):
-        base, revision = config.base_model_name_or_path, config.base_model_revision
-        weights_file = cached_file(path, SAFE_WEIGHTS_NAME, **place)
+    def _from_base(cls, path, config, fields: dict, place: dict, model_args, kwargs: dict):
+        base, revision = fields.values()
+        source = path if config is None else config
+        if not isinstance(source, PreTrainedConfig) and not os.path.isfile(source):
+            config = cached_file(source, CONFIG_NAME, **place)
+        files = find_weights(path, kwargs.get("variant"), place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
             if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
                 revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})[1]
             if revision is not None:
-                config.base_model_revision = kwargs["revision"] = revision
+                kwargs["revision"] = revision
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         except OSError as error:
             raise OSError(
@@ -156,12 +191,15 @@ class HubMixin:
                 "Download it, or point to a copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
             ) from error
         model._check_loaded(base, info)
-        weights = load_file(weights_file)
+        model.config.base_model_revision = revision
+        weights = {name: value for file in files for name, value in load_file(file).items()}
         expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(PRUNER)}
         found = {name: value.shape for name, value in weights.items()}
         if found != expected:
             raise RuntimeError(f"The pruner in {path} does not fit its base model: expected {expected}, found {found}.")
-        model.load_state_dict(weights, strict=False)
+        model.model.pruner.load_state_dict({name.removeprefix(PRUNER): value for name, value in weights.items()})
+        if kwargs.get("generation_config") is None and find_file(path, GENERATION_CONFIG_NAME, place):
+            model.generation_config = GenerationConfig.from_pretrained(path, **place)
         model.name_or_path = str(path)  # not the base's
         model._freeze_base()
         return model, info
@@ -264,8 +302,6 @@ class HubMixin:
             base = os.path.join(save_directory, base) if base.startswith(RELATIVE) else base
             if os.path.realpath(save_directory) == os.path.realpath(base):
                 raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
-            # One file: `from_pretrained` reads no index, and Trainer resumes from none.
-            kwargs.pop("max_shard_size", None)
         code = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
         configuration = f"configuration_learnpruner.{self.config_class.__name__}"
         self.config.auto_map = {"AutoConfig": configuration, "AutoModel": code}
