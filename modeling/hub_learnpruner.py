@@ -60,6 +60,10 @@ def find_weights(path, variant: str | None, place: dict) -> list[str]:
     return get_checkpoint_shard_files(path, found, **place)[0] if found else [cached_file(path, one, **place)]
 
 
+def sample_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.flatten()[:: tensor.numel() // 64 + 1].clone().cpu()
+
+
 @dataclass(frozen=True)
 class Base:
     """The weights that a pruner was put on: the stock checkpoint's `name` and `revision`, if it can be named, and up to
@@ -74,7 +78,7 @@ class Base:
         base = {key: value for key, value in model.state_dict().items() if not key.startswith(PRUNER)}
         for key, value in base.items():
             whole = type(value) is torch.Tensor and not value.is_meta
-            base[key] = value.flatten()[:: value.numel() // 64 + 1].clone().cpu() if whole else None
+            base[key] = sample_of(value) if whole else None
         return cls(name, revision, base)
 
     def changed(self, model: nn.Module) -> bool:
