@@ -1,8 +1,6 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The factory: any supported checkpoint, stock or pruned, by its configuration, or a stock model in memory."""
 
-from transformers.integrations.peft import maybe_load_adapters
-
 from .families import FAMILIES, model_class
 
 
@@ -18,7 +16,7 @@ def pruned_class(pretrained_model_name_or_path, config=None, adapter_kwargs=None
     Raises:
         `ValueError`: where no class fits the checkpoint.
     """
-    from .hub_learnpruner import read_config  # seconds of import
+    from .hub_learnpruner import maybe_load_adapters, read_config  # seconds of import
 
     _, path, _ = maybe_load_adapters(pretrained_model_name_or_path, place, **(adapter_kwargs or {}))
     try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers.models.auto import modeling_auto
 
 __version__ = "0.2.0.dev0"
 
@@ -76,6 +77,8 @@ class PrunerConfig:
         learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.
     """
 
+    base_model_type = None
+
     pruner_ratio: float | int = 1 / 9
     pruner_layer: int | None = None
     pruner_stage_ratio: float | int = 3.0
@@ -87,6 +90,14 @@ class PrunerConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     learnpruner_version: str = __version__
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Pipelines and `transformers serve` ask these tables what a model of this name can do.
+        tables = [table for name, table in vars(modeling_auto).items() if name.startswith("MODEL_FOR_")]
+        for table in tables:
+            if isinstance(table, dict) and cls.base_model_type in table:
+                table[cls.model_type] = f"{cls.__name__.removesuffix('Config')}ForConditionalGeneration"
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -27,6 +27,8 @@ RELATIVE = ("./", "../")
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 OF_ONE_REPOSITORY = ("revision", "subfolder", "variant", "code_revision", "trust_remote_code")
+# Beside `_auto_class`, those that open a stock checkpoint of at least one family.
+AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
 # Pushes with a card. In the installed package it lies beside this file; in a checkpoint's folder there is none.
 HUB_CARDS = f"{__package__}.hub_cards"
 
@@ -97,7 +99,7 @@ class HubMixin:
     """Loading and saving. `base` is what the model was loaded with, `training_record` what trained the pruner, as
     training.json has it. `config.base_model_name_or_path` is set exactly while the model saves pruner-only."""
 
-    # save_pretrained copies the code and names it for AutoModelForImageTextToText; `save_pretrained` adds the others.
+    # The stock save_pretrained copies the code and names it for this one.
     _auto_class = "AutoModelForImageTextToText"
     base = Base()
     training_record: dict | None = None
@@ -308,7 +310,7 @@ class HubMixin:
                 raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
         code = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
         configuration = f"configuration_learnpruner.{self.config_class.__name__}"
-        self.config.auto_map = {"AutoConfig": configuration, "AutoModel": code}
+        self.config.auto_map = {"AutoConfig": configuration, **dict.fromkeys(AUTO_CLASSES, code)}
         config, self.config = self.config, copy(self.config)
         if pruner_only:
             # How the base was quantised here is no part of the pruner: it opens on any copy of the base.

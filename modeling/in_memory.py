@@ -65,7 +65,5 @@ def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
             # Names may be of another release: what is compared is the values.
             for tensor in map(weights.get_tensor, weights.keys()):
                 stored |= {(tensor.shape, dtype, tuple(sample_of(tensor).to(dtype).tolist())) for dtype in dtypes}
-    same = all(
-        (tensor.shape, tensor.dtype, tuple(sample_of(tensor).tolist())) in stored for tensor in tensors.values()
-    )
+    same = all((tensor.shape, tensor.dtype, tuple(sample_of(tensor).tolist())) in stored for tensor in tensors.values())
     return name if same else (None, None)
