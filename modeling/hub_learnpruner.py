@@ -27,8 +27,7 @@ RELATIVE = ("./", "../")
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
 PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
 OF_ONE_REPOSITORY = ("revision", "subfolder", "variant", "code_revision", "trust_remote_code")
-# Beside `_auto_class`, those that open a stock checkpoint of at least one family.
-AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForPreTraining")
+AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForPreTraining")  # beside `_auto_class`
 # Pushes with a card. In the installed package it lies beside this file; in a checkpoint's folder there is none.
 HUB_CARDS = f"{__package__}.hub_cards"
 
@@ -45,9 +44,8 @@ def find_base(path, base: str | None, subfolder: str = "") -> str | None:
 
 def read_config(source, place: dict) -> dict:
     """A configuration as a dictionary: one in memory, or that of a file, a folder or a Hub id."""
-    if isinstance(source, PreTrainedConfig):
-        return source.to_dict()
-    return PreTrainedConfig.get_config_dict(source, **place)[0]
+    read = isinstance(source, PreTrainedConfig)
+    return source.to_dict() if read else PreTrainedConfig.get_config_dict(source, **place)[0]
 
 
 def find_file(path, name: str, place: dict) -> str | None:
@@ -79,8 +77,7 @@ class Base:
     def of(cls, model: nn.Module, name: str | None = None, revision: str | None = None) -> "Base":
         base = {key: value for key, value in model.state_dict().items() if not key.startswith(PRUNER)}
         for key, value in base.items():
-            whole = type(value) is torch.Tensor and not value.is_meta
-            base[key] = sample_of(value) if whole else None
+            base[key] = sample_of(value) if type(value) is torch.Tensor and not value.is_meta else None
         return cls(name, revision, base)
 
     def changed(self, model: nn.Module) -> bool:
@@ -134,10 +131,10 @@ class HubMixin:
         new pruner's is missing or of another shape, `ValueError` where the checkpoint is of another family.
         """
         check_transformers()
-        with_info, adapter_options = kwargs.pop("output_loading_info", False), kwargs.pop("adapter_kwargs", None) or {}
+        with_info, of_adapter = kwargs.pop("output_loading_info", False), kwargs.pop("adapter_kwargs", None) or {}
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: `_check_loaded` names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        adapter, path, adapter_options = maybe_load_adapters(pretrained_model_name_or_path, place, **adapter_options)
+        adapter, path, of_adapter = maybe_load_adapters(pretrained_model_name_or_path, place, **of_adapter)
         asked = read_config(path if config is None else config, place)
         found, types = asked.get("model_type"), (cls.config_class.base_model_type, cls.config_class.model_type)
         if found not in types:
@@ -145,41 +142,44 @@ class HubMixin:
                 f"{cls.__name__} loads checkpoints of type {' or '.join(types)}, and {path} is of type {found!r}. "
                 "LearnPrunerForConditionalGeneration picks the class."
             )
-        # Given for this call, a folder is relative to where the caller stands.
         given, named = kwargs.pop("base_model_name_or_path", None), asked.get("base_model_name_or_path")
-        revision = asked.get("base_model_revision") if given in (None, named) else None
+        revision = kwargs.pop("base_model_revision", None if given else asked.get("base_model_revision"))
+        # Given for this call, a folder is relative to where the caller stands.
+        given = os.path.abspath(given) if given and os.path.isdir(given) else given
         base = None if path is None else given or find_base(path, named, place.get("subfolder", ""))
-        fields = {
-            "base_model_name_or_path": base,
-            "base_model_revision": kwargs.pop("base_model_revision", revision) if base else None,
-        }
+        ours = {"base_model_name_or_path": base, "base_model_revision": base and revision}
         if isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_base_config(config) if found == types[0] else deepcopy(config)
             # `pipeline` passes a configuration, and again the fields that it was read with.
             again = [name for name in kwargs if name.startswith("pruner_") and hasattr(config, name)]
-            for name, value in {**fields, **{name: kwargs.pop(name) for name in again}}.items():
+            for name, value in (ours | {name: kwargs.pop(name) for name in again}).items():
                 setattr(config, name, value)
         else:
-            kwargs.update(fields)
+            kwargs |= ours
         if base is not None:
-            model, info = cls._from_base(path, config, fields, place, model_args, kwargs)
+            model, info = cls._from_base(path, config, base, revision, place, model_args, kwargs)
         else:
             if path is not None and config is not None and find_file(path, CONFIG_NAME, place):
                 found = read_config(path, place).get("model_type")  # of the weights
             if adapter == path:  # beside the model, where the stock method finds it
-                adapter, kwargs["adapter_kwargs"] = None, adapter_options
+                adapter, kwargs["adapter_kwargs"] = None, of_adapter
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
             model._check_loaded(path, info, found == types[0])
-        named = path is not None and base is None and found == types[0] and "variant" not in kwargs
+        named = base is None and found == types[0] and path is not None and kwargs.get("variant") is None
         model.base = Base.of(model, *(cls._name_base(path, place) if named else ()))
         if adapter is not None:
-            options = {**place, **adapter_options}
-            model.load_adapter(adapter, adapter_name=kwargs.get("adapter_name", "default"), adapter_kwargs=options)
+            model.load_adapter(adapter, kwargs.get("adapter_name"), adapter_kwargs=place | of_adapter)
         return (model, info) if with_info else model
 
+    def load_adapter(self, *args, **kwargs):
+        """As stock; a pruner that the adapter brings was trained."""
+        before = len(self.model.pruner.state_dict())
+        info = super().load_adapter(*args, **kwargs)
+        self.config.pruner_trained |= len(self.model.pruner.state_dict()) > before
+        return info
+
     @classmethod
-    def _from_base(cls, path, config, fields: dict, place: dict, model_args, kwargs: dict):
-        base, revision = fields.values()
+    def _from_base(cls, path, config, base: str, revision: str | None, place: dict, model_args, kwargs: dict):
         source = path if config is None else config
         if not isinstance(source, PreTrainedConfig) and not os.path.isfile(source):
             config = cached_file(source, CONFIG_NAME, **place)
@@ -246,9 +246,7 @@ class HubMixin:
             self.config.base_model_name_or_path, self.config.base_model_revision = self.base.name, self.base.revision
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
-            logger.warning(
-                "Checkpoints will hold all weights: the model has no stock base, or no longer has its weights."
-            )
+            logger.warning("Checkpoints will hold all weights: the model has no stock base or no longer its weights.")
         return self.train()
 
     def leave_base(self) -> tuple[str | None, str | None]:

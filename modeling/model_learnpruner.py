@@ -102,6 +102,7 @@ class PrunedModelMixin:
         # before it: the first parameter's precision passes for the model's.
         for name in [name for name in list(self._modules)[1:] if name != "pruner"]:
             self._modules[name] = self._modules.pop(name)
+        self.register_load_state_dict_pre_hook(mark_trained)
         self.post_init()
 
     @classmethod
@@ -192,6 +193,12 @@ class PrunedModelMixin:
                 "The text model has no hooks, so nothing was cut: call install_hooks (rows_learnpruner) on it."
             )
         return outputs
+
+
+def mark_trained(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """A pruner that comes with a state dict, a resumed one's or an adapter's, was trained."""
+    if any(name.startswith(f"{prefix}pruner.") for name in state_dict):
+        model.config.pruner_trained = True
 
 
 def check_asked(ratio: float | None, schedule: tuple[Cut, ...] | Schedule | None) -> None:
