@@ -94,10 +94,9 @@ class PrunerConfig:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         # Pipelines and `transformers serve` ask these tables what a model of this name can do.
-        tables = [table for name, table in vars(modeling_auto).items() if name.startswith("MODEL_FOR_")]
-        for table in tables:
-            if isinstance(table, dict) and cls.base_model_type in table:
-                table[cls.model_type] = f"{cls.__name__.removesuffix('Config')}ForConditionalGeneration"
+        for name, table in vars(modeling_auto).items():
+            if name.startswith("MODEL_FOR_") and name.endswith("_NAMES") and cls.base_model_type in table:
+                table[cls.model_type] = cls.__name__.replace("Config", "ForConditionalGeneration")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -126,14 +125,19 @@ class PrunerConfig:
         return super().from_dict({**defaults, **config_dict}, **kwargs)
 
     @classmethod
+    def is_stock(cls, stored: dict, source) -> bool:
+        """Whether a configuration is the stock one. Raises `ValueError` where that of `source` is of another family."""
+        found, own = stored.get("model_type"), (cls.base_model_type, cls.model_type)
+        if found not in own:
+            wrong = f"{cls.__name__} extends {own[0]!r} configurations, and {source} is of type {found!r}"
+            raise ValueError(f"{wrong}. LearnPrunerForConditionalGeneration picks the class.")
+        return found == own[0]
+
+    @classmethod
     def from_base_config(cls, base_config: PreTrainedConfig, **fields):
         """Builds a pruned model's configuration from a stock one, which is left unchanged, and fields of the pruner,
         such as `pruner_ratio=0.1`. Raises `ValueError` where the stock one is of another family."""
-        if base_config.model_type not in (cls.base_model_type, cls.model_type):
-            raise ValueError(
-                f"{cls.__name__} extends {cls.base_model_type!r} configurations, got {base_config.model_type!r}. "
-                "LearnPrunerForConditionalGeneration picks the class."
-            )
+        cls.is_stock(base_config.to_dict(), "it")
         config = cls(**{**_without_identity(base_config.to_dict()), **fields})
         parts = {name: getattr(base_config, name) for name in base_config.sub_configs} | {"": base_config}
         config._attn_implementation = {name: part._attn_implementation for name, part in parts.items()}

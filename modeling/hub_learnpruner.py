@@ -8,7 +8,6 @@ from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, logging
@@ -139,20 +138,16 @@ class HubMixin:
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
         adapter, path, of_adapter = maybe_load_adapters(pretrained_model_name_or_path, place, **of_adapter)
         asked = read_config(path if config is None else config, place)
-        found, types = asked.get("model_type"), (cls.config_class.base_model_type, cls.config_class.model_type)
-        if found not in types:
-            raise ValueError(
-                f"{cls.__name__} loads checkpoints of type {' or '.join(types)}, and {path} is of type {found!r}. "
-                "LearnPrunerForConditionalGeneration picks the class."
-            )
-        given, named = kwargs.pop("base_model_name_or_path", None), asked.get("base_model_name_or_path")
-        revision = kwargs.pop("base_model_revision", None if given else asked.get("base_model_revision"))
+        stock = cls.config_class.is_stock(asked, path)
+        named, given = asked.get("base_model_name_or_path"), kwargs.pop("base_model_name_or_path", None)
+        revision = kwargs.pop(
+            "base_model_revision", asked.get("base_model_revision") if given in (None, named) else None
+        )
         # Given for this call, a folder is relative to where the caller stands.
-        given = os.path.abspath(given) if given and os.path.isdir(given) else given
         base = None if path is None else given or find_base(path, named, place.get("subfolder", ""))
         ours = {"base_model_name_or_path": base, "base_model_revision": base and revision}
         if isinstance(config, PreTrainedConfig):
-            config = cls.config_class.from_base_config(config) if found == types[0] else deepcopy(config)
+            config = cls.config_class.from_base_config(config) if stock else deepcopy(config)
             # `pipeline` passes a configuration, and again the fields that it was read with.
             again = [name for name in kwargs if name.startswith("pruner_") and hasattr(config, name)]
             for name, value in (ours | {name: kwargs.pop(name) for name in again}).items():
@@ -163,13 +158,13 @@ class HubMixin:
             model, info = cls._from_base(path, config, base, revision, place, model_args, kwargs)
         else:
             if path is not None and config is not None and find_file(path, CONFIG_NAME, place):
-                found = read_config(path, place).get("model_type")  # of the weights
+                stock = cls.config_class.is_stock(read_config(path, place), path)  # its weights are
             if adapter == path:  # beside the model, where the stock method finds it
                 adapter, kwargs["adapter_kwargs"] = None, of_adapter
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
-            model._check_loaded(path, info, found == types[0])
-        named = base is None and found == types[0] and path is not None and kwargs.get("variant") is None
-        model.base = Base.of(model, *(cls._name_base(path, place) if named else ()))
+            model._check_loaded(path, info, stock)
+        found = base is None and path is not None and stock and kwargs.get("variant") is None
+        model.base = Base.of(model, *(cls._name_base(path, place) if found else ()))
         if adapter is not None:
             model.load_adapter(adapter, kwargs.get("adapter_name"), adapter_kwargs=place | of_adapter)
         return (model, info) if with_info else model
@@ -189,10 +184,8 @@ class HubMixin:
         files = find_weights(path, kwargs.get("variant"), place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
-            if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
-                revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})[1]
-            if revision is not None:
-                kwargs["revision"] = revision
+            base, revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})
+            kwargs["revision"] = revision or "main"
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         except OSError as error:
             raise OSError(
@@ -200,7 +193,7 @@ class HubMixin:
                 "Download it, or point to a copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
             ) from error
         model._check_loaded(base, info)
-        model.config.base_model_revision = revision
+        model.config.base_model_name_or_path, model.config.base_model_revision = base, revision
         weights = {name: value for file in files for name, value in load_file(file).items()}
         expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(PRUNER)}
         found = {name: value.shape for name, value in weights.items()}
