@@ -1,6 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The factory: any supported checkpoint, stock or pruned, by its configuration, or a stock model in memory."""
 
+from transformers import PreTrainedConfig
+
 from .families import FAMILIES, model_class
 
 
@@ -16,11 +18,14 @@ def pruned_class(pretrained_model_name_or_path, config=None, adapter_kwargs=None
     Raises:
         `ValueError`: where no class fits the checkpoint.
     """
-    from .hub_learnpruner import maybe_load_adapters, read_config  # seconds of import
+    from transformers.integrations.peft import maybe_load_adapters  # seconds of import
 
-    _, path, _ = maybe_load_adapters(pretrained_model_name_or_path, place, **(adapter_kwargs or {}))
+    path = pretrained_model_name_or_path
+    if isinstance(config, PreTrainedConfig):
+        return class_of_type(config.model_type, path)
     try:
-        found = read_config(path if config is None else config, place)
+        _, path, _ = maybe_load_adapters(path, place, **(adapter_kwargs or {}))
+        found, _ = PreTrainedConfig.get_config_dict(path if config is None else config, **place)
     except OSError as error:
         raise OSError(
             f"No checkpoint at {path!r}: it is no folder with a config.json, and no Hub "

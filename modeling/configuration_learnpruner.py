@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
-from transformers.models.auto import modeling_auto
 
 __version__ = "0.2.0.dev0"
 
@@ -77,8 +76,6 @@ class PrunerConfig:
         learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.
     """
 
-    base_model_type = None
-
     pruner_ratio: float | int = 1 / 9
     pruner_layer: int | None = None
     pruner_stage_ratio: float | int = 3.0
@@ -90,13 +87,6 @@ class PrunerConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     learnpruner_version: str = __version__
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        # Pipelines and `transformers serve` ask these tables what a model of this name can do.
-        for name, table in vars(modeling_auto).items():
-            if name.startswith("MODEL_FOR_") and name.endswith("_NAMES") and cls.base_model_type in table:
-                table[cls.model_type] = cls.__name__.replace("Config", "ForConditionalGeneration")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
@@ -139,7 +129,7 @@ class PrunerConfig:
         such as `pruner_ratio=0.1`. Raises `ValueError` where the stock one is of another family."""
         cls.is_stock(base_config.to_dict(), "it")
         config = cls(**{**_without_identity(base_config.to_dict()), **fields})
-        parts = {name: getattr(base_config, name) for name in base_config.sub_configs} | {"": base_config}
+        parts = {"": base_config, **{name: getattr(base_config, name) for name in base_config.sub_configs}}
         config._attn_implementation = {name: part._attn_implementation for name, part in parts.items()}
         return config
 

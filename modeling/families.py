@@ -88,6 +88,8 @@ def register() -> None:
         AutoConfig.register(ours, config_class, exist_ok=True)
         for auto in auto_classes(config_class):
             auto.register(config_class, stand_in, exist_ok=True)
+            # What pipelines and `transformers serve` ask, by names, is this table.
+            auto._model_mapping._model_mapping[ours] = stand_in.__name__
         # Files of a base's tokenizer are read as they are for the base.
         tokenization_auto.TOKENIZER_MAPPING_NAMES[ours] = tokenization_auto.TOKENIZER_MAPPING_NAMES[base]
         incorrect.update({ours} if base in incorrect else ())

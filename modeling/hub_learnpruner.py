@@ -42,12 +42,6 @@ def find_base(path, base: str | None, subfolder: str = "") -> str | None:
     return os.path.abspath(os.path.join(path, subfolder, base))
 
 
-def read_config(source, place: dict) -> dict:
-    """A configuration as a dictionary: one in memory, or that of a file, a folder or a Hub id."""
-    read = isinstance(source, PreTrainedConfig)
-    return source.to_dict() if read else PreTrainedConfig.get_config_dict(source, **place)[0]
-
-
 def find_file(path, name: str, place: dict) -> str | None:
     return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **place)
 
@@ -60,8 +54,9 @@ def find_weights(path, variant: str | None, place: dict) -> list[str]:
     return get_checkpoint_shard_files(path, found, **place)[0] if found else [cached_file(path, one, **place)]
 
 
-def sample_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.flatten()[:: tensor.numel() // 64 + 1].clone().cpu()
+def sample_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    whole = type(tensor) is torch.Tensor and not tensor.is_meta
+    return tensor.flatten()[:: tensor.numel() // 64 + 1].clone().cpu() if whole else None
 
 
 @dataclass(frozen=True)
@@ -75,9 +70,7 @@ class Base:
 
     @classmethod
     def of(cls, model: nn.Module, name: str | None = None, revision: str | None = None) -> "Base":
-        base = {key: value for key, value in model.state_dict().items() if not key.startswith(PRUNER)}
-        for key, value in base.items():
-            base[key] = sample_of(value) if type(value) is torch.Tensor and not value.is_meta else None
+        base = {key: sample_of(value) for key, value in model.state_dict().items() if not key.startswith(PRUNER)}
         return cls(name, revision, base)
 
     def changed(self, model: nn.Module) -> bool:
@@ -96,8 +89,7 @@ class HubMixin:
     """Loading and saving. `base` is what the model was loaded with, `training_record` what trained the pruner, as
     training.json has it. `config.base_model_name_or_path` is set exactly while the model saves pruner-only."""
 
-    # The stock save_pretrained copies the code and names it for this one.
-    _auto_class = "AutoModelForImageTextToText"
+    _auto_class = "AutoModelForImageTextToText"  # the stock save_pretrained copies the code and names it for this one
     base = Base()
     training_record: dict | None = None
 
@@ -137,28 +129,27 @@ class HubMixin:
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: `_check_loaded` names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
         adapter, path, of_adapter = maybe_load_adapters(pretrained_model_name_or_path, place, **of_adapter)
-        asked = read_config(path if config is None else config, place)
-        stock = cls.config_class.is_stock(asked, path)
-        named, given = asked.get("base_model_name_or_path"), kwargs.pop("base_model_name_or_path", None)
-        revision = kwargs.pop(
-            "base_model_revision", asked.get("base_model_revision") if given in (None, named) else None
-        )
-        # Given for this call, a folder is relative to where the caller stands.
-        base = None if path is None else given or find_base(path, named, place.get("subfolder", ""))
+        source = path if config is None else config
+        given = isinstance(config, PreTrainedConfig)
+        read = config.to_dict() if given else PreTrainedConfig.get_config_dict(source, **place)[0]
+        stock = cls.config_class.is_stock(read, path)
+        named, base = read.get("base_model_name_or_path"), kwargs.pop("base_model_name_or_path", None)
+        revision = kwargs.pop("base_model_revision", read.get("base_model_revision") if base in (None, named) else None)
+        base = None if path is None else base or find_base(path, named, place.get("subfolder", ""))
         ours = {"base_model_name_or_path": base, "base_model_revision": base and revision}
-        if isinstance(config, PreTrainedConfig):
+        if given:
             config = cls.config_class.from_base_config(config) if stock else deepcopy(config)
             # `pipeline` passes a configuration, and again the fields that it was read with.
             again = [name for name in kwargs if name.startswith("pruner_") and hasattr(config, name)]
-            for name, value in (ours | {name: kwargs.pop(name) for name in again}).items():
-                setattr(config, name, value)
+            config.update(ours | {name: kwargs.pop(name) for name in again})
         else:
             kwargs |= ours
         if base is not None:
+            config = config if given or os.path.isfile(source) else cached_file(source, CONFIG_NAME, **place)
             model, info = cls._from_base(path, config, base, revision, place, model_args, kwargs)
         else:
             if path is not None and config is not None and find_file(path, CONFIG_NAME, place):
-                stock = cls.config_class.is_stock(read_config(path, place), path)  # its weights are
+                stock = cls.config_class.is_stock(PreTrainedConfig.get_config_dict(path, **place)[0], path)
             if adapter == path:  # beside the model, where the stock method finds it
                 adapter, kwargs["adapter_kwargs"] = None, of_adapter
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
@@ -178,9 +169,6 @@ class HubMixin:
 
     @classmethod
     def _from_base(cls, path, config, base: str, revision: str | None, place: dict, model_args, kwargs: dict):
-        source = path if config is None else config
-        if not isinstance(source, PreTrainedConfig) and not os.path.isfile(source):
-            config = cached_file(source, CONFIG_NAME, **place)
         files = find_weights(path, kwargs.get("variant"), place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
@@ -211,9 +199,8 @@ class HubMixin:
         """What a pruner-only checkpoint will name: a folder, found from anywhere, or a Hub id at its revision."""
         if os.path.isdir(path):
             return os.path.abspath(os.path.join(path, place.get("subfolder", ""))), None
-        if place.get("subfolder"):
-            return None, None
-        return str(path), extract_commit_hash(cached_file(path, CONFIG_NAME, **place), None)
+        commit = extract_commit_hash(cached_file(path, CONFIG_NAME, **place), None)
+        return (None, None) if place.get("subfolder") else (str(path), commit)
 
     def _check_loaded(self, path, info: dict, new_pruner: bool = False) -> None:
         pruner = self.model.pruner
@@ -242,7 +229,7 @@ class HubMixin:
             self.config.base_model_name_or_path, self.config.base_model_revision = self.base.name, self.base.revision
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
-            logger.warning("Checkpoints will hold all weights: the model has no stock base or no longer its weights.")
+            logger.warning("Checkpoints will hold all weights: it has no stock base, or no longer has its weights.")
         return self.train()
 
     def leave_base(self) -> tuple[str | None, str | None]:
@@ -272,8 +259,7 @@ class HubMixin:
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
 
     def push_to_hub(self, repo_id: str, **options):
-        """Pushes the model with its processor and card, and returns the commit; `options` as in
-        `learnpruner.hub_cards.push_pruner`. Code that came with a checkpoint pushes as transformers does."""
+        """As `learnpruner.hub_cards.push_pruner`, and returns the commit; as stock where that is not installed."""
         if not find_spec(HUB_CARDS):
             return super().push_to_hub(repo_id, **options)
         return import_module(HUB_CARDS).push_pruner(self, repo_id, **options).commit

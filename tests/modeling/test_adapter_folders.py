@@ -1,4 +1,4 @@
-"""Adapters of a pruned model or of its base, opened as the pruned class; and a pruner that comes with one was trained."""
+"""Adapters of a pruned model or its base, opened as the pruned class; a pruner that comes with one was trained."""
 
 import copy
 import pickle
