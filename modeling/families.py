@@ -82,6 +82,7 @@ def auto_classes(config_class: type) -> list[type]:
 def register() -> None:
     """Registers the families with transformers' Auto classes."""
     copyreg.pickle(StandIn, _reduce_stand_in)
+    tokenizers = tokenization_auto.TOKENIZER_MAPPING_NAMES
     incorrect = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
     for config_class in FAMILIES:
         stand_in, ours, base = StandIn(config_class), config_class.model_type, config_class.base_model_type
@@ -91,5 +92,5 @@ def register() -> None:
             # What pipelines and `transformers serve` ask, by names, is this table.
             auto._model_mapping._model_mapping[ours] = stand_in.__name__
         # Files of a base's tokenizer are read as they are for the base.
-        tokenization_auto.TOKENIZER_MAPPING_NAMES[ours] = tokenization_auto.TOKENIZER_MAPPING_NAMES[base]
+        tokenizers.update({ours: tokenizers[base]} if base in tokenizers else {})
         incorrect.update({ours} if base in incorrect else ())

@@ -31,7 +31,7 @@ def there(tmp_path, monkeypatch):
 
 
 def test_readme_runs_as_printed(there):
-    for name in ("from_pretrained(base", "PrunerTrainer(model,", "Trainer(model,", "METHODS["):
+    for name in ("from_pretrained(base", "from_base(", "PrunerTrainer(model,", "Trainer(model,", "METHODS["):
         assert any(name in code for code in SNIPPETS)
     for code in SNIPPETS:
         exec(compile(code, "README.md", "exec"), there)
