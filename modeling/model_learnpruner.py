@@ -23,6 +23,12 @@ logger = logging.get_logger(__name__)
 SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("learnpruner_schedules", default=())
 
 
+def mark_trained(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """A pruner that comes with a state dict, a resumed one's or an adapter's, was trained."""
+    if any(name.startswith(f"{prefix}pruner.") for name in state_dict):
+        model.config.pruner_trained = True
+
+
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
@@ -193,12 +199,6 @@ class PrunedModelMixin:
                 "The text model has no hooks, so nothing was cut: call install_hooks (rows_learnpruner) on it."
             )
         return outputs
-
-
-def mark_trained(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
-    """A pruner that comes with a state dict, a resumed one's or an adapter's, was trained."""
-    if any(name.startswith(f"{prefix}pruner.") for name in state_dict):
-        model.config.pruner_trained = True
 
 
 def check_asked(ratio: float | None, schedule: tuple[Cut, ...] | Schedule | None) -> None:
