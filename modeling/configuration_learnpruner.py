@@ -115,15 +115,23 @@ class PrunerConfig:
         return super().from_dict({**defaults, **config_dict}, **kwargs)
 
     @classmethod
+    def is_stock(cls, stored: dict, source) -> bool:
+        """Whether a configuration is the stock one. Raises `ValueError` where that of `source` is of another family."""
+        found, own = stored.get("model_type"), (cls.base_model_type, cls.model_type)
+        if found not in own:
+            wrong = f"{cls.__name__} extends {own[0]!r} configurations, and {source} is of type {found!r}"
+            raise ValueError(f"{wrong}. LearnPrunerForConditionalGeneration picks the class.")
+        return found == own[0]
+
+    @classmethod
     def from_base_config(cls, base_config: PreTrainedConfig, **fields):
         """Builds a pruned model's configuration from a stock one, which is left unchanged, and fields of the pruner,
         such as `pruner_ratio=0.1`. Raises `ValueError` where the stock one is of another family."""
-        if base_config.model_type not in (cls.base_model_type, cls.model_type):
-            raise ValueError(
-                f"{cls.__name__} extends {cls.base_model_type!r} configurations, got {base_config.model_type!r}. "
-                "LearnPrunerForConditionalGeneration picks the class."
-            )
-        return cls(**{**_without_identity(base_config.to_dict()), **fields})
+        cls.is_stock(base_config.to_dict(), "it")
+        config = cls(**{**_without_identity(base_config.to_dict()), **fields})
+        parts = {"": base_config, **{name: getattr(base_config, name) for name in base_config.sub_configs}}
+        config._attn_implementation = {name: part._attn_implementation for name, part in parts.items()}
+        return config
 
 
 @strict

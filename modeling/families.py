@@ -7,7 +7,8 @@ A model class is loaded when it is used. What it needs of transformers takes sec
 import copyreg
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto import modeling_auto, tokenization_auto
 
 from . import configuration_learnpruner as configurations
 
@@ -66,11 +67,25 @@ def _reduce_stand_in(stand_in: StandIn):
     return model_class, (stand_in.config_class,)
 
 
+def auto_classes(config_class: type) -> list[type]:
+    """transformers' Auto classes for models that know the stock family: ours is to be found wherever it is."""
+    stock, kinds = config_class.__bases__[-1], AutoModel.__bases__
+    classes = [auto for auto in vars(modeling_auto).values() if isinstance(auto, type) and issubclass(auto, kinds)]
+    return [auto for auto in classes if auto._model_mapping is not None and stock in auto._model_mapping]
+
+
 def register() -> None:
     """Registers the families with transformers' Auto classes."""
     copyreg.pickle(StandIn, _reduce_stand_in)
+    tokenizers = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    incorrect = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
     for config_class in FAMILIES:
-        stand_in = StandIn(config_class)
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, stand_in, exist_ok=True)
-        AutoModelForImageTextToText.register(config_class, stand_in, exist_ok=True)
+        stand_in, ours, base = StandIn(config_class), config_class.model_type, config_class.base_model_type
+        AutoConfig.register(ours, config_class, exist_ok=True)
+        for auto in auto_classes(config_class):
+            auto.register(config_class, stand_in, exist_ok=True)
+            # What pipelines and `transformers serve` ask, by names, is this table.
+            auto._model_mapping._model_mapping[ours] = stand_in.__name__
+        # Files of a base's tokenizer are read as they are for the base.
+        tokenizers.update({ours: tokenizers[base]} if base in tokenizers else {})
+        incorrect.update({ours} if base in incorrect else ())

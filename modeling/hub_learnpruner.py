@@ -2,20 +2,21 @@
 """Loading a stock base, and loading and saving checkpoints: full, or pruner-only on a base that is named."""
 
 import os
-from copy import copy
-from dataclasses import dataclass, field, fields, replace
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
-from huggingface_hub.file_download import REGEX_COMMIT_HASH
 from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, logging
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.integrations.peft import maybe_load_adapters
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
-from transformers.utils.hub import extract_commit_hash
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 from .compat_learnpruner import check_transformers
 
@@ -24,8 +25,9 @@ logger = logging.get_logger(__name__)
 PRUNER = "model.pruner."
 RELATIVE = ("./", "../")
 # What of from_pretrained's arguments says where a repository's files are, and what must not follow to the base.
-PLACE = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-OF_ONE_REPOSITORY = ("revision", "subfolder", "code_revision", "adapter_kwargs", "trust_remote_code")
+PLACE = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "revision", "subfolder")
+OF_ONE_REPOSITORY = ("revision", "subfolder", "variant", "code_revision", "trust_remote_code")
+AUTO_CLASSES = ("AutoModel", "AutoModelForMultimodalLM", "AutoModelForPreTraining")  # beside `_auto_class`
 # Pushes with a card. In the installed package it lies beside this file; in a checkpoint's folder there is none.
 HUB_CARDS = f"{__package__}.hub_cards"
 
@@ -40,6 +42,23 @@ def find_base(path, base: str | None, subfolder: str = "") -> str | None:
     return os.path.abspath(os.path.join(path, subfolder, base))
 
 
+def find_file(path, name: str, place: dict) -> str | None:
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False, **place)
+
+
+def find_weights(path, variant: str | None, place: dict) -> list[str]:
+    """The files that hold a checkpoint's weights. Raises `OSError` where there are none."""
+    end = f".{variant}." if variant else "."
+    one, index = (end.join(name.rsplit(".", 1)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    found = None if find_file(path, one, place) else find_file(path, index, place)
+    return get_checkpoint_shard_files(path, found, **place)[0] if found else [cached_file(path, one, **place)]
+
+
+def sample_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    whole = type(tensor) is torch.Tensor and not tensor.is_meta
+    return tensor.flatten()[:: tensor.numel() // 64 + 1].clone().cpu() if whole else None
+
+
 @dataclass(frozen=True)
 class Base:
     """The weights that a pruner was put on: the stock checkpoint's `name` and `revision`, if it can be named, and up to
@@ -51,10 +70,7 @@ class Base:
 
     @classmethod
     def of(cls, model: nn.Module, name: str | None = None, revision: str | None = None) -> "Base":
-        base = {key: value for key, value in model.state_dict().items() if not key.startswith(PRUNER)}
-        for key, value in base.items():
-            whole = type(value) is torch.Tensor and not value.is_meta
-            base[key] = value.flatten()[:: value.numel() // 64 + 1].clone().cpu() if whole else None
+        base = {key: sample_of(value) for key, value in model.state_dict().items() if not key.startswith(PRUNER)}
         return cls(name, revision, base)
 
     def changed(self, model: nn.Module) -> bool:
@@ -73,8 +89,7 @@ class HubMixin:
     """Loading and saving. `base` is what the model was loaded with, `training_record` what trained the pruner, as
     training.json has it. `config.base_model_name_or_path` is set exactly while the model saves pruner-only."""
 
-    # save_pretrained copies the code and names it for AutoModelForImageTextToText; `save_pretrained` adds the others.
-    _auto_class = "AutoModelForImageTextToText"
+    _auto_class = "AutoModelForImageTextToText"  # the stock save_pretrained copies the code and names it for this one
     base = Base()
     training_record: dict | None = None
 
@@ -85,6 +100,8 @@ class HubMixin:
         for kind in (cls, cls.model_class):
             names = (kind.__bases__[-1].__name__, cls.config_class.base_model_type)
             mapping = next(filter(None, map(get_checkpoint_conversion_mapping, names)))
+            # Qwen's takes all that was not in `model` at first for the language model's, so an adapter's pruner, too.
+            mapping.append(WeightRenaming(r"^model\.language_model\.pruner\.", PRUNER))
             register_checkpoint_conversion_mapping(kind.__name__, mapping, overwrite=True)
 
     def post_init(self):
@@ -100,55 +117,63 @@ class HubMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Loads a stock checkpoint with a new pruner, a full checkpoint of this class, or a pruner-only one, from a Hub
-        id or a folder. `config` is read from the checkpoint where it is not given; `kwargs` are the stock method's, and
-        pruner fields such as `pruner_ratio=0.1`.
+        """Loads a stock checkpoint with a new pruner, a full checkpoint of this class, a pruner-only one, or an adapter
+        of one of these, from a Hub id or a folder. Arguments are the stock method's, and the pruner's fields, such as
+        `pruner_ratio=0.1`; `base_model_name_or_path` says where the base of a pruner-only checkpoint is.
 
         Raises `OSError` where a pruner-only checkpoint's base cannot be found, `RuntimeError` where any weight but a
         new pruner's is missing or of another shape, `ValueError` where the checkpoint is of another family.
         """
         check_transformers()
-        path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        with_info, of_adapter = kwargs.pop("output_loading_info", False), kwargs.pop("adapter_kwargs", None) or {}
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: `_check_loaded` names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}
-        stored, config_class = PreTrainedConfig.get_config_dict(path, **place)[0], cls.config_class
-        found, types = stored.get("model_type"), (config_class.base_model_type, config_class.model_type)
-        # Given for this call, a folder is relative to where the caller stands.
-        given = kwargs.get("base_model_name_or_path") if config is None else None
-        if given not in (None, stored.get("base_model_name_or_path")):
-            kwargs.setdefault("base_model_revision", None)  # the stored one is of another base
-        if config is None:
-            if found not in types:
-                raise ValueError(
-                    f"{cls.__name__} loads checkpoints of type {' or '.join(types)}, and {path} is of type {found!r}. "
-                    "LearnPrunerForConditionalGeneration picks the class."
-                )
-            # "auto" is for the model to resolve; the configuration would take it as it is.
-            names = {one.name for one in fields(config_class)} - {"dtype"}
-            overrides = {name: kwargs.pop(name) for name in names & set(kwargs)}
-            config = config_class.from_pretrained(path, **place, **overrides)
-        elif config.model_type == types[0]:
-            config = config_class.from_base_config(config)
-        base = given or find_base(path, config.base_model_name_or_path, place.get("subfolder", ""))
-        config.base_model_name_or_path, stock = base, base is None and found == types[0]
-        if base is None:
+        adapter, path, of_adapter = maybe_load_adapters(pretrained_model_name_or_path, place, **of_adapter)
+        source = path if config is None else config
+        given = isinstance(config, PreTrainedConfig)
+        read = config.to_dict() if given else PreTrainedConfig.get_config_dict(source, **place)[0]
+        stock = cls.config_class.is_stock(read, path)
+        named, base = read.get("base_model_name_or_path"), kwargs.pop("base_model_name_or_path", None)
+        revision = kwargs.pop("base_model_revision", read.get("base_model_revision") if base in (None, named) else None)
+        base = None if path is None else base or find_base(path, named, place.get("subfolder", ""))
+        ours = {"base_model_name_or_path": base, "base_model_revision": base and revision}
+        if given:
+            config = cls.config_class.from_base_config(config) if stock else deepcopy(config)
+            # `pipeline` passes a configuration, and again the fields that it was read with.
+            again = [name for name in kwargs if name.startswith("pruner_") and hasattr(config, name)]
+            config.update(ours | {name: kwargs.pop(name) for name in again})
+        else:
+            kwargs |= ours
+        if base is not None:
+            config = config if given or os.path.isfile(source) else cached_file(source, CONFIG_NAME, **place)
+            model, info = cls._from_base(path, config, base, revision, place, model_args, kwargs)
+        else:
+            if path is not None and config is not None and find_file(path, CONFIG_NAME, place):
+                stock = cls.config_class.is_stock(PreTrainedConfig.get_config_dict(path, **place)[0], path)
+            if adapter == path:  # beside the model, where the stock method finds it
+                adapter, kwargs["adapter_kwargs"] = None, of_adapter
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
             model._check_loaded(path, info, stock)
-        else:
-            model, info = cls._from_base(path, config, place, model_args, kwargs)
-        model.base = Base.of(model, *(cls._name_base(path, place) if stock else ()))
+        found = base is None and path is not None and stock and kwargs.get("variant") is None
+        model.base = Base.of(model, *(cls._name_base(path, place) if found else ()))
+        if adapter is not None:
+            model.load_adapter(adapter, kwargs.get("adapter_name"), adapter_kwargs=place | of_adapter)
         return (model, info) if with_info else model
 
+    def load_adapter(self, *args, **kwargs):
+        """As stock; a pruner that the adapter brings was trained."""
+        before = len(self.model.pruner.state_dict())
+        info = super().load_adapter(*args, **kwargs)
+        self.config.pruner_trained |= len(self.model.pruner.state_dict()) > before
+        return info
+
     @classmethod
-    def _from_base(cls, path, config, place: dict, model_args, kwargs: dict):
-        base, revision = config.base_model_name_or_path, config.base_model_revision
-        weights_file = cached_file(path, SAFE_WEIGHTS_NAME, **place)
+    def _from_base(cls, path, config, base: str, revision: str | None, place: dict, model_args, kwargs: dict):
+        files = find_weights(path, kwargs.get("variant"), place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
-            if not REGEX_COMMIT_HASH.fullmatch(revision or ""):
-                revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})[1]
-            if revision is not None:
-                config.base_model_revision = kwargs["revision"] = revision
+            base, revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})
+            kwargs["revision"] = revision or "main"
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         except OSError as error:
             raise OSError(
@@ -156,12 +181,15 @@ class HubMixin:
                 "Download it, or point to a copy: from_pretrained(..., base_model_name_or_path='<folder or Hub id>')."
             ) from error
         model._check_loaded(base, info)
-        weights = load_file(weights_file)
+        model.config.base_model_name_or_path, model.config.base_model_revision = base, revision
+        weights = {name: value for file in files for name, value in load_file(file).items()}
         expected = {name: value.shape for name, value in model.state_dict().items() if name.startswith(PRUNER)}
         found = {name: value.shape for name, value in weights.items()}
         if found != expected:
             raise RuntimeError(f"The pruner in {path} does not fit its base model: expected {expected}, found {found}.")
-        model.load_state_dict(weights, strict=False)
+        model.model.pruner.load_state_dict({name.removeprefix(PRUNER): value for name, value in weights.items()})
+        if kwargs.get("generation_config") is None and find_file(path, GENERATION_CONFIG_NAME, place):
+            model.generation_config = GenerationConfig.from_pretrained(path, **place)
         model.name_or_path = str(path)  # not the base's
         model._freeze_base()
         return model, info
@@ -171,9 +199,8 @@ class HubMixin:
         """What a pruner-only checkpoint will name: a folder, found from anywhere, or a Hub id at its revision."""
         if os.path.isdir(path):
             return os.path.abspath(os.path.join(path, place.get("subfolder", ""))), None
-        if place.get("subfolder"):
-            return None, None
-        return str(path), extract_commit_hash(cached_file(path, CONFIG_NAME, **place), None)
+        commit = extract_commit_hash(cached_file(path, CONFIG_NAME, **place), None)
+        return (None, None) if place.get("subfolder") else (str(path), commit)
 
     def _check_loaded(self, path, info: dict, new_pruner: bool = False) -> None:
         pruner = self.model.pruner
@@ -202,9 +229,7 @@ class HubMixin:
             self.config.base_model_name_or_path, self.config.base_model_revision = self.base.name, self.base.revision
             self._follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
-            logger.warning(
-                "Checkpoints will hold all weights: the model has no stock base, or no longer has its weights."
-            )
+            logger.warning("Checkpoints will hold all weights: it has no stock base, or no longer has its weights.")
         return self.train()
 
     def leave_base(self) -> tuple[str | None, str | None]:
@@ -234,8 +259,7 @@ class HubMixin:
         print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
 
     def push_to_hub(self, repo_id: str, **options):
-        """Pushes the model with its processor and card, and returns the commit; `options` as in
-        `learnpruner.hub_cards.push_pruner`. Code that came with a checkpoint pushes as transformers does."""
+        """As `learnpruner.hub_cards.push_pruner`, and returns the commit; as stock where that is not installed."""
         if not find_spec(HUB_CARDS):
             return super().push_to_hub(repo_id, **options)
         return import_module(HUB_CARDS).push_pruner(self, repo_id, **options).commit
@@ -264,11 +288,9 @@ class HubMixin:
             base = os.path.join(save_directory, base) if base.startswith(RELATIVE) else base
             if os.path.realpath(save_directory) == os.path.realpath(base):
                 raise ValueError(f"{save_directory} holds the base model, which the pruner's weights would replace.")
-            # One file: `from_pretrained` reads no index, and Trainer resumes from none.
-            kwargs.pop("max_shard_size", None)
         code = f"{type(self).__module__.rsplit('.', 1)[-1]}.{type(self).__name__}"
         configuration = f"configuration_learnpruner.{self.config_class.__name__}"
-        self.config.auto_map = {"AutoConfig": configuration, "AutoModel": code}
+        self.config.auto_map = {"AutoConfig": configuration, **dict.fromkeys(AUTO_CLASSES, code)}
         config, self.config = self.config, copy(self.config)
         if pruner_only:
             # How the base was quantised here is no part of the pruner: it opens on any copy of the base.

@@ -25,6 +25,12 @@ logger = logging.get_logger(__name__)
 SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("learnpruner_schedules", default=())
 
 
+def mark_trained(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
+    """A pruner that comes with a state dict, a resumed one's or an adapter's, was trained."""
+    if any(name.startswith(f"{prefix}pruner.") for name in state_dict):
+        model.config.pruner_trained = True
+
+
 class PrunedModelMixin:
     """A stock vision-language model without its head, with a pruner, whose text model runs a schedule of cuts.
 
@@ -104,6 +110,7 @@ class PrunedModelMixin:
         # before it: the first parameter's precision passes for the model's.
         for name in [name for name in list(self._modules)[1:] if name != "pruner"]:
             self._modules[name] = self._modules.pop(name)
+        self.register_load_state_dict_pre_hook(mark_trained)
         self.post_init()
 
     @classmethod

@@ -199,8 +199,9 @@ def test_arguments_of_from_pretrained(kind, stock_folder, tmp_path):
 
 
 def test_no_checkpoint_there(tmp_path):
-    with pytest.raises(OSError, match=r"No checkpoint at .*nowhere"):
-        LearnPrunerForConditionalGeneration.from_pretrained(str(tmp_path / "nowhere"))
+    for nowhere in (str(tmp_path / "nowhere"), tmp_path / "nowhere"):
+        with pytest.raises(OSError, match=r"No checkpoint at .*nowhere"):
+            LearnPrunerForConditionalGeneration.from_pretrained(nowhere)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -350,9 +351,10 @@ def test_what_was_unfrozen_is_not_lost(stock_folder, tmp_path):
     }
 
 
-def test_a_pruner_only_checkpoint_is_never_sharded(stock_folder, tmp_path):
+def test_shards(stock_folder, tmp_path):
     model = LearnPrunerForConditionalGeneration.from_pretrained(stock_folder).train_pruner_only()
     model.save_pretrained(tmp_path / "light", max_shard_size="10KB")
+    assert not (tmp_path / "light" / WEIGHTS).exists()
     LearnPrunerForConditionalGeneration.from_pretrained(tmp_path / "light")
     model.save_pretrained(tmp_path / "full", max_shard_size="100KB", pruner_only=False)
     assert not (tmp_path / "full" / WEIGHTS).exists()

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration
 
-from tiny_models import IMAGE, PRUNED, VIDEO, build_inputs
+from tiny_models import IMAGE, PRUNED, STOCK, VIDEO, build_inputs
 
 pytestmark = pytest.mark.core
 FOLDER = Path(__file__).resolve().parents[1] / "fixtures" / "version_0_1"
@@ -33,6 +33,12 @@ def test_a_checkpoint_of_version_0_1(name):
     assert torch.equal(first, recorded["first_kept"])
     assert torch.equal(second, recorded["second_kept"])
     assert (output.logits[:, -3:] - recorded["logits"]).abs().max() < 1e-4
+    # At a ratio of 1 it is the stock model of its weights.
+    stock_class = STOCK[FAMILY[name]]
+    kept = {key: value for key, value in model.config.to_dict().items() if key not in ("model_type", "auto_map")}
+    stock = stock_class(stock_class.config_class(**kept)).eval()
+    stock.load_state_dict({key: value for key, value in model.state_dict().items() if "pruner" not in key})
+    assert torch.equal(model(**inputs, pruner_ratio=1.0).logits, stock(**inputs).logits)
     new = QUESTIONS["max_new_tokens"]
     sequences = model.generate(**inputs, do_sample=False, max_new_tokens=new, suppress_tokens=[IMAGE, VIDEO])
     assert torch.equal(sequences, recorded["sequences"])

@@ -65,7 +65,7 @@ def test_adapters_and_pruner_learn_together(family, objective, base, tmp_path):
     assert (last / "adapter_model.safetensors").stat().st_size < 4 * trained + 10_000
     trainer.model.eval()
     batch = {name: value for name, value in labelled(family, [[2, (32, 32), 8]], seed=9).items() if name != "labels"}
-    fresh = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2, pruner_trained=True)
+    fresh = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=0.2)
     opened = PeftModel.from_pretrained(fresh, last).eval()
     with torch.no_grad():
         expected = trainer.model(**batch)

@@ -1,0 +1,1 @@
+../../../modeling/guards_learnpruner.py

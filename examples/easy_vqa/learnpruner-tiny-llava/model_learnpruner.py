@@ -1,0 +1,1 @@
+../../../modeling/model_learnpruner.py

@@ -1,0 +1,1 @@
+../../../modeling/rows_learnpruner.py

@@ -1,0 +1,1 @@
+../../../modeling/compat_learnpruner.py

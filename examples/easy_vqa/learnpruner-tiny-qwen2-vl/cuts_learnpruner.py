@@ -1,0 +1,1 @@
+../../../modeling/cuts_learnpruner.py

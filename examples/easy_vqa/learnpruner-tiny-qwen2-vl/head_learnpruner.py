@@ -1,0 +1,1 @@
+../../../modeling/head_learnpruner.py

@@ -1,0 +1,1 @@
+../../../modeling/keys_learnpruner.py

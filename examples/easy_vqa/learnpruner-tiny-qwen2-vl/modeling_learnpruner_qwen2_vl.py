@@ -1,0 +1,1 @@
+../../../modeling/modeling_learnpruner_qwen2_vl.py

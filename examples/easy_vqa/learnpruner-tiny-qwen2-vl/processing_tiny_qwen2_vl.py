@@ -1,0 +1,1 @@
+../tiny-qwen2-vl/processing_tiny_qwen2_vl.py

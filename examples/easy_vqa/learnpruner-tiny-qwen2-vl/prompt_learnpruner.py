@@ -1,0 +1,1 @@
+../../../modeling/prompt_learnpruner.py

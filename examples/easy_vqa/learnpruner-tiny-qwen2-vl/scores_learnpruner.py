@@ -1,0 +1,1 @@
+../../../modeling/scores_learnpruner.py
