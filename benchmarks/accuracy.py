@@ -33,7 +33,7 @@ from transformers.utils.hub import extract_commit_hash
 
 import learnpruner
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.budget_learnpruner import mean_tokens
+from learnpruner.accounting import mean_tokens
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest

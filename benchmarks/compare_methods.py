@@ -30,7 +30,8 @@ from transformers import PreTrainedModel
 import learnpruner
 import learnpruner_commands
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.budget_learnpruner import half_up, mean_tokens
+from learnpruner.accounting import mean_tokens
+from learnpruner.budget_learnpruner import half_up
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.cuts_learnpruner import Cut

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from learnpruner.budget_learnpruner import mean_tokens
+from learnpruner.accounting import mean_tokens
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.cuts_learnpruner import learnpruner_schedule
 

@@ -15,8 +15,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(model: str, ratio: list[float] | None, tokens: int | None) -> None:
+    from learnpruner.accounting import mean_tokens
     from learnpruner.auto import pruned_class
-    from learnpruner.budget_learnpruner import mean_tokens
     from learnpruner.cuts_learnpruner import learnpruner_schedule
 
     config = pruned_class(model).config_class.from_pretrained(model)

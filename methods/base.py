@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from learnpruner.budget_learnpruner import half_up, spread_budget
+from learnpruner.accounting import spread_budget
+from learnpruner.budget_learnpruner import half_up
 from learnpruner.configuration_learnpruner import check_pruner_field
 from learnpruner.cuts_learnpruner import Cut, DecoderState, EncodedImages
 from learnpruner.model_learnpruner import SCHEDULES

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageOps
 from transformers import AutoProcessor, Cache, PreTrainedModel, ProcessorMixin
 
+from .accounting import mean_tokens
 from .auto import LearnPrunerForConditionalGeneration, pruned_class
-from .budget_learnpruner import mean_tokens
 from .compat_learnpruner import CACHE
 from .families import FAMILIES, model_class
 from .hub_learnpruner import find_base

@@ -8,7 +8,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from learnpruner import LearnPrunerLlavaConfig, learnpruner_schedule
-from learnpruner.budget_learnpruner import SLACK, keep_counts, mean_tokens, spread_budget
+from learnpruner.accounting import mean_tokens, spread_budget
+from learnpruner.budget_learnpruner import SLACK, keep_counts
 
 import oracles
 from tiny_models import tiny_config
@@ -87,6 +88,14 @@ def test_a_share_that_is_a_whole_number_of_tokens_keeps_so_many(tokens, data):
 @pytest.mark.parametrize(("tokens", "ratio", "count"), [(5, 0.5, 3), (7, 0.5, 4), (15, 0.1, 2), (25, 0.1, 3)])
 def test_halves_round_up(tokens, ratio, count):
     assert keep_counts(tokens, ratio, num_layers=4, pruner_layer=4, stage_ratio=3.0) == (count, count)
+
+
+@given(TOKENS, RATIOS, depths(), STAGE_RATIOS)
+def test_two_cuts_are_a_case_of_any_number(tokens, ratio, depth, rho):
+    depth, layer = depth
+    layers, weights = ((0,), (1,)) if layer == depth else ((0, layer), (rho, 1))
+    counts = spread_budget(tokens, ratio * tokens, layers, weights, depth)
+    assert (counts[0], counts[-1]) == keep_counts(tokens, ratio, num_layers=depth, pruner_layer=layer, stage_ratio=rho)
 
 
 @st.composite

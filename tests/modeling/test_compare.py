@@ -6,7 +6,8 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration
 
 from learnpruner import LearnPrunerForConditionalGeneration
-from learnpruner.budget_learnpruner import keep_counts, mean_tokens
+from learnpruner.accounting import mean_tokens
+from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.compare import compare, dim_dropped, load_image, patch_grids, save_picture, token_side
 from learnpruner_commands import main
 
