@@ -172,7 +172,7 @@ def gated_attention(
             gates, which hand their gradient on (straight-through): bounded, for it is one of probabilities.
     """
     bias = bias.float().sum(-1)
-    weigh = _by_keys if sdpa and not kwargs.get("dropout") else _by_mask
+    weigh = _by_keys if sdpa else _by_mask
     if hard is None:
         return weigh(stock, attention, states, bias, **kwargs)
     seen = hard & (bias > HIDDEN / 2)
@@ -191,31 +191,28 @@ def _by_mask(stock, attention, states, bias, **kwargs):
 
 def _by_keys(stock, attention, states, bias, **kwargs):
     """In further dimensions of keys, against ones in the queries: without a mask, every kernel can differentiate."""
-    (query, key, value), size, scale = states, states[0].shape[-1], kwargs["scaling"]
-    room = 3 + -(size + 3) % 8  # kernels want head sizes of multiples of 8
-    first = (bias > HIDDEN / 2).int().argmax(1)  # a key that all rows see, but those of padding before it
+    (query, key, value), scale, groups = states, kwargs["scaling"], states[0].shape[1] // states[1].shape[1]
+    # Kernels want head sizes of multiples of 8.
+    size, room = query.shape[-1], 6 + -(query.shape[-1] + 6) % 8
     with torch.autocast(query.device.type, enabled=False):
-        added = F.pad(split(bias / scale), (0, room - 3)).to(key.dtype).unsqueeze(1).expand(*key.shape[:-1], -1)
-        mark = F.one_hot(first, key.shape[2]).to(value.dtype)[:, None, :, None].expand(*value.shape[:-1], -1)
+        # What a row's own key lacks to be seen fully, (1 - gate) of it, is one more key, in front: each query brings
+        # the logit, and the value is a mark, which tells how much of the row's own value is to be added.
+        own = (query.float() * key.float().repeat_interleave(groups, dim=1)).sum(-1)
+        own = own + (1 - bias.exp() + GATE_FLOOR).log().unsqueeze(1) / scale  # expm1 loses the gradient of a gate of 0
+        ones, mark = query.new_ones(3), F.one_hot(torch.tensor(0), room).to(value)
+        queries = torch.cat([query, ones.expand(*query.shape[:-1], 3), split(own).to(query.dtype)], dim=-1)
+        keys = torch.cat([key, split(bias / scale).to(key.dtype).unsqueeze(1).expand(*key.shape[:-1], 3)], dim=-1)
+        front = F.pad(ones, (size + 3, room - 6)).to(key.dtype).expand(*key.shape[:2], 1, -1)
+        marked = F.pad(mark, (size, 0)).expand(*value.shape[:2], 1, -1)
         wide = (
-            torch.cat([query, F.pad(query.new_ones(3), (0, room - 3)).expand(*query.shape[:-1], -1)], dim=-1),
-            torch.cat([key, added], dim=-1),
-            F.pad(torch.cat([value, mark], dim=-1), (0, room - 1)),
+            F.pad(queries, (0, room - 6, 1, 0)),  # a row in front, too, so that causality stays
+            torch.cat([front, F.pad(keys, (0, room - 3))], dim=2),
+            torch.cat([marked, F.pad(value, (0, room))], dim=2),
         )
     output, weights = stock(attention, *wide, None, **kwargs)
-    output, probability = output[..., :size].float(), output[..., size, None].float()
-    # A row's own key, seen fully. No kernel gives its denominators away; the output of a value that marks one key does.
-    with torch.autocast(query.device.type, enabled=False):
-        groups = query.shape[1] // key.shape[1]
-        query, key, value = (part.float() for part in states)
-        marked = key.take_along_dim(first.view(-1, 1, 1, 1), dim=2)
-        key, marked = key.repeat_interleave(groups, dim=1), marked.repeat_interleave(groups, dim=1)
-        more = scale * (query * (key - marked)).sum(-1) - bias.gather(1, first.unsqueeze(1)).unsqueeze(1)
-        # Not expm1, whose backward loses the gradient of a gate of 0.
-        more = (1 - bias.exp()).unsqueeze(1) * more.clamp(max=80).exp()
-        more = probability * more.transpose(1, 2).unsqueeze(-1)
-        value = value.repeat_interleave(groups, dim=1).transpose(1, 2)
-        return ((output + more * value) / (1 + more)).to(states[2].dtype), weights
+    output, lacking = output[:, 1:, :, :size], output[:, 1:, :, size, None]
+    value = value.repeat_interleave(groups, dim=1).transpose(1, 2)
+    return (output.float() + lacking.float() * value.float()).to(value.dtype), weights
 
 
 def reach_keywords(checkpoint: Callable, function: partial, *args, **options):

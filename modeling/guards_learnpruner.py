@@ -53,10 +53,10 @@ def refuse_prepared_mask(attention_mask: Any) -> None:
 
 def refuse_training(schedule: tuple[Cut, ...], text_config: PreTrainedConfig, cache: Cache | None) -> None:
     """Raises `ValueError` where no cut is learned, or attention cannot weigh keys, as training does."""
-    if cache is not None and cache.get_seq_length():
+    if cache is not None:
         raise ValueError(
-            "The pruner is trained on whole prompts, and the cache holds earlier tokens (of another call, or of prefix "
-            "tuning): train without them, or freeze the pruner (model.model.pruner.requires_grad_(False))."
+            "The pruner is trained on whole prompts, and a step on their cache would not be gated: train without a "
+            "cache and without prefix tuning, or freeze the pruner (model.model.pruner.requires_grad_(False))."
         )
     if schedule[0].layer or not isinstance(schedule[0].score, LearnedScore):
         raise ValueError(

@@ -99,7 +99,7 @@ class HubMixin:
         # model of a subclass newly initialised.
         for kind in (cls, cls.model_class):
             names = (kind.__bases__[-1].__name__, cls.config_class.base_model_type)
-            mapping = next(filter(None, map(get_checkpoint_conversion_mapping, names)))
+            mapping = next(filter(None, map(get_checkpoint_conversion_mapping, names)), [])
             # Qwen's takes all that was not in `model` at first for the language model's, so an adapter's pruner, too.
             mapping.append(WeightRenaming(r"^model\.language_model\.pruner\.", PRUNER))
             register_checkpoint_conversion_mapping(kind.__name__, mapping, overwrite=True)

@@ -3,7 +3,7 @@
 
 from contextvars import ContextVar
 from functools import partial
-from weakref import WeakKeyDictionary, ref
+from weakref import ref
 
 import torch
 from torch import nn
@@ -29,6 +29,36 @@ def mark_trained(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """A pruner that comes with a state dict, a resumed one's or an adapter's, was trained."""
     if any(name.startswith(f"{prefix}pruner.") for name in state_dict):
         model.config.pruner_trained = True
+
+
+class Gradients:
+    """Whether the pruner of a model gets the gradients that are `wanted`. A copy knows nothing of them yet."""
+
+    def __init__(self):
+        self.wanted, self.came, self.told = True, False, False
+        self.hooks: list[ref] = []  # of calls that have brought none so far
+
+    def __reduce__(self):
+        return Gradients, ()
+
+    @torch.compiler.disable
+    def expect(self, gates: torch.Tensor, config: PreTrainedConfig) -> None:
+        """Marks `config` as trained as soon as `gates` get a gradient. Warns where those of an earlier call never got
+        one, nor will: their hooks live as long as the graph that they belong to."""
+
+        def arrive(gradient: torch.Tensor) -> None:
+            self.came = config.pruner_trained = True
+            self.hooks.clear()
+
+        if not (self.came or self.told) and any(hook() is None for hook in self.hooks):
+            self.told = True
+            logger.warning(
+                "The pruner is to be trained, and an earlier forward in training mode gave it no gradient. Does the "
+                "loss come from the model's outputs? To leave the pruner as it is, call "
+                "model.model.pruner.requires_grad_(False)."
+            )
+        gates.register_hook(arrive)
+        self.hooks.append(ref(arrive))
 
 
 class PrunedModelMixin:
@@ -106,6 +136,7 @@ class PrunedModelMixin:
             raise ValueError(f"Pruning runs over the text models {TEXT_MODELS}; this checkpoint has {text_type!r}.")
         install_hooks(self.language_model)
         self.pruner = LearnedPruningModule(self.encoder_width(self.config), self.config.pruner_hidden_size)
+        self.gradients = Gradients()
         # Right behind the vision tower: device_map="auto" fills devices in this order, and would offload the last. Not
         # before it: the first parameter's precision passes for the model's.
         for name in [name for name in list(self._modules)[1:] if name != "pruner"]:
@@ -178,9 +209,13 @@ class PrunedModelMixin:
 
     def trains_pruner(self) -> bool:
         """Whether the pruner is to be trained: then a call gates its vision tokens in place of cutting them."""
-        # PEFT's wrapper (modules_to_save) freezes the pruner while adapters are switched off, for a policy's reference.
-        frozen = not any(parameter.requires_grad for parameter in self.pruner.parameters())
-        return self.training and (not frozen or getattr(self.pruner, "disable_adapters", False))
+        parameters = [*self.pruner.parameters()]
+        if self.training and not parameters:
+            raise ValueError("The pruner has no parameters of its own: with FSDP1, pass use_orig_params=True.")
+        # PEFT freezes what it switches off, for a policy's reference: it is the same kind of model as the policy.
+        if not any(getattr(module, "disable_adapters", False) for module in self.pruner.modules()):
+            self.gradients.wanted = any(parameter.requires_grad for parameter in parameters)
+        return self.training and self.gradients.wanted
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()
@@ -193,12 +228,13 @@ class PrunedModelMixin:
         if trains and torch.is_grad_enabled():
             # A call that gates nothing gives a gradient too, through every layer, as processes that share the layers
             # (FSDP) expect of each other.
-            call.zero = sum(p.sum() * 0 for p in self.pruner.parameters() if p.requires_grad)
+            prompt = stock["input_ids"] if stock.get("inputs_embeds") is None else stock["inputs_embeds"]
+            call.zero = self.pruner(torch.zeros(1, self.encoder_width(self.config), device=prompt.device)).sum() * 0
         if not call.schedule or (given and stock.get("mm_encoder_outputs")):  # given both, the stock model says so
             return super().forward(**stock, **({} if call.zero is None else {"pruning": call}), return_dict=True)
         if trains:
             refuse_training(call.schedule, self.config.text_config, stock.get(CACHE))
-            call.soft = True
+            call.soft, stock = True, {**stock, "use_cache": False}  # a step on the whole prompt would not be gated
         use_cache = stock.get("use_cache")
         refuse_decoder_inputs(self, stock, self.config.text_config.use_cache if use_cache is None else use_cache)
         if call.plan is None:
@@ -207,7 +243,7 @@ class PrunedModelMixin:
                 stock = self.encode_images(stock, prompt)
             stock = {**stock, "mm_encoder_outputs": make_plan(call, self, {**stock, **pixels}, prompt)}
             if call.soft and call.plan.gates is not None and call.plan.gates.requires_grad:
-                expect_gradient(self, call.plan.gates)
+                self.gradients.expect(call.plan.gates, self.config)
             elif call.acts and not call.soft and call.query_mask is None and call.schedule[-1].layer:
                 logger.warning_once(
                     "All text of this call decides which vision tokens stay at the second cut. If an answer is in it, "
@@ -229,37 +265,6 @@ class PrunedModelMixin:
                 "The text model has no hooks, so nothing was cut: call install_hooks (rows_learnpruner) on it."
             )
         return outputs
-
-
-# For each model whose pruner never got a gradient, the hooks that wait for one in the training steps that it made.
-WAITING: WeakKeyDictionary = WeakKeyDictionary()
-
-
-class Arrival:
-    """A hook of a gradient, alive as long as the graph that it belongs to."""
-
-    def __init__(self, model: PrunedModelMixin):
-        self.model = ref(model)
-
-    def __call__(self, gradient: torch.Tensor) -> None:
-        model = self.model()
-        WAITING[model], model.config.pruner_trained = None, True
-
-
-@torch.compiler.disable
-def expect_gradient(model: PrunedModelMixin, gates: torch.Tensor) -> None:
-    """Notes that the pruner is trained as soon as `gates` get a gradient. Warns where those of an earlier call of
-    `model` never got one, nor will, for their graph is gone."""
-    waiting = WAITING.setdefault(model, [])
-    if waiting is not None and any(arrival() is None for arrival in waiting):
-        logger.warning_once(
-            "The pruner is to be trained, and an earlier training step gave it no gradient. Does the loss come from "
-            "the model's outputs? To leave the pruner as it is, call model.model.pruner.requires_grad_(False)."
-        )
-    arrival = Arrival(model)
-    gates.register_hook(arrival)
-    if waiting is not None:
-        waiting.append(ref(arrival))
 
 
 def check_asked(ratio: float | None, schedule: tuple[Cut, ...] | Schedule | None) -> None:

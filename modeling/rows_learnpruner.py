@@ -259,7 +259,7 @@ def _prepared(inputs_embeds: torch.Tensor) -> torch.Tensor:
 
 def _gate(decoder: nn.Module, call: PruningCall, mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> dict:
     """What the layers are given in training: the whole prompt, and gates."""
-    for layer in decoder.layers if decoder.gradient_checkpointing else ():
+    for layer in (layer for layer in decoder.layers if layer.gradient_checkpointing):
         checkpoint = layer._gradient_checkpointing_func
         if not isinstance(checkpoint, partial) or checkpoint.func is not reach_keywords:
             layer._gradient_checkpointing_func = partial(reach_keywords, checkpoint)

@@ -13,7 +13,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.methods import METHODS
 
-from tiny_models import FAMILIES, LAYERS, NO_PLACEHOLDERS, build_inputs, labelled, samples_of, tiny_pair
+from tiny_models import FAMILIES, LAYERS, LLAVA, NO_PLACEHOLDERS, build_inputs, labelled, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core
 TWO = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
@@ -141,6 +141,87 @@ def test_an_adapter_switched_off_is_the_same_kind_of_model(family):
     assert reference.kept_mask is None
     assert torch.equal(reference.logits, found)  # an adapter begins as nothing
     found.sum().backward()
+    assert model.config.pruner_trained
+
+
+def test_a_cache_of_a_gated_prompt_is_not_made():
+    """A step on it would be neither gated nor cut."""
+    model = trained("llava")
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    assert model(**inputs).get(CACHE) is None
+    with torch.no_grad():
+        assert model(**inputs, use_cache=True).get(CACHE) is None
+        assert model.eval()(**inputs)[CACHE].get_seq_length() == inputs["input_ids"].shape[1]
+
+
+@TWO
+@pytest.mark.parametrize("lora", ["modules_to_save", "of its own layers"])
+def test_a_reference_with_gradients(family, lora):
+    """As the policy, whose pruner is trained or frozen, in front of it or behind."""
+    _, model = tiny_pair(family)
+    options = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["pruner"]}
+    if lora != "modules_to_save":
+        options = {"target_modules": r".*(q_proj|pruner\.hidden)"}
+    policy = get_peft_model(model, LoraConfig(**options)).train()
+    inputs = build_inputs(family, samples_of("padded", family))
+    with policy.disable_adapter():
+        reference = policy(**inputs)
+    assert reference.kept_mask is None
+    assert torch.equal(policy(**inputs).logits, reference.logits)
+    model.model.pruner.requires_grad_(False)
+    found = policy(**inputs)
+    with policy.disable_adapter():
+        reference = policy(**inputs)
+    assert reference.kept_mask
+    assert torch.equal(found.logits, reference.logits)
+
+
+@TWO
+def test_a_model_that_is_gone_before_its_backward_pass(family):
+    model = trained(family)
+    config, inputs = model.config, build_inputs(family, samples_of("padded", family))
+    loss = model(**inputs).logits.square().mean()
+    del model
+    gc.collect()
+    loss.backward()
+    assert config.pruner_trained
+
+
+def test_a_pruner_without_parameters_of_its_own():
+    """As FSDP1 flattens them: cutting in silence would train nothing."""
+    model = trained("llava")
+    model.model.pruner.parameters = lambda recurse=True: iter(())
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    with pytest.raises(ValueError, match="use_orig_params=True"):
+        model(**inputs)
+    assert model.eval()(**inputs).kept_mask
+
+
+def replica_of(module):
+    """As `torch.nn.parallel.replicate` makes one: no parameters, and their values as attributes that have a history."""
+    copies = {one: one._replicate_for_data_parallel() for one in module.modules()}
+    for one, copied in copies.items():
+        for name, child in one._modules.items():
+            copied._modules[name] = None if child is None else copies[child]
+            setattr(copied, name, copied._modules[name])
+        for name, parameter in one._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter * 1)
+    return copies[module]
+
+
+@pytest.mark.parametrize("family", LLAVA)  # stock Qwen asks its replicas for a precision, which is one of parameters
+def test_a_training_step_of_a_replica(family):
+    model = trained(family)
+    for samples in (samples_of("padded", family), [[9], [5]]):
+        inputs = build_inputs(family, samples)
+        model.zero_grad()
+        model(**inputs).logits.square().mean().backward()
+        expected = pruner_gradient(model)
+        model.zero_grad()
+        replica = replica_of(model)
+        assert not list(replica.parameters())
+        replica(**inputs).logits.square().mean().backward()
+        assert torch.allclose(pruner_gradient(model), expected)
     assert model.config.pruner_trained
 
 
