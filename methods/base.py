@@ -51,7 +51,7 @@ class Place:
         layer (`int`): The cut falls before this 0-based decoder layer; 0 is before the decoder.
         weight (`float`): The tokens that it keeps, in proportion to the method's other cuts.
         score ([`EncoderScore`] for layer 0, else [`DecoderScore`]): What ranks the tokens, and how they are chosen.
-        merge, watched: As in [`Cut`].
+        merge, watched, unit: As in [`Cut`].
         fits (`Callable[[int], int]`): The most tokens, up to a number, that the score can keep; any, by default.
         least (`int`): So many of each image stay, or all where it has fewer.
     """
@@ -63,6 +63,7 @@ class Place:
     watched: tuple[int, ...] = ()
     fits: Callable[[int], int] = int
     least: int = 1
+    unit: str | None = None
 
 
 @dataclass(unsafe_hash=True)
@@ -110,7 +111,14 @@ class Method(ABC):
                 f"one at least, and they must ascend, from 0 to {depth - 1}."
             )
         return tuple(
-            Cut(place.layer, partial(self._keep, places, depth, step), place.score, place.merge, place.watched)
+            Cut(
+                place.layer,
+                partial(self._keep, places, depth, step),
+                place.score,
+                place.merge,
+                place.watched,
+                place.unit,
+            )
             for step, place in enumerate(places)
         )
 

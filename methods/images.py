@@ -24,7 +24,11 @@ def embeddings(images: EncodedImages) -> torch.Tensor:
     """What the decoder is given for each token, after the projector: `(images, tokens, hidden)`."""
     outputs = images.arguments["mm_encoder_outputs"]
     every = [row for modality in MODALITIES if modality in outputs for row in outputs[modality].pooler_output]
-    return padded(list(torch.cat(every).split(images.sizes)))
+    every = torch.cat(every)
+    if images.order is None:
+        return padded(list(every.split(images.sizes)))
+    present = images.present.to(every.device).unsqueeze(-1)
+    return every[images.order.to(every.device)].masked_fill(~present, torch.nan)
 
 
 def text(images: EncodedImages) -> list[torch.Tensor]:
