@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -76,8 +76,13 @@ class Method(ABC):
         ratio (`float`): Share of vision tokens kept, in (0, 1]; at 1 the stock model runs.
         accounting (`"mean"` or `"cap"`): Whether `ratio` is the mean over the decoder's layers, as papers count, or
             what the last cut leaves, whatever the layers before it see.
+
+    Attributes:
+        revision (`int`): Of the class: raised when what it selects changes at equal settings, so that what was measured
+            before can be told apart.
     """
 
+    revision: ClassVar[int] = 1
     ratio: float = 1 / 9
     accounting: str = field(default="mean", kw_only=True)
 

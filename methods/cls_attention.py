@@ -9,7 +9,7 @@ from torch import nn
 from learnpruner.cuts_learnpruner import EncodedImages
 
 from .base import Method, Place, TopKImages
-from .images import ReadsEncoder, clip_encoder, cls_attention
+from .images import ReadsEncoder, cls_attention, cls_layers
 
 
 @dataclass(unsafe_hash=True)
@@ -21,7 +21,7 @@ class ClsAttention(Method):
     """
 
     def check(self, model: nn.Module) -> None:
-        clip_encoder(model, "cls_attention")
+        cls_layers(model, "cls_attention")
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         return (Place(0, 1, ClsScore(), watched=(-1,)),)

@@ -12,7 +12,7 @@ from learnpruner.prompt_learnpruner import send
 from learnpruner.scores_learnpruner import top_k
 
 from .base import Method, Place
-from .images import ReadsEncoder, clip_encoder, cls_attention, embeddings
+from .images import ReadsEncoder, cls_attention, cls_layers, embeddings
 
 
 @dataclass(unsafe_hash=True)
@@ -47,7 +47,7 @@ class VisionZip(Method):
             raise ValueError(f"contextual is a share of the budget in [0, 1), got {self.contextual}.")
 
     def check(self, model: nn.Module) -> None:
-        clip_encoder(model, "visionzip")
+        cls_layers(model, "visionzip")
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         score = VisionZipScore(self.contextual)
