@@ -61,7 +61,8 @@ def cls_layers(
             make; where the projector does not read one layer of it, counted from the end, or reads [CLS], too.
     """
     tower, other = model.get_encoder("image"), "take a method that reads the decoder or the projected tokens"
-    if not any(name.endswith(CLASS_TOKENS) for name, _ in tower.named_parameters()):
+    parameters = [name for name, _ in tower.named_parameters()]
+    if not any(name.endswith(CLASS_TOKENS) for name in parameters):
         raise ValueError(
             f"{method} reads the class token of the vision tower ([CLS]), and that of {type(model).__name__} has none: "
             f"{other}."
@@ -69,7 +70,8 @@ def cls_layers(
     layer = model.config.vision_feature_layer if layer is None else layer
     depth = tower.config.num_hidden_layers
     stacks = [stack for stack in tower.modules() if isinstance(stack, nn.ModuleList) and len(stack) == depth]
-    if not stacks or _attention_of(stacks[0][0]) is None:
+    biased = any("relative_position" in name for name in parameters)
+    if biased or not stacks or _attention_of(stacks[0][0]) is None:
         raise ValueError(
             f"{method} computes the attention of [CLS] from a norm, queries and keys, and a layer of "
             f"{type(tower).__name__} has others, or turns or biases what they give: {other}."
@@ -90,8 +92,8 @@ def cls_layers(
 
 def _attention_of(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | None:
     """A tower layer's norm before attention, and what makes queries and keys; `None` where it is of another make."""
-    # Rotary positions and a bias would change what queries and keys say.
-    if {"position_embeddings", "relative_position_bias"} & signature(layer.forward).parameters.keys():
+    # Rotary positions turn queries and keys.
+    if "position_embeddings" in signature(layer.forward).parameters:
         return None
     children = dict(layer.named_children())
     norms = [children[name] for name in NORMS if name in children]

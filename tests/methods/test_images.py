@@ -56,10 +56,11 @@ TOWER = {
 }
 
 
-def with_tower(kind, registers=0):
+def with_tower(kind, registers=0, **fields):
     """Both models with another tower, and inputs of two samples; registers are tokens as patches are."""
     text = tiny_config().text_config
-    config = LlavaConfig(text, kind(**TOWER), image_token_index=IMAGE, image_seq_length=16 + registers)
+    vision = {"text_config": text, "vision_config": kind(**TOWER, **fields)}
+    config = LlavaConfig(**vision, image_token_index=IMAGE, image_seq_length=16 + registers)
     inputs = build_inputs("llava", samples_of("padded", "llava"))
     ids = torch.tensor(
         [[0, 0, 1, 4] + [IMAGE] * (16 + registers) + [5], [1, 4, 7] + [IMAGE] * (16 + registers) + [8, 9]]
@@ -87,17 +88,17 @@ def test_any_tower_with_a_class_token_is_read(kind, registers, layer):
 
 
 @pytest.mark.parametrize(
-    ("kind", "says"),
+    ("kind", "fields", "says"),
     [
-        (SiglipVisionConfig, "that of LearnPrunerLlavaModel has none"),
-        (Aimv2VisionConfig, "that of LearnPrunerLlavaModel has none"),  # its class token pools what comes out
-        (DINOv3ViTConfig, "turns or biases"),
-        (MLCDVisionConfig, "turns or biases"),
-        (BeitConfig, "turns or biases"),
+        (SiglipVisionConfig, {}, "that of LearnPrunerLlavaModel has none"),
+        (Aimv2VisionConfig, {}, "that of LearnPrunerLlavaModel has none"),  # its class token pools what comes out
+        (DINOv3ViTConfig, {}, "turns or biases"),
+        (MLCDVisionConfig, {}, "turns or biases"),
+        (BeitConfig, {"use_relative_position_bias": True}, "turns or biases"),
     ],
 )
-def test_towers_whose_attention_is_another_are_refused(kind, says):
-    _, pruned, inputs = with_tower(kind)
+def test_towers_whose_attention_is_another_are_refused(kind, fields, says):
+    _, pruned, inputs = with_tower(kind, **fields)
     pruned.model.vision_tower.forward = None  # would raise TypeError
     for name in CLS:
         with pytest.raises(ValueError, match=rf"{name} .*{says}.*: take a method that reads the decoder"):
