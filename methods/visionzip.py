@@ -33,7 +33,8 @@ class VisionZip(Method):
 
     Departures: [CLS] itself, which is one of the authors' dominant tokens, has no place in a LLaVA prompt and is left
     out. In LLaVA-NeXT all crops of an image share one budget, and targets gather from all of them; the authors treat
-    each crop alone. Positions are kept.
+    each crop alone. Positions are kept, and the order of the prompt: a contextual token stands where its target stood;
+    the authors put all of them behind the dominant ones.
 
     Args:
         contextual (`float`): Share of the budget for contextual tokens, in [0, 1); the authors' 10 of 64.

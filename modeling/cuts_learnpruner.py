@@ -23,7 +23,7 @@ from .scores_learnpruner import attention_received, rank, soft_top_k, top_k, top
 @dataclass
 class EncodedImages:
     """What a cut before the decoder can look at: the parts of a prompt that have a budget of their own, images or
-    groups of a video's frames."""
+    groups of a video's frames, or samples (`by_sample`)."""
 
     model: nn.Module  # the vision-language model without its head; holds `pruner`
     arguments: dict  # the stock forward's, with encoded images (`mm_encoder_outputs`) beside their pixels
@@ -105,7 +105,7 @@ class Cut:
     """One place where vision tokens leave the sequence."""
 
     layer: int  # the cut falls before this 0-based decoder layer; 0 is before the decoder
-    # Tokens of one image before any cut -> tokens that survive this one. A cut inside the decoder sums them per sample.
+    # Tokens of one part before any cut -> tokens that survive this one. Where the unit is a sample, they are summed.
     keep: Callable[[int], int]
     # What ranks the tokens and chooses among them: called with the state of its place, then `select(scores, state,
     # counts)`, as `LearnedScore` before the decoder and `TextAttention` inside. An infinite score must be chosen.
