@@ -2,10 +2,11 @@
 
     python benchmarks/accuracy.py --model examples/easy_vqa/tiny-llava --method random --ratio 1/18 --output FILE.json
 
-Writes exact-match accuracy, overall and for each kind of question, with the tokens kept at each cut and all that is
-needed to run it again. The questions are the same for every method, ratio and seed; `--seed` draws what a method
-leaves to chance. `--unpruned FILE.json`, a run of `--method none` on the same questions, adds RelAcc: the mean over
-the kinds of question of accuracy / unpruned accuracy (a mean of ratios, as the paper takes it over benchmarks).
+Writes exact-match accuracy, overall and for each kind of question, the answer to each question, the tokens kept at each
+cut and all that is needed to run it again. The questions are the same for every method, ratio and seed; `--seed` draws
+what a method leaves to chance. `--unpruned FILE.json`, a run of `--method none` on the same questions, adds RelAcc: the
+mean over the kinds of question of accuracy / unpruned accuracy (a mean of ratios, as the paper takes it over
+benchmarks). benchmarks/paired.py compares two runs question by question.
 benchmarks/render_accuracy.py makes the table and the plot.
 """
 
@@ -36,7 +37,14 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.accounting import mean_tokens
 from learnpruner.compare import build_prompt, load_processor
 from learnpruner.compat_learnpruner import CACHE
-from learnpruner.hub_cards.records import LEARNED, check_comparable, read_result, relative_accuracy, weights_digest
+from learnpruner.hub_cards.records import (
+    LEARNED,
+    check_comparable,
+    code_digest,
+    read_result,
+    relative_accuracy,
+    weights_digest,
+)
 from learnpruner.keys_learnpruner import PrunedCache
 from learnpruner.methods import METHODS, Method, OracleBoxes, Random
 from learnpruner.methods.baselines import box_patches
@@ -193,6 +201,36 @@ def scored(data: Dataset, answers: list[str]) -> dict:
     return {**accuracy(everything), "by_kind": {kind: accuracy(by_kind[kind]) for kind in sorted(by_kind)}}
 
 
+def each_answer(data: Dataset, answers: list[str]) -> list[dict]:
+    """Of each question its number, that of its scene, and what was expected and given."""
+    rows = zip(data["scene"], data["answer"], answers, strict=True)
+    return [
+        {"index": index, "scene": scene, "expected": expected, "given": given}
+        for index, (scene, expected, given) in enumerate(rows)
+    ]
+
+
+def pixels_digest(data: Dataset) -> str:
+    """sha256 of the images that were asked about, in turn, before any processor: their size, mode and pixels."""
+    digest = hashlib.sha256()
+    for image in data["image"]:
+        digest.update(repr((image.size, image.mode)).encode() + image.tobytes())
+    return digest.hexdigest()
+
+
+def code_files() -> list[Path]:
+    """The code that takes part: the models', the methods', this file and what composes the scenes."""
+    folders = (Path(learnpruner.__file__).parent, Path(learnpruner.methods.__file__).parent)
+    files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
+    return [*files, Path(__file__), Path(sys.modules[scene_dataset.__module__].__file__)]
+
+
+def dump(result: dict) -> str:
+    """JSON, each answer on a line of its own."""
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["answers"])
+    return json.dumps({**result, "answers": []}, indent=1).replace('"answers": []', f'"answers": [\n{rows}\n ]') + "\n"
+
+
 def read_settings(pairs: list[str], method: str) -> tuple[dict, dict]:
     """`["pruner_layer=2"]` -> `{"pruner_layer": 2}`, and the same of the method's own settings. Raises `ValueError`
     where a pair is none, or its name unknown."""
@@ -271,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
             "ratio": arguments.ratio or 1.0,
             "accounting": arguments.accounting,
             "settings": settings,
+            **({} if method is None else {"method_revision": method.revision}),
             "seed": arguments.seed,
             "level": arguments.level,
             # A folder's path says something of this machine only; the digest says which weights it held.
@@ -280,6 +319,8 @@ def main(argv: list[str] | None = None) -> int:
             "pruner_sha256": weights_digest(model, pruner=True) if arguments.method in LEARNED else None,
             "pruner_trained": model.config.pruner_trained,
             "data": hashlib.sha256("\n".join([*data["question"], *data["answer"]]).encode()).hexdigest(),
+            "pixels_sha256": pixels_digest(data),
+            "code_sha256": code_digest(code_files()),
             "batch_size": arguments.batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
@@ -294,11 +335,13 @@ def main(argv: list[str] | None = None) -> int:
             check_comparable(about, unpruned)
         start = time.perf_counter()
         answers, tokens = answer_questions(model, processor, data, method, arguments.seed, arguments.batch_size)
-        result = {**about, **scored(data, answers), "tokens": tokens, "seconds": round(time.perf_counter() - start, 1)}
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+        seconds = round(time.perf_counter() - start, 1)
+        result = {**about, **scored(data, answers), "tokens": tokens, "seconds": seconds}
+        result["answers"] = each_answer(data, answers)
+        arguments.output.write_text(dump(result))
         if unpruned:
             result["relative_accuracy"] = relative_accuracy(result, unpruned)
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            arguments.output.write_text(dump(result))
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"accuracy: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -245,7 +245,7 @@ def read_unpruned() -> dict[str, dict]:
 
 def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str:
     """Markdown: a row for each method at each budget, the best first; what has not been measured is named, and rows
-    whose counts are not those of today's formula are marked.
+    whose cuts are not those that the method makes today are marked.
 
     Args:
         unpruned: Level of the scenes -> the unpruned run.

@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 import learnpruner
 from learnpruner.doctor_checks import ANY_PRECISION, CHECKS, RATIO_ONE
 from learnpruner.doctor_models import PLACEHOLDERS, TinyCase
+from learnpruner.hub_cards.records import code_digest
 from learnpruner_commands.arguments import Parser
 
 from gpu_log import BFLOAT16, FLOAT32, Log, NotThereError, cases, fail, name_of
 from gpu_training import kernels, step, training
 from speed import device as device_argument
-from speed_sweep import code_digest, code_files, device_name, save
+from speed_sweep import code_files, device_name, save
 
 FLASH_KERNEL = "the flash kernel of sdpa"
 # By precision: flash attention takes no float32.

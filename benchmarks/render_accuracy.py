@@ -59,7 +59,7 @@ def _left(run: dict) -> tuple[float, float]:
 
 def table(groups: dict[tuple, list[dict]]) -> str:
     """Markdown, in percent. "Boxes kept" is foreground recall: the share of the patches in objects' boxes. Rows whose
-    counts are not those of today's formula are marked."""
+    cuts are not those that the method makes today are marked."""
     kinds = sorted({kind for runs in groups.values() for run in runs for kind in run["by_kind"]})
     head = [
         "scenes",
@@ -92,8 +92,8 @@ def table(groups: dict[tuple, list[dict]]) -> str:
 
 
 def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
-    """Accuracy against mean tokens, a panel for each level, a line for each method. Points whose counts are not those
-    of today's formula are marked, and a caption says what changed."""
+    """Accuracy against mean tokens, a panel for each level, a line for each method. Points whose cuts are not those
+    that the method makes today are marked, and a caption says what changed."""
     from matplotlib import pyplot
 
     levels = list(dict.fromkeys(level for level, _, _ in groups))
@@ -133,7 +133,7 @@ def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
 
 
 def mark_point(axis, x: float, y: float, color: str) -> None:
-    """Marks a point of a plot, in its line's colour, as measured with other counts than today's formula gives."""
+    """Marks a point of a plot, in its line's colour, as measured with other cuts than today's."""
     axis.annotate(MARK, (x, y), xytext=(4, -14), textcoords="offset points", color=color)
 
 

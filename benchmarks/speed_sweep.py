@@ -1,14 +1,12 @@
 """A sweep of benchmarks/speed.py: its points and their files, what a file must agree with, and points that fail."""
 
 import argparse
-import hashlib
 import json
 import os
 import platform
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -17,7 +15,7 @@ import torch
 import transformers
 
 import learnpruner
-from learnpruner.hub_cards.records import read_result, weights_digest
+from learnpruner.hub_cards.records import code_digest, read_result, weights_digest
 
 from speed_point import Point, measure
 from speed_presets import PRESETS, build_pair, check_fits, stock_model
@@ -187,14 +185,6 @@ def code_files() -> list[Path]:
     folders = {Path(learnpruner.__file__).parent: "*.py", Path(__file__).parent: "speed*.py"}
     files = (file for folder, names in folders.items() for file in folder.glob(names))
     return sorted(files, key=lambda file: file.name)
-
-
-def code_digest(files: Iterable[Path]) -> str:
-    """sha256 of names and contents."""
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def conditions(load: float) -> dict[str, str | float | None]:

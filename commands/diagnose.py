@@ -11,7 +11,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hub id or folder of a checkpoint, with its processor")
     parser.add_argument("--data", type=Path, required=True, help="JSON or JSON Lines, as for train; boxes if known")
     parser.add_argument("--output", type=Path, required=True, help="folder of diagnostics.json and diagnostics.png")
-    parser.add_argument("--method", nargs="+", metavar="NAME", help="default: learnpruner, and cls_attention for CLIP")
+    parser.add_argument(
+        "--method", nargs="+", metavar="NAME", help="default: learnpruner, and cls_attention where it works"
+    )
     parser.add_argument("--ratio", type=ratio, help="default: the checkpoint's")
     parser.add_argument("--accounting", choices=("mean", "cap"), help="the ratio's: mean over layers, or the last cut")
     parser.add_argument("--limit", type=positive, help="images; default: the first 200")

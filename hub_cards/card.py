@@ -181,8 +181,8 @@ def percent(value: float | None) -> str:
 
 
 def accuracy_rows(records: Mapping[str, dict]) -> list[list]:
-    """A row of `ACCURACY` for each record of accuracy, from many tokens to few. Marked are those whose counts are not
-    what this release keeps at their settings."""
+    """A row of `ACCURACY` for each record of accuracy, from many tokens to few. Marked are those whose cuts are not
+    what this release makes at their settings."""
     accuracy = list(_sorted(records).values())
     unpruned = {(record["level"], record["data"]): record for record in accuracy if record["method"] == "none"}
     rows = []

@@ -1,5 +1,5 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""Whether a record was measured with the counts that today's budget formula gives for its settings."""
+"""Whether a record was measured with the cuts that its method makes today at its settings."""
 
 from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
@@ -25,9 +25,19 @@ def counts_of_today(record: Mapping) -> tuple[int, ...] | None:
     Returns:
         `tuple[int, ...]`, or `None` where the record does not say enough, or something that cannot be.
     """
-    method = "learnpruner" if is_speed(record) else record["method"]
+    cuts = _cuts_of_today(record)
+    return None if cuts is None else cuts[1]
+
+
+def _method_of(record: Mapping) -> str:
+    return "learnpruner" if is_speed(record) else record["method"]
+
+
+def _cuts_of_today(record: Mapping) -> tuple[list[int], tuple[int, ...]] | None:
+    """The layers before which today's method cuts, and what [`counts_of_today`] says."""
+    method = _method_of(record)
     if method == "none" or record["ratio"] == 1:
-        return ()
+        return [], ()
     tokens = record["tokens"]
     depth = _depth(tokens, record.get("fields", {}).get("pruner_layer"))
     if method not in METHODS or depth is None or tokens["image"] > MOST_TOKENS:
@@ -41,10 +51,12 @@ def counts_of_today(record: Mapping) -> tuple[int, ...] | None:
         built = METHODS["learnpruner" if of_second_cut else method](
             record["ratio"], accounting=record.get("accounting", "mean"), **({} if is_speed(record) else settings)
         )
-        counts = built.keep_counts(built.places(model), depth, tokens["image"])
+        places = built.places(model)
+        counts = built.keep_counts(places, depth, tokens["image"])
     except (TypeError, ValueError):
         return None
-    return counts[1:] if of_second_cut else counts
+    start = int(of_second_cut)
+    return [place.layer for place in places[start:]], counts[start:]
 
 
 def _configuration(fields: Mapping, layers: list[int], depth: int) -> SimpleNamespace:
@@ -76,10 +88,29 @@ def _depth(tokens: Mapping, pruner_layer) -> int | None:
     return depth if depth > layers[-1] and abs(more / share - depth) < 1e-3 else None
 
 
-def is_marked(record: Mapping) -> bool:
-    """Whether today's formula gives other counts than the recorded ones."""
+def _has_other_counts(record: Mapping) -> bool:
     today = counts_of_today(record)
     return today is not None and list(today) != record["tokens"]["after_cuts"]
+
+
+def _has_other_layers(record: Mapping) -> bool:
+    today = _cuts_of_today(record)
+    return bool(today) and record["tokens"]["after_cuts"] != [] and today[0] != record["tokens"]["cut_layers"]
+
+
+def _revisions(record: Mapping) -> tuple[int, int]:
+    """Of the method's class: when it was measured, and today's. Records that do not say it are of the first."""
+    method = _method_of(record)
+    if method not in METHODS or not record["tokens"]["after_cuts"]:
+        return 1, 1
+    return record.get("method_revision", 1), METHODS[method].revision
+
+
+def is_marked(record: Mapping) -> bool:
+    """Whether the record's method makes other cuts today, at the record's settings: of other counts, before other
+    layers, or by another selection."""
+    measured, today = _revisions(record)
+    return measured != today or _has_other_counts(record) or _has_other_layers(record)
 
 
 def arrows(counts: Iterable[int]) -> str:
@@ -88,16 +119,25 @@ def arrows(counts: Iterable[int]) -> str:
 
 def note(records: Iterable[Mapping]) -> str:
     """The sentences that explain the mark, below a table; empty where no record has it."""
-    marked = [record for record in records if is_marked(record)]
-    if not marked:
-        return ""
-    versions = sorted({record["versions"].get("learnpruner", "an unknown version") for record in marked})
-    changes = {
-        f"{arrows(counts_of_today(record))} of {record['tokens']['image']} in place of "
-        f"{arrows(record['tokens']['after_cuts'])}"
-        for record in marked
+    marked, sentences = [record for record in records if is_marked(record)], []
+    if counted := list(filter(_has_other_counts, marked)):
+        versions = sorted({record["versions"].get("learnpruner", "an unknown version") for record in counted})
+        changes = {
+            f"{arrows(counts_of_today(record))} of {record['tokens']['image']} in place of "
+            f"{arrows(record['tokens']['after_cuts'])}"
+            for record in counted
+        }
+        sentences.append(
+            f"Measured with the counts of learnpruner {' and '.join(versions)}. Today's formula keeps "
+            f"{'; '.join(sorted(changes))}."
+        )
+    others = {
+        f"{_method_of(record)} was measured with cuts before the layers {record['tokens']['cut_layers']}, and cuts "
+        f"before {_cuts_of_today(record)[0]} today."
+        for record in filter(_has_other_layers, marked)
     }
-    return (
-        f"{MARK} Measured with the counts of learnpruner {' and '.join(versions)}. Today's formula keeps "
-        f"{'; '.join(sorted(changes))}."
-    )
+    for record in marked:
+        measured, today = _revisions(record)
+        if measured != today:
+            others.add(f"Revision {measured} of {_method_of(record)} selected other tokens than today's, {today}.")
+    return " ".join([MARK, *sentences, *sorted(others)]) if marked else ""

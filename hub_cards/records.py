@@ -55,6 +55,11 @@ def _is_line(value) -> bool:
     return isinstance(value, str) and value.isprintable() and value.strip() != "" and "|" not in value
 
 
+def _is_answer(value) -> bool:
+    # Their types are exact: a truth value is no index.
+    return isinstance(value, dict) and {name: type(held) for name, held in value.items()} == ANSWER_FIELDS
+
+
 LINE = Kind("a line of text", _is_line)
 NAME = Kind(
     "a name of letters, digits, _ and -", lambda value: isinstance(value, str) and re.fullmatch(r"[\w-]+", value)
@@ -75,6 +80,11 @@ SETTING = Kind(
     "a number, a line of text, a list of numbers, or null",
     lambda value: value is None or PLAIN.holds(value) or (isinstance(value, list) and all(map(_is_number, value))),
 )
+ANSWER_FIELDS = {"index": int, "scene": int, "expected": str, "given": str}
+ANSWERS = Kind(
+    "a list with index, scene, expected and given of each answer",
+    lambda value: isinstance(value, list) and all(map(_is_answer, value)),
+)
 # Stands for every name of a mapping. A name that ends in ? may be missing.
 EACH = ""
 WEIGHTS = {"base_sha256": DIGEST, "pruner_sha256": DIGEST}
@@ -94,6 +104,11 @@ ACCURACY_FIELDS = {
     "tokens": {"image": COUNT, "after_cuts": COUNTS, "mean": AMOUNT},
     "fields?": {EACH: PLAIN},
     "relative_accuracy?": AMOUNT,
+    # Until version 0.2 these were not recorded.
+    "answers?": ANSWERS,
+    "pixels_sha256?": LINE,
+    "code_sha256?": LINE,
+    "method_revision?": COUNT,
 }
 # Medians of the rounds; `low` and `high` are an interval of that confidence.
 MEASURED = {"median": AMOUNT, "low": AMOUNT, "high": AMOUNT, "confidence": SHARE}
@@ -157,6 +172,14 @@ def tensors_digest(tensors: dict[str, torch.Tensor]) -> str:
     # The bar is for large models: others are done before it would show.
     for name, tensor in tqdm(sorted(tensors.items()), desc="sha256 of the weights", unit="tensor", delay=3):
         digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def code_digest(files: Iterable[Path]) -> str:
+    """sha256 of names and contents."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 
 
@@ -278,8 +301,8 @@ def relative_accuracy(result: Mapping, unpruned: Mapping) -> float:
     return RelAcc().compute(predictions=pruned, references=stock)["rel_acc"]
 
 
-def check_comparable(result: Mapping, unpruned: Mapping) -> None:
-    """Raises `ValueError` where two runs did not ask the same model the same questions."""
+def check_comparable(result: Mapping, unpruned: Mapping, what: str = "RelAcc") -> None:
+    """Raises `ValueError` where two runs did not ask the same model the same questions; `what` compares them."""
     for name in ("base_sha256", "level", "data"):
         if result[name] != unpruned[name]:
-            raise ValueError(f"RelAcc compares runs of one model on the same questions; they differ in {name}.")
+            raise ValueError(f"{what} compares runs of one model on the same questions; they differ in {name}.")

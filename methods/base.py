@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -52,7 +52,7 @@ class Place:
         layer (`int`): The cut falls before this 0-based decoder layer; 0 is before the decoder.
         weight (`float`): The tokens that it keeps, in proportion to the method's other cuts.
         score ([`EncoderScore`] for layer 0, else [`DecoderScore`]): What ranks the tokens, and how they are chosen.
-        merge, watched: As in [`Cut`].
+        merge, watched, unit: As in [`Cut`].
         fits (`Callable[[int], int]`): The most tokens, up to a number, that the score can keep; any, by default.
         least (`int`): So many of each image stay, or all where it has fewer.
     """
@@ -64,6 +64,7 @@ class Place:
     watched: tuple[int, ...] = ()
     fits: Callable[[int], int] = int
     least: int = 1
+    unit: str | None = None
 
 
 @dataclass(unsafe_hash=True)
@@ -76,8 +77,13 @@ class Method(ABC):
         ratio (`float`): Share of vision tokens kept, in (0, 1]; at 1 the stock model runs.
         accounting (`"mean"` or `"cap"`): Whether `ratio` is the mean over the decoder's layers, as papers count, or
             what the last cut leaves, whatever the layers before it see.
+
+    Attributes:
+        revision (`int`): Of the class: raised when what it selects changes at equal settings, so that what was measured
+            before can be told apart.
     """
 
+    revision: ClassVar[int] = 1
     ratio: float = 1 / 9
     accounting: str = field(default="mean", kw_only=True)
 
@@ -111,7 +117,14 @@ class Method(ABC):
                 f"one at least, and they must ascend, from 0 to {depth - 1}."
             )
         return tuple(
-            Cut(place.layer, partial(self._keep, places, depth, step), place.score, place.merge, place.watched)
+            Cut(
+                place.layer,
+                partial(self._keep, places, depth, step),
+                place.score,
+                place.merge,
+                place.watched,
+                place.unit,
+            )
             for step, place in enumerate(places)
         )
 

@@ -9,7 +9,7 @@ from torch import nn
 from learnpruner.cuts_learnpruner import EncodedImages
 
 from .base import Method, Place, TopKImages
-from .images import ReadsEncoder, clip_encoder, cls_attention
+from .images import ReadsEncoder, cls_attention, cls_layers
 
 
 @dataclass(unsafe_hash=True)
@@ -17,11 +17,14 @@ class ClsAttention(Method):
     """FasterVLM (https://arxiv.org/abs/2412.01818): keeps the patches that [CLS] attends to most.
 
     With A `(heads, patches)` the softmax of q_[CLS] k^T / sqrt(d) in the layer whose output the projector reads, the
-    score of patch i is the mean over the heads of A[h, i].
+    score of patch i is the mean over the heads of A[h, i]. Any tower with a class token will do: CLIP, DINOv2, ViT.
+
+    Departures: in LLaVA-NeXT all crops of an image share one budget, and newlines are kept last; the authors give each
+    crop the budget, and keep every newline.
     """
 
     def check(self, model: nn.Module) -> None:
-        clip_encoder(model, "cls_attention")
+        cls_layers(model, "cls_attention")
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         return (Place(0, 1, ClsScore(), watched=(-1,)),)

@@ -1,8 +1,9 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """What methods inside the decoder share: where they cut, what text they read, and what they gather on their way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from threading import get_ident
 
 import torch
 from torch import nn
@@ -59,6 +60,27 @@ def look_ahead(layer: nn.Module, hidden_states: torch.Tensor, position_embedding
     look, states = _Look(Note(wanted=True, only=True)), layer.input_layernorm(hidden_states)
     layer.self_attn(states, attention_mask=None, position_embeddings=position_embeddings, **{RUN: look})
     return look.note.take()
+
+
+def in_layer(layer: nn.Module, row: torch.Tensor, work: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Runs a decoder layer on one row, and meanwhile `work`, whose result this is. `work` may call the layer's modules,
+    which then have their weights, sharded or offloaded as they may be elsewhere; it is given a tensor on their device.
+
+    Args:
+        row (`torch.Tensor` of shape `(1, 1, hidden)`): Of the dtype that the layer is given.
+    """
+    results, thread = [], get_ident()
+
+    def run(module: nn.Module, given: tuple, states: torch.Tensor) -> None:
+        # Other threads may run the same layer; and `work` itself calls the norm.
+        if get_ident() == thread and not results:
+            results.append(None)
+            results[0] = work(states)
+
+    one = row.new_ones(1, 1, layer.self_attn.head_dim)
+    with layer.input_layernorm.register_forward_hook(run):
+        layer(row, attention_mask=None, position_embeddings=(one, torch.zeros_like(one)))
+    return results[0]
 
 
 def next_layer_attention(state: DecoderState, query: str) -> torch.Tensor:

@@ -24,14 +24,15 @@ class DivPrune(Method):
 
     With e `(tokens, hidden)` the tokens after the projector and d(i, j) = 1 - cos(e_i, e_j), the first is the token
     whose nearest neighbour is farthest, argmax_i min_{j != i} d(i, j); each further one is farthest from those that are
-    there, argmax_i min_{j chosen} d(i, j).
+    there, argmax_i min_{j chosen} d(i, j). As in the authors' code, tokens are all those of a sample, whose images and
+    videos share one budget: what one frame shows as another does is hardly taken twice.
 
     Departures: LLaVA-NeXT's newlines take no part and are kept last. Where a sample ends in a vision token, that one
     must stay and is the first. The recorded scores are those that choose the first.
     """
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
-        return (Place(0, 1, DivPruneScore()),)
+        return (Place(0, 1, DivPruneScore(), unit="sample"),)
 
 
 @dataclass(unsafe_hash=True)

@@ -15,6 +15,7 @@ from learnpruner.cuts_learnpruner import EncodedImages
 from learnpruner.prompt_learnpruner import send
 
 from .base import Method, Place, TopKImages
+from .decoder import in_layer
 from .images import embeddings, text
 
 
@@ -28,13 +29,15 @@ class Hawk(Method):
 
         c_{h,i} = mean over text t of q_{h,t} k_{h,i} / sqrt(head_dim)        score of token i = sum_h w_h c_{h,i}
 
+    As in the authors' code, all images and videos of a sample share one budget.
+
     Departures: the text is all of the prompt's that may rank (`query_mask`), before the image too; the authors read
     what stands between the last image and the end of the user's turn. Counts are rounded as for all methods here, where
     the paper rounds down and the code up.
 
     Args:
         variant (`"paper"` or `"code"`): The paper sums the raw c; the authors' code divides each head's by its L2 norm
-            over the image's tokens first.
+            over the sample's vision tokens first. The authors' published numbers are of their code.
         head_weights (`Sequence[float]`, or `str` or `Path`, *optional*): w, one for each head of the first layer, or
             the file that `learnpruner calibrate-hawk` wrote. By default all weigh the same. The weights that the
             authors measured for Qwen2.5-VL-7B are not part of this. That a file was measured on the model's own base
@@ -65,7 +68,7 @@ class Hawk(Method):
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         heads = model.config.text_config.num_attention_heads
-        return (Place(0, 1, HawkScore(self.variant, self.head_weights or (1 / heads,) * heads)),)
+        return (Place(0, 1, HawkScore(self.variant, self.head_weights or (1 / heads,) * heads), unit="sample"),)
 
 
 def read_weights(path: Path) -> tuple[float, ...]:
@@ -81,19 +84,34 @@ class HawkScore(TopKImages):
     variant: str
     head_weights: tuple[float, ...]
 
+    @torch.no_grad()
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         layer = images.model.language_model.layers[0]
-        attention = layer.self_attn
-        # With a device map, the layer may be elsewhere than the encoder, and the prompt than both.
-        device, samples = attention.q_proj.weight.device, text(images)
-        structure = (images.features.isnan().any(-1) | ~images.present).to(device)
-        tokens = embeddings(images).to(device).masked_fill(structure.unsqueeze(-1), 0)
+        samples, tokens = text(images), embeddings(images)
+        structure = images.features.isnan().any(-1) | ~images.present
+
+        def paid(states: torch.Tensor) -> torch.Tensor:
+            return self._paid(layer, samples, tokens.to(states.device), structure.to(states.device), images.owners)
+
+        return in_layer(layer, tokens.new_zeros(1, 1, tokens.shape[-1]), paid)
+
+    def _paid(
+        self,
+        layer: nn.Module,
+        samples: list[torch.Tensor],
+        tokens: torch.Tensor,
+        structure: torch.Tensor,
+        owners: list[int],
+    ) -> torch.Tensor:
+        """The scores, on the device of `tokens`, where the layer's weights are."""
+        attention, device = layer.self_attn, tokens.device
+        tokens = tokens.masked_fill(structure.unsqueeze(-1), 0)
         queries = attention.q_proj(layer.input_layernorm(torch.cat(samples).to(device))).float()
         keys = attention.k_proj(layer.input_layernorm(tokens))
         with torch.autocast(device.type, enabled=False):
             # The mean of products is the product with the mean.
             parts = queries.split([len(rows) for rows in samples])
-            query = torch.stack([part.sum(0) / max(1, len(part)) for part in parts])[images.owners]
+            query = torch.stack([part.sum(0) / max(1, len(part)) for part in parts])[owners]
             query = query.unflatten(-1, (-1, attention.head_dim))
             keys = keys.float().unflatten(-1, (-1, attention.head_dim))
             keys = keys.repeat_interleave(query.shape[1] // keys.shape[2], dim=2)

@@ -4,15 +4,20 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from threading import get_ident
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from learnpruner.cuts_learnpruner import EncodedImages
 from learnpruner.prompt_learnpruner import MODALITIES
+
+# What towers call the parameter of their class token, the norm before attention, and what makes queries and keys.
+CLASS_TOKENS = ("embeddings.class_embedding", "embeddings.cls_token")
+NORMS = ("layer_norm1", "norm1", "layernorm_before")
+QUERY_AND_KEY = (("q_proj", "k_proj"), ("query", "key"))
 
 
 def padded(parts: list[torch.Tensor]) -> torch.Tensor:
@@ -24,7 +29,11 @@ def embeddings(images: EncodedImages) -> torch.Tensor:
     """What the decoder is given for each token, after the projector: `(images, tokens, hidden)`."""
     outputs = images.arguments["mm_encoder_outputs"]
     every = [row for modality in MODALITIES if modality in outputs for row in outputs[modality].pooler_output]
-    return padded(list(torch.cat(every).split(images.sizes)))
+    every = torch.cat(every)
+    if images.order is None:
+        return padded(list(every.split(images.sizes)))
+    present = images.present.to(every.device).unsqueeze(-1)
+    return every[images.order.to(every.device)].masked_fill(~present, torch.nan)
 
 
 def text(images: EncodedImages) -> list[torch.Tensor]:
@@ -39,26 +48,34 @@ def text(images: EncodedImages) -> list[torch.Tensor]:
     return list(embeds[rows].split(rows.sum(1).tolist()))
 
 
-def clip_encoder(
+def cls_layers(
     model: nn.Module, method: str, layer: int | list[int] | None = None, strategy: str | None = None
-) -> CLIPEncoder:
-    """The encoder of a LLaVA's CLIP tower.
+) -> nn.ModuleList:
+    """The layers of a LLaVA's tower that has a class token: CLIP, DINOv2, ViT and their like.
 
     Args:
         layer, strategy: A call's `vision_feature_layer` and `vision_feature_select_strategy`; the model's, by default.
 
     Raises:
-        `ValueError`: where the tower is another, without the [CLS] token that `method` reads, the projector does not
-            read one layer of it, counted from the end, or reads [CLS], too.
+        `ValueError`: where the tower has no class token, the [CLS] that `method` reads, or its attention is of another
+            make; where the projector does not read one layer of it, counted from the end, or reads [CLS], too.
     """
-    towers = [module for module in model.modules() if isinstance(module, CLIPEncoder)]
-    if not towers:
+    tower, other = model.get_encoder("image"), "take a method that reads the decoder or the projected tokens"
+    parameters = [name for name, _ in tower.named_parameters()]
+    if not any(name.endswith(CLASS_TOKENS) for name in parameters):
         raise ValueError(
-            f"{method} reads CLIP's [CLS] token, and the tower of {type(model).__name__} has none: take a method that "
-            "reads the decoder or the projected tokens."
+            f"{method} reads the class token of the vision tower ([CLS]), and that of {type(model).__name__} has none: "
+            f"{other}."
         )
     layer = model.config.vision_feature_layer if layer is None else layer
-    depth = len(towers[0].layers)
+    depth = tower.config.num_hidden_layers
+    stacks = [stack for stack in tower.modules() if isinstance(stack, nn.ModuleList) and len(stack) == depth]
+    biased = any("relative_position" in name for name in parameters)
+    if biased or not stacks or _attention_of(stacks[0][0]) is None:
+        raise ValueError(
+            f"{method} computes the attention of [CLS] from a norm, queries and keys, and a layer of "
+            f"{type(tower).__name__} has others, or turns or biases what they give: {other}."
+        )
     if not (isinstance(layer, int) and -depth <= layer < 0):
         raise ValueError(
             f"{method} reads one layer of the tower counted from the end, -1 to -{depth}, and vision_feature_layer is "
@@ -70,7 +87,19 @@ def clip_encoder(
             f"{method} ranks patches alone, and with vision_feature_select_strategy={strategy!r} tokens include [CLS]: "
             "take 'default', or a method that does not read the tower."
         )
-    return towers[0]
+    return stacks[0]
+
+
+def _attention_of(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module] | None:
+    """A tower layer's norm before attention, and what makes queries and keys; `None` where it is of another make."""
+    # Rotary positions turn queries and keys.
+    if "position_embeddings" in signature(layer.forward).parameters:
+        return None
+    children = dict(layer.named_children())
+    norms = [children[name] for name in NORMS if name in children]
+    modules = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+    pairs = [[modules[name] for name in pair] for pair in QUERY_AND_KEY if modules.keys() >= set(pair)]
+    return (norms[0], *pairs[0]) if norms and pairs else None
 
 
 class ReadsEncoder:
@@ -100,7 +129,7 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
         NaN at structure.
     """
     number, strategy = (images.arguments.get(f"vision_feature_{name}") for name in ("layer", "select_strategy"))
-    encoder = clip_encoder(images.model, "This method", number, strategy)
+    layers = cls_layers(images.model, "This method", number, strategy)
     number = images.model.config.vision_feature_layer if number is None else number
     states = images.arguments["mm_encoder_outputs"]["image"].hidden_states
     if states[number - 1] is None:
@@ -109,13 +138,13 @@ def cls_attention(images: EncodedImages) -> tuple[torch.Tensor, torch.Tensor]:
             "mm_encoder_outputs lacks: pass pixel_values, or encode with output_hidden_states=True."
         )
     # The states of a negative number are that layer's output, those before them its input.
-    block = encoder.layers[number]
-    inputs, attention = block.layer_norm1(states[number - 1]), block.self_attn
-    heads = (len(inputs), -1, attention.num_heads, attention.head_dim)
-    query = attention.q_proj(inputs[:, :1]).float().view(heads).transpose(1, 2)
-    keys = attention.k_proj(inputs).float().view(heads).transpose(1, 2)
+    norm, to_query, to_key = _attention_of(layers[number])
+    inputs = norm(states[number - 1])
+    heads = images.model.get_encoder("image").config.num_attention_heads
+    query = to_query(inputs[:, :1]).float().unflatten(-1, (heads, -1)).transpose(1, 2)
+    keys = to_key(inputs).float().unflatten(-1, (heads, -1)).transpose(1, 2)
     with torch.autocast(query.device.type, enabled=False):
-        paid = (query @ keys.mT * attention.scale).softmax(-1).mean(1).mT
+        paid = (query @ keys.mT * query.shape[-1] ** -0.5).softmax(-1).mean(1).mT
     of_patches = torch.cat([paid, keys.mean(1)], dim=-1)[:, 1:]
     values = padded(images.model.lay_out("image", of_patches, images.arguments, images.prompt))
     return values[..., 0], values[..., 1:]

@@ -14,7 +14,7 @@ from learnpruner.cuts_learnpruner import Cut, DecoderState, EncodedImages, TextA
 
 from .base import Method, TopKImages
 from .decoder import look_ahead
-from .images import ReadsEncoder, clip_encoder, cls_attention, coordinates
+from .images import ReadsEncoder, cls_attention, cls_layers, coordinates
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Look(ReadsEncoder, TopKImages):
 def why_no_cls(model: nn.Module) -> str | None:
     """Why [CLS] attention cannot be read of `model`, the one without its head; `None` where it can."""
     try:
-        clip_encoder(model, "[CLS] attention")
+        cls_layers(model, "[CLS] attention")
     except ValueError as error:
         return str(error)
     return None

@@ -14,19 +14,21 @@ from learnpruner.scores_learnpruner import ROWS_AT_A_TIME
 from .base import Method, Place
 from .decoder import RowValues, scaled_layers, text_behind
 
-LAYERS, KEEP = (2, 6, 15), (300, 200, 110)
+# The authors' code numbers the layers that rank 2, 6 and 15, from 0: cuts fall behind them.
+LAYERS, KEEP = (3, 7, 16), (300, 200, 110)
 
 
 @dataclass(unsafe_hash=True)
 class SparseVLM(Method):
-    """SparseVLM (https://arxiv.org/abs/2410.04417): after 2, 6 and 15 decoder layers of 32, keeps the tokens to which
-    the raters among the text rows pay most attention.
+    """SparseVLM (https://arxiv.org/abs/2410.04417): behind the decoder layers 2, 6 and 15 of 32, counted from 0, keeps
+    the tokens to which the raters among the text rows pay most attention there.
 
     With the decoder's input embeddings V `(tokens, hidden)` of the vision tokens and T `(rows, hidden)` of the text
     behind the first image, r_t is the mean over v of softmax(V T^T)[v, t], the softmax over t (over v, every r_t would
     be the same). Raters are the text rows whose r_t is above the mean of r. The score of vision token i is the mean
-    over heads and raters of the attention that i receives in the layer before the cut. Rows are read as in FastV: the
-    paper's layer K is the number of layers that see what was there before.
+    over heads and raters of the attention that i receives in the layer before the cut. As in the authors' code, the
+    layer with the paper's number K, counted from 0, runs whole and ranks, and tokens leave behind it; the code's own
+    log counts that layer as pruned already.
 
     Departures: the paper sets how many tokens leave by the rank of the raters' attention; its code keeps 300, 200 and
     110 of 576 for 192 tokens, and counts here are in this proportion. Nothing of what left is merged into new tokens,

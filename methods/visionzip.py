@@ -12,7 +12,7 @@ from learnpruner.prompt_learnpruner import send
 from learnpruner.scores_learnpruner import top_k
 
 from .base import Method, Place
-from .images import ReadsEncoder, clip_encoder, cls_attention, embeddings
+from .images import ReadsEncoder, cls_attention, cls_layers, embeddings
 
 
 @dataclass(unsafe_hash=True)
@@ -33,7 +33,8 @@ class VisionZip(Method):
 
     Departures: [CLS] itself, which is one of the authors' dominant tokens, has no place in a LLaVA prompt and is left
     out. In LLaVA-NeXT all crops of an image share one budget, and targets gather from all of them; the authors treat
-    each crop alone. Positions are kept.
+    each crop alone. Positions are kept, and the order of the prompt: a contextual token stands where its target stood;
+    the authors put all of them behind the dominant ones.
 
     Args:
         contextual (`float`): Share of the budget for contextual tokens, in [0, 1); the authors' 10 of 64.
@@ -47,7 +48,7 @@ class VisionZip(Method):
             raise ValueError(f"contextual is a share of the budget in [0, 1), got {self.contextual}.")
 
     def check(self, model: nn.Module) -> None:
-        clip_encoder(model, "visionzip")
+        cls_layers(model, "visionzip")
 
     def places(self, model: nn.Module) -> tuple[Place, ...]:
         score = VisionZipScore(self.contextual)

@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from .scores_learnpruner import attention_received, rank, soft_top_k, top_k, top
 @dataclass
 class EncodedImages:
     """What a cut before the decoder can look at: the parts of a prompt that have a budget of their own, images or
-    groups of a video's frames."""
+    groups of a video's frames, or samples (`by_sample`)."""
 
     model: nn.Module  # the vision-language model without its head; holds `pruner`
     arguments: dict  # the stock forward's, with encoded images (`mm_encoder_outputs`) beside their pixels
@@ -34,6 +34,8 @@ class EncodedImages:
     kinds: list[int]  # the kind of each part's placeholders, as in `Prompt`
     features: torch.Tensor  # (parts, tokens, d): the encoder's, before the projector; rows of NaN are structure
     present: torch.Tensor  # (parts, tokens), bool: False where a smaller part is filled up
+    # (parts, tokens), int64, where parts are samples: each token's number among all, part by part as they were encoded.
+    order: torch.Tensor | None = None
 
     @classmethod
     def of(cls, model: nn.Module, arguments: dict, prompt: Prompt, query_mask: torch.Tensor | None) -> "EncodedImages":
@@ -47,6 +49,21 @@ class EncodedImages:
         features, sizes = pad_sequence(parts, batch_first=True), [len(part) for part in parts]
         present = torch.arange(features.shape[1], device=features.device) < send(sizes, features.device).unsqueeze(1)
         return cls(model, arguments, prompt, query_mask, sizes, owners, kinds, features, present)
+
+    def by_sample(self) -> "EncodedImages":
+        """The same with one part for each sample that has any: its vision tokens in the order of the prompt, all of one
+        kind. What the tower lays out (grids, crops) is still of the smaller parts."""
+        prompt, device = replace(self.prompt, kinds=(self.prompt.kinds > 0).to(torch.int8)), self.features.device
+        owners, kinds = sorted(set(self.owners)), [1] * len(set(self.owners))
+        sizes = [sum(size for size, own in zip(self.sizes, self.owners) if own == owner) for owner in owners]
+        numbers = pad_sequence(torch.arange(sum(sizes), device=device).split(self.sizes), batch_first=True)
+        columns = prompt.kinds.argsort(dim=1, descending=True, stable=True)[:, : max(sizes)]
+        order = self.to_prompt(numbers, torch.zeros_like(prompt.kinds, dtype=torch.int64)).gather(1, columns)
+        order = order.to(device)[send(owners, device)]
+        present = torch.arange(max(sizes), device=device) < send(sizes, device).unsqueeze(1)
+        features = torch.cat([row[:size] for row, size in zip(self.features, self.sizes)])[order]
+        own = self.model, self.arguments, prompt, self.query_mask
+        return EncodedImages(*own, sizes, owners, kinds, features, present, order)
 
     def to_prompt(self, values: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
         """`(parts, tokens)` -> `(batch, sequence)`: `rest`, with the values of each part at its placeholders."""
@@ -88,7 +105,7 @@ class Cut:
     """One place where vision tokens leave the sequence."""
 
     layer: int  # the cut falls before this 0-based decoder layer; 0 is before the decoder
-    # Tokens of one image before any cut -> tokens that survive this one. A cut inside the decoder sums them per sample.
+    # Tokens of one part before any cut -> tokens that survive this one. Where the unit is a sample, they are summed.
     keep: Callable[[int], int]
     # What ranks the tokens and chooses among them: called with the state of its place, then `select(scores, state,
     # counts)`, as `LearnedScore` before the decoder and `TextAttention` inside. An infinite score must be chosen.
@@ -102,12 +119,12 @@ class Cut:
     counts_from_content: bool = False  # whether the score decides how many tokens stay, at the cost of one wait
 
     def __post_init__(self):
-        supported = "sample" if self.layer else "part"
-        self.unit = supported if self.unit is None else self.unit
-        if self.unit != supported or self.counts_from_content:
+        supported = ("sample",) if self.layer else ("part", "sample") if self.merge is None else ("part",)
+        self.unit = supported[0] if self.unit is None else self.unit
+        if self.unit not in supported or self.counts_from_content:
             raise ValueError(
-                f"A cut before layer {self.layer} counts tokens per {supported}, before it scores them; got "
-                f"unit={self.unit!r}, counts_from_content={self.counts_from_content}, which is not supported yet."
+                f"A cut before layer {self.layer} counts tokens per {' or '.join(supported)}, before it scores them; "
+                f"got unit={self.unit!r}, counts_from_content={self.counts_from_content}, which is not supported yet."
             )
 
 

@@ -119,12 +119,16 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     cut = call.schedule[0]
     if not plan.will_cut or cut.layer > 0:
         return outputs
+    wanted = kept[1]
+    if cut.unit == "sample":
+        images = images.by_sample()
+        wanted = [counts[owner][2] for owner in images.owners]
     scores = cut.score(images).to(images.features.device)
     plan.scores = images.to_prompt(scores, plan.scores)
     if call.soft:
-        _gate(plan, images, scores, kept[1])
+        _gate(plan, images, scores, wanted)
         return outputs
-    chosen = cut.score.select(scores.masked_fill(images.ending(last), torch.inf), images, kept[1])
+    chosen = cut.score.select(scores.masked_fill(images.ending(last), torch.inf), images, wanted)
     plan.kept = images.to_prompt(chosen, torch.zeros_like(vision))
     return outputs if cut.merge is None else _merge(cut, images, chosen)
 

@@ -1,5 +1,6 @@
 """The accuracy benchmark: what each method may keep, what is counted, and what the table says."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from learnpruner.budget_learnpruner import keep_counts
+from learnpruner.hub_cards.records import code_digest, read_result
+from learnpruner.methods import METHODS
 
 import accuracy
 import render_accuracy
@@ -77,6 +80,49 @@ def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
     assert answers == same
     right = [true == answer for true, answer in zip(data["answer"], answers)]
     assert results[0]["accuracy"] == sum(right) / 10
+    # So that runs can be compared question by question, on what was asked and by what.
+    for result in results:
+        assert [row["given"] for row in result["answers"]] == answers
+        assert [(row["index"], row["scene"], row["expected"]) for row in result["answers"]] == list(
+            zip(range(10), data["scene"], data["answer"])
+        )
+        assert (
+            result["pixels_sha256"]
+            == hashlib.sha256(b"".join(b"((192, 192), 'RGB')" + image.tobytes() for image in data["image"])).hexdigest()
+        )
+        assert result["code_sha256"] == code_digest(accuracy.code_files())
+        assert result.get("method_revision") == (None if method == "none" else METHODS[method].revision)
+
+
+def test_records_are_read_and_old_ones_too(folder, tmp_path):
+    result = run(folder, tmp_path, "--method", "random", "--ratio", "1/18", "--limit", 4)
+    path = tmp_path / "result.json"
+    assert read_result(path) == result
+    # An answer is a line of the file, whatever was given.
+    assert sum(line.startswith('  {"index": ') for line in path.read_text().splitlines()) == 4
+    new = ("answers", "pixels_sha256", "code_sha256", "method_revision")
+    path.write_text(json.dumps({name: value for name, value in result.items() if name not in new}))
+    assert not set(new) & read_result(path).keys()
+    for field, value in (
+        ("answers", [{**result["answers"][0], "scene": 0.5}]),
+        ("answers", [{"index": 0, "expected": "two"}]),
+        ("answers", {"0": "two"}),
+        ("pixels_sha256", 5),
+        ("code_sha256", ""),
+        ("method_revision", 0),
+    ):
+        path.write_text(json.dumps({**result, field: value}))
+        with pytest.raises(ValueError, match=rf"{field} is .*, and should be"):
+            read_result(path)
+
+
+def test_digests_are_of_pixels_and_of_code():
+    data = scene_dataset("test", 2, per_scene=2)
+    assert accuracy.pixels_digest(data) != accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2, seed=1))
+    assert accuracy.pixels_digest(data) == accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2))
+    names = [file.name for file in accuracy.code_files()]
+    assert {"plan_learnpruner.py", "vispruner.py", "accuracy.py", "scenes.py"} <= set(names)
+    assert not any(name.startswith("test") for name in names)
 
 
 def test_what_is_left_of_the_objects(folder, tmp_path):

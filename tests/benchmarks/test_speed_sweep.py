@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 
-from learnpruner.hub_cards.records import read_result
+from learnpruner.hub_cards.records import code_digest, read_result
 
 import speed_formulas
 import speed_point
@@ -80,11 +80,11 @@ def test_the_code_that_figures_depend_on(tmp_path):
     assert not any(name.startswith(("test", "render")) for name in names)
     (tmp_path / "a.py").write_text("1")
     files = [tmp_path / "a.py"]
-    first = speed_sweep.code_digest(files)
+    first = code_digest(files)
     assert first == hashlib.sha256(b"a.py\x001\x00").hexdigest()
     files[0].write_text("2")
-    changed = speed_sweep.code_digest(files)
-    renamed = speed_sweep.code_digest([files[0].rename(tmp_path / "b.py")])
+    changed = code_digest(files)
+    renamed = code_digest([files[0].rename(tmp_path / "b.py")])
     assert len({first, changed, renamed}) == 3
 
 

@@ -309,8 +309,8 @@ def test_trainings_that_cannot_be_are_refused(place, value, tmp_path):
 
 
 def test_every_record_of_the_project_is_read():
-    # Of other commands: trainings, the cost and the calibrated heads of the methods, and parts of a proof on a GPU.
-    others = ("cost.json", "hawk_weights.json")
+    # Of other commands: trainings, cost and calibrated heads of the methods, lines of code, parts of a proof on a GPU.
+    others = ("cost.json", "hawk_weights.json", "bundle_lines.json")
     paths = [path for path in RESULTS.parent.rglob("*.json") if path.parent.name != "trainings"]
     paths = [path for path in paths if RESULTS.parent / "gpu" not in path.parents]
     paths = [path for path in paths if path.name not in others]

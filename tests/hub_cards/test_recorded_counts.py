@@ -1,4 +1,4 @@
-"""What was measured with other counts than today's formula gives is marked, by the record's own settings."""
+"""What was measured with other cuts than its method makes today is marked, by the record's own settings."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.hub_cards.card import ACCURACY, accuracy_rows, check_card, write_card
 from learnpruner.hub_cards.recorded_counts import MARK, counts_of_today, is_marked, note
 from learnpruner.hub_cards.verify import Verified
+from learnpruner.methods import METHODS
 
 import oracles
 from recorded import accuracy_record, records, speed_record
@@ -94,14 +95,18 @@ def test_what_does_not_say_enough_is_not_marked(made):
 
 def test_the_recorded_results_say_enough():
     """The counts of each can be computed, and those of which they differ are known."""
-    marked = set()
+    marked, selected = set(), set()
     for path in sorted(RESULTS.rglob("*.json")):
         content = json.loads(path.read_text())
         if "tokens" in content:
             assert counts_of_today(content) is not None, path
-            if is_marked(content):
+            if list(counts_of_today(content)) != content["tokens"]["after_cuts"]:
+                assert is_marked(content)
                 assert content["versions"]["learnpruner"] == "0.1.0"
                 marked.add((tuple(content["tokens"]["after_cuts"]), counts_of_today(content)))
+            elif is_marked(content):
+                assert content["versions"]["learnpruner"] == "0.1.0"
+                selected.add(content["method"])
     # Until they are measured again.
     assert marked <= {
         ((219, 73), (220, 73)),
@@ -110,6 +115,33 @@ def test_the_recorded_results_say_enough():
         ((64, 21), (65, 21)),
         ((253, 168, 93), (252, 168, 93)),
     }
+    assert selected <= {"vispruner"}
+
+
+@pytest.mark.parametrize("revision", [None, 1, 2, 3])
+def test_another_selection_is_marked(revision):
+    """As revisions of the method's class tell; a record that does not name one is of the first."""
+    said = {} if revision is None else {"method_revision": revision}
+    made = record("vispruner", [32], [0], 8, 1 / 18, **said)
+    assert is_marked(made) == (revision != METHODS["vispruner"].revision)
+    if is_marked(made):
+        was = f"Revision {revision or 1} of vispruner selected other tokens than today's, 2."
+        assert note([made, made]) == f"{MARK} {was}"
+        counts = record("learnpruner", [47, 23], [0, 2], 4, 1 / 18)
+        assert note([made, counts]) == f"{note([counts])} {was}"
+    same = record("random", [32], [0], 8, 1 / 18)
+    assert not is_marked(same)
+    assert not is_marked({**record("another", [32], [0], 8, 1 / 18), "method_revision": 2})
+
+
+@pytest.mark.parametrize(("depth", "measured", "today"), [(32, [2, 6, 15], [3, 7, 16]), (8, [1, 2, 4], [1, 2, 4])])
+def test_other_layers_are_marked(depth, measured, today):
+    """SparseVLM's, which are the same in a decoder of 8 layers. Its counts at a cap do not depend on them."""
+    made = record("sparsevlm", [300, 200, 110], measured, depth, 110 / 576, accounting="cap", settings={})
+    assert counts_of_today(made) == (300, 200, 110)
+    assert is_marked(made) == (measured != today)
+    says = f"sparsevlm was measured with cuts before the layers {measured}, and cuts before {today} today."
+    assert note([made]) == (f"{MARK} {says}" if measured != today else "")
 
 
 def test_the_note_names_versions_and_both_counts():

@@ -1,4 +1,5 @@
-"""HAWK's choice against one image, head, text token and vision token at a time."""
+"""HAWK's choice against one sample, head, text token and vision token at a time: all vision tokens of a sample are one
+set, as in the authors' code."""
 
 import json
 import math
@@ -30,7 +31,7 @@ def embedded(stock, inputs):
 
 
 def reference(layer, texts, tokens, weights, variant):
-    """Scores of one image's tokens, `None` for newlines."""
+    """Scores of one sample's vision tokens, `None` for newlines."""
     attention = layer.self_attn
     d = attention.head_dim
     groups = len(weights) // (attention.k_proj.out_features // d)
@@ -68,29 +69,21 @@ def test_the_choice_is_the_formulas(family, batch, variant, weights):
     for row, sample in enumerate(samples):
         columns = vision[row].nonzero().flatten().tolist()
         texts = embeds[row][inputs["attention_mask"][row].bool() & ~vision[row] & ranking[row]]
-        parts = []
+        count, tokens = 0, [embeds[row, column] for column in columns]
         for part in sample:
             if isinstance(part, tuple):
-                # A video is one part for each group of its frames.
+                # A video has a count for each group of its frames.
                 groups = part[0] if len(part) == 3 else 1
-                parts += [image_tokens(family, *part) // groups] * groups
-        for number, size in enumerate(parts):
-            places = [columns.pop(0) for _ in range(size)]
-            tokens = [embeds[row, place] for place in places]
-            if family == "llava_next":
-                tokens = [None if torch.equal(token, stock.model.image_newline) else token for token in tokens]
-            scores = reference(layer, texts, tokens, weights or [0.25] * 4, variant)
-            found = outputs.vision_scores[0][row, places]
-            for score, value in zip(scores, found.tolist()):
-                assert math.isnan(value) if score is None else value == pytest.approx(score, abs=1e-4)
-            must = batch == "image_last" and number == len(parts) - 1
-            order = sorted(
-                range(size),
-                key=lambda i: (not (must and i == size - 1), math.inf if scores[i] is None else -scores[i]),
-            )
-            kept = sorted(order[: max(1, round(0.4 * size))])
-            assert [place for place in places if outputs.kept_mask[0][row, place]] == [places[i] for i in kept]
-        assert not columns
+                count += groups * max(1, round(0.4 * (image_tokens(family, *part) // groups)))
+        if family == "llava_next":
+            tokens = [None if torch.equal(token, stock.model.image_newline) else token for token in tokens]
+        scores = reference(layer, texts, tokens, weights or [0.25] * 4, variant)
+        for score, value in zip(scores, outputs.vision_scores[0][row, columns].tolist(), strict=True):
+            assert math.isnan(value) if score is None else value == pytest.approx(score, abs=1e-4)
+        must = len(tokens) - 1 if batch == "image_last" else None
+        order = sorted(range(len(tokens)), key=lambda i: (i != must, math.inf if scores[i] is None else -scores[i]))
+        kept = [columns[place] for place in sorted(order[:count])]
+        assert [column for column in columns if outputs.kept_mask[0][row, column]] == kept
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,17 @@
 
 import pytest
 import torch
+from transformers import (
+    Aimv2VisionConfig,
+    BeitConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    LlavaConfig,
+    MLCDVisionConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
 
 from learnpruner import Cut
 from learnpruner.methods import METHODS
@@ -32,6 +43,66 @@ def test_the_layer_of_a_call_is_the_one_read(layer):
     stock.set_attn_implementation("eager")
     maps = stock.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[layer]
     assert (scores[~scores.isnan()] - maps[:, :, 0, 1:].mean(1).flatten()).abs().max() < 1e-6
+
+
+TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 32,
+    "patch_size": 8,
+    "initializer_range": 0.3,
+}
+
+
+def with_tower(kind, registers=0, **fields):
+    """Both models with another tower, and inputs of two samples; registers are tokens as patches are."""
+    text = tiny_config().text_config
+    vision = {"text_config": text, "vision_config": kind(**TOWER, **fields)}
+    config = LlavaConfig(**vision, image_token_index=IMAGE, image_seq_length=16 + registers)
+    inputs = build_inputs("llava", samples_of("padded", "llava"))
+    ids = torch.tensor(
+        [[0, 0, 1, 4] + [IMAGE] * (16 + registers) + [5], [1, 4, 7] + [IMAGE] * (16 + registers) + [8, 9]]
+    )
+    inputs["input_ids"], inputs["attention_mask"] = ids, (ids != 0).long()
+    return *tiny_pair(config=config), inputs
+
+
+@pytest.mark.parametrize(("kind", "registers"), [(Dinov2Config, 0), (Dinov2WithRegistersConfig, 4), (ViTConfig, 0)])
+@pytest.mark.parametrize("layer", [-1, -2])
+def test_any_tower_with_a_class_token_is_read(kind, registers, layer):
+    """What is read is the tower's own attention, as it returns it in eager mode."""
+    stock, pruned, inputs = with_tower(kind, registers)
+    tower = stock.model.vision_tower
+    tower.set_attn_implementation("eager")
+    maps = tower(inputs["pixel_values"], output_attentions=True).attentions[layer]
+    arguments = {**inputs, "vision_feature_layer": layer}
+    for name in CLS:
+        outputs = pruned(**arguments, schedule=METHODS[name](0.5))
+        scores = outputs.vision_scores[0]
+        assert (scores[~scores.isnan()] - maps[:, :, 0, 1:].mean(1).flatten()).abs().max() < 1e-6
+        assert (outputs.kept_mask[0] & (inputs["input_ids"] == IMAGE)).sum(1).tolist() == [8 + registers // 2] * 2
+        tokens = pruned.generate(**arguments, schedule=METHODS[name](0.5), max_new_tokens=2)
+        assert tokens.shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "says"),
+    [
+        (SiglipVisionConfig, {}, "that of LearnPrunerLlavaModel has none"),
+        (Aimv2VisionConfig, {}, "that of LearnPrunerLlavaModel has none"),  # its class token pools what comes out
+        (DINOv3ViTConfig, {}, "turns or biases"),
+        (MLCDVisionConfig, {}, "turns or biases"),
+        (BeitConfig, {"use_relative_position_bias": True}, "turns or biases"),
+    ],
+)
+def test_towers_whose_attention_is_another_are_refused(kind, fields, says):
+    _, pruned, inputs = with_tower(kind, **fields)
+    pruned.model.vision_tower.forward = None  # would raise TypeError
+    for name in CLS:
+        with pytest.raises(ValueError, match=rf"{name} .*{says}.*: take a method that reads the decoder"):
+            pruned(**inputs, schedule=METHODS[name](0.5))
 
 
 def with_cls(of_call):

@@ -1,5 +1,6 @@
-"""VisPruner's choice against one image at a time, in plain loops."""
+"""VisPruner's choice against one image at a time, in plain loops that follow the authors' code."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -23,42 +24,112 @@ def tower(stock, pixels):
     return outputs.attentions[-2][:, :, 0, 1:].mean(1), outputs.hidden_states[-2][:, 1:]
 
 
-def reference(paid, features, count, share, must=None):
-    """Tokens kept of one image. Lists over tokens, `None` for newlines."""
+def as_the_authors(paid, features, count, share):
+    """What the authors' code keeps of one image of patches, told step by step; `None` where it cannot go on: it splits
+    even numbers alone."""
+    ranked = sorted(range(len(paid)), key=lambda token: -paid[token])
+    important = ranked[: math.floor(share * count)]
+    waiting = ranked[len(important) :]  # the best paid first
+    wanted = count - len(important)
+    while (leave := min(8, len(waiting) - wanted)) > 0:
+        if len(waiting) % 2 or leave > len(waiting) // 2:
+            return None
+        first_of_pairs, second_of_pairs = waiting[::2], waiting[1::2]
+        likeness = {}
+        for one in first_of_pairs:
+            likeness[one] = cosine_similarity(features[one], features[second_of_pairs], dim=-1).max().item()
+        first_of_pairs.sort(key=lambda one: -likeness[one])
+        waiting = first_of_pairs[leave:] + second_of_pairs
+    return sorted(important + waiting)
+
+
+def reference(paid, features, count, share, variant, must=None):
+    """The same for lists with newlines (`None`), which come last, odd numbers, and a token that must stay."""
     patches = [token for token, value in enumerate(paid) if value is not None]
     structure = [token for token, value in enumerate(paid) if value is None]
     ranked = sorted(patches, key=lambda token: -paid[token]) + structure
     if must is not None:
         ranked = [must] + [token for token in ranked if token != must]
-    half = int(share * count)
-    half = max(1, half + 1 if share * count - half >= 0.5 else half)
-    important = ranked[:half]
-    left = [token for token in patches if token not in important]
-    while len(left) > count - half:
+    first = max(math.floor(share * count), 0 if must is None else 1)
+    kept = ranked[:first]
+    left = [token for token in ranked[first:] if token in patches]
+    if variant == "paper":
+        left.sort()
+    while len(left) > count - first > 0:
         even, odd = left[0::2], left[1::2]
-        redundant = {
-            token: max([cosine_similarity(features[token], features[other], dim=0).item() for other in odd], default=0)
-            for token in even
-        }
-        gone = sorted(even, key=lambda token: -redundant[token])[: min(8, len(left) - (count - half))]
-        left = [token for token in left if token not in gone]
-    kept = important + left
+        others = torch.stack([features[token] for token in odd])
+        redundant = {token: cosine_similarity(features[token], others, dim=-1).max().item() for token in even}
+        even.sort(key=lambda token: -redundant[token])
+        left = even[min(8, len(left) - (count - first)) :] + odd
+        if variant == "paper":
+            left.sort()
+    kept = kept + left[: count - first]
     return sorted(kept + [token for token in structure if token not in kept][: count - len(kept)])
 
 
+def clustered(patches, seed):
+    """What is paid, and features near one of a few centres: many are nearly the same."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(6, 8, generator=generator)
+    where = torch.randint(6, (patches,), generator=generator)
+    features = centres[where] + 0.2 * torch.randn(patches, 8, generator=generator)
+    return torch.rand(patches, generator=generator), features
+
+
+def chosen_of(paid, features, count, **settings):
+    """What the method keeps of one image, without a model."""
+    images = SimpleNamespace(features=features[None], present=torch.ones(1, len(paid), dtype=torch.bool))
+    (place,) = METHODS["vispruner"](0.1, **settings).places(None)
+    return place.score.select(paid[None], images, [count])[0].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(("patches", "count", "share"), [(64, 16, 0.5), (64, 24, 0.25), (128, 32, 0.5), (32, 16, 0.0)])
+def test_patches_are_chosen_as_by_the_authors(patches, count, share):
+    for seed in range(5):
+        paid, features = clustered(patches, seed)
+        expected = as_the_authors(paid.tolist(), features, count, share)
+        assert len(expected) == count
+        assert chosen_of(paid, features, count, important=share) == expected
+        assert reference(paid.tolist(), features, count, share, "code") == expected
+
+
+def test_the_order_of_the_lists_matters():
+    """In the order of the image, most of the diverse half is another."""
+    shared = []
+    for seed in range(5):
+        paid, features = clustered(576, seed)
+        important = set(paid.argsort(descending=True)[:32].tolist())
+        code, paper = (set(chosen_of(paid, features, 64, variant=variant)) for variant in ("code", "paper"))
+        assert important <= code & paper
+        shared.append(len(code & paper - important) / 32)
+    assert max(shared) < 0.5
+
+
+@pytest.mark.parametrize(("count", "share", "first"), [(5, 0.5, 2), (1, 0.5, 0), (7, 0.3, 2)])
+def test_the_important_share_is_rounded_down(count, share, first):
+    paid, features = clustered(64, 0)
+    best = set(paid.argsort(descending=True)[:first].tolist())
+    kept = chosen_of(paid, features, count, important=share)
+    assert len(kept) == count
+    assert best <= set(kept)
+    # The next in rank is one of the first list's even places, whose redundancy decides.
+    assert kept == reference(paid.tolist(), features, count, share, "code")
+
+
 @pytest.mark.parametrize(
-    ("family", "ratio", "batch", "share"),
+    ("family", "ratio", "batch", "share", "variant"),
     covering(
         [(family, ratio) for family in ("llava", "llava_next") for ratio in (1 / 16, 0.3, 0.94)],
         ("mixed", "image_last"),
         (0.5, 0.0, 0.8),
+        ("code", "paper"),
     ),
 )
-def test_the_choice_is_the_formulas(family, batch, ratio, share):
+def test_the_choice_is_the_formulas(family, batch, ratio, share, variant):
     stock, pruned = tiny_pair(family)
     samples = samples_of(batch, family)
     inputs = build_inputs(family, samples)
-    outputs = pruned(**inputs, schedule=METHODS["vispruner"](ratio, important=share))
+    outputs = pruned(**inputs, schedule=METHODS["vispruner"](ratio, important=share, variant=variant))
     image = 0
     for row, sample in enumerate(samples):
         columns = (inputs["input_ids"][row] == pruned.config.image_token_id).nonzero().flatten().tolist()
@@ -71,7 +142,7 @@ def test_the_choice_is_the_formulas(family, batch, ratio, share):
                 [None if token is None else values[token] for token in tokens] for values in (paid, features)
             )
             must = len(tokens) - 1 if batch == "image_last" and number == len(sizes) - 1 else None
-            kept = reference(paid, features, max(1, round(ratio * len(tokens))), share, must)
+            kept = reference(paid, features, max(1, round(ratio * len(tokens))), share, variant, must)
             places = [columns.pop(0) for _ in tokens]
             assert [place for place in places if outputs.kept_mask[0][row, place]] == [places[token] for token in kept]
             image += 1
@@ -81,6 +152,8 @@ def test_the_choice_is_the_formulas(family, batch, ratio, share):
 def test_the_share_is_checked():
     with pytest.raises(ValueError, match="important is a share"):
         METHODS["vispruner"](important=1.5)
+    with pytest.raises(ValueError, match="variant is 'paper' or 'code'"):
+        METHODS["vispruner"](variant="raster")
 
 
 @pytest.mark.parametrize("patches", [96, 64])

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from learnpruner.methods import METHODS
+
 from tiny_models import build_inputs, samples_of, tiny_pair
 
 pytestmark = pytest.mark.core
@@ -19,6 +21,12 @@ def whole(model, inputs):
     """What the worker compares with."""
     outputs = model(**inputs)
     generated = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    methods = {}
+    for name in ("hawk", "divprune", "pyramiddrop"):
+        method = METHODS[name](0.7)
+        pruned = model(**inputs, schedule=method)
+        tokens = model.generate(**inputs, schedule=method, max_new_tokens=6, do_sample=False)
+        methods[name] = {"logits": pruned.logits, "kept_mask": pruned.kept_mask, "generated": tokens}
     model.model.pruner.requires_grad_(False)
     model.train()
     with torch.enable_grad():
@@ -27,6 +35,7 @@ def whole(model, inputs):
     return {
         "outputs": {"logits": outputs.logits, "kept_mask": outputs.kept_mask},
         "generated": generated,
+        "methods": methods,
         "gradients": found,
     }
 
