@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, is_torchdynamo_exporting, logging
 
 from .compat_learnpruner import CACHE, TEXT_MODELS, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
@@ -23,6 +23,12 @@ from .scores_learnpruner import LearnedPruningModule
 logger = logging.get_logger(__name__)
 # What `with method(model):` sets for the calls of its own thread: pairs of a model and a schedule.
 SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("learnpruner_schedules", default=())
+
+
+
+@torch.compiler.assume_constant_result  # a strict export traces no ContextVar
+def open_blocks() -> tuple[tuple[nn.Module, Schedule], ...]:
+    return SCHEDULES.get()
 
 
 class PrunedModelMixin:
@@ -118,7 +124,8 @@ class PrunedModelMixin:
         around the call, or LearnPruner's at the configuration's ratio. At a ratio of 1 there are none."""
         check_asked(ratio, schedule)
         if schedule is None and ratio is None:
-            schedule = next((each for model, each in reversed(SCHEDULES.get()) if model is self), None)
+            blocks = open_blocks() if is_torchdynamo_exporting() else SCHEDULES.get()
+            schedule = next((each for model, each in reversed(blocks) if model is self), None)
         if schedule is None:
             return learnpruner_schedule(self.config, ratio)
         cuts = schedule if isinstance(schedule, tuple | list) else schedule.cuts(self)
