@@ -25,7 +25,6 @@ logger = logging.get_logger(__name__)
 SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("learnpruner_schedules", default=())
 
 
-
 @torch.compiler.assume_constant_result  # a strict export traces no ContextVar
 def open_blocks() -> tuple[tuple[nn.Module, Schedule], ...]:
     return SCHEDULES.get()
@@ -48,6 +47,9 @@ class PrunedModelMixin:
 
     def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Placeholders, `(batch, sequence)` int8, as in [`Prompt`]."""
+
+    def check_positions(self, arguments: dict) -> None:
+        """Raises `ValueError` where positions are left to the model, and it could not find them."""
 
     def check_images(self, arguments: dict, prompt: Prompt) -> None:
         """Raises `ValueError` where images and what describes them do not fit, before any work."""
@@ -141,6 +143,7 @@ class PrunedModelMixin:
     def read_prompt(self, arguments: dict, start: int = 0) -> Prompt:
         """The one place that reads and checks what the host must know of a prompt, whose first `start` columns a cache
         holds. Raises `ValueError` where the prompt, its images and what describes them do not fit."""
+        self.check_positions(arguments)
         kinds = self.vision_kinds(arguments.get("input_ids"), arguments.get("inputs_embeds"))
         mask = arguments.get("attention_mask")
         valid = None if mask is None else mask[:, -kinds.shape[1] :].bool()
@@ -201,7 +204,9 @@ class PrunedModelMixin:
             call.soft = True
         use_cache = stock.get("use_cache")
         refuse_decoder_inputs(self, stock, self.config.text_config.use_cache if use_cache is None else use_cache)
-        if call.plan is None:
+        if call.plan is not None:
+            self.check_positions(stock)
+        else:
             prompt, pixels = self.read_prompt(stock), {name: stock.get(name) for name in self.pixel_arguments}
             with watching(call.schedule, -1, lambda: self):
                 stock = self.encode_images(stock, prompt)
