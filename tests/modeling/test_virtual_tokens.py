@@ -49,9 +49,9 @@ def tuned_pair(family, kind):
     return [model.eval() for model in pair]
 
 
-def where(family, stock, inputs, new=0):
-    """Positions, which on a cache (prefix tuning's) Qwen's stock class cannot find."""
-    return {"position_ids": positions(family, stock, inputs, new)} if family in QWEN else {}
+def where(family, kind, stock, inputs, new=0):
+    """Positions as `generate` has them: PEFT moves them behind a prefix, and takes them from other virtual tokens."""
+    return {"position_ids": positions(family, stock.get_base_model(), inputs, new)} if kind == "prefix" else {}
 
 
 def oracle(stock, pruned, kind, inputs, kept_mask, sequence, **arguments):
@@ -72,7 +72,7 @@ def test_forward_and_gradients(family, kind, training):
     stock.train(training)
     pruned.train(training)
     inputs = labelled(family, samples_of("one", family))
-    given = where(family, stock.get_base_model(), inputs)
+    given = where(family, kind, stock, inputs)
     with torch.enable_grad():
         found = pruned(**inputs, **given)
         assert found.kept_mask is not None
@@ -96,7 +96,7 @@ def test_generate(family, kind, batch):
     output = pruned.generate(**inputs, **GREEDY, return_dict_in_generate=True)
     kept_mask = output[CACHE].kept_mask
     whole = with_answer(inputs, output.sequences)
-    given = where(family, stock.get_base_model(), inputs, NEW)
+    given = where(family, kind, stock, inputs, NEW)
     logits = oracle(stock, pruned, kind, whole, kept_mask, output.sequences.shape[1], **given).logits[:, -NEW - 1 : -1]
     logits[..., NO_PLACEHOLDERS["suppress_tokens"]] = -torch.inf
     chosen = logits.gather(-1, output.sequences[:, -NEW:].unsqueeze(-1)).squeeze(-1)
@@ -144,7 +144,7 @@ def test_beside_a_pruner_in_training(family, kind):
     pruned.get_base_model().model.pruner.requires_grad_(True)
     pruned.train()
     inputs = labelled(family, samples_of("one", family))
-    given = where(family, stock.get_base_model(), inputs)
+    given = where(family, kind, stock, inputs)
     with torch.enable_grad():
         if kind == "prefix":
             with pytest.raises(ValueError, match="prefix tuning"):
