@@ -18,6 +18,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME, cached_file, logg
 from transformers.utils.hub import extract_commit_hash
 
 from .compat_learnpruner import check_transformers
+from .guards_learnpruner import refuse_zero3
 
 logger = logging.get_logger(__name__)
 
@@ -108,6 +109,7 @@ class HubMixin:
         new pruner's is missing or of another shape, `ValueError` where the checkpoint is of another family.
         """
         check_transformers()
+        refuse_zero3()
         path, with_info = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
         kwargs["ignore_mismatched_sizes"] = True  # not ignored: `_check_loaded` names them
         place = {name: kwargs[name] for name in PLACE if name in kwargs}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from transformers import CompileConfig
 
 from learnpruner.compat_learnpruner import CACHE
