@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils import is_torchdynamo_exporting
 
 from .compat_learnpruner import CACHE
 from .cuts_learnpruner import Cut, LearnedScore
-from .keys_learnpruner import PrunedCacheLayer
+from .keys_learnpruner import EDITED_CACHE, PrunedCacheLayer, is_pruned
 
 OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
 
@@ -22,6 +24,8 @@ def unsupported(what: str, instead: str) -> ValueError:
 def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bool) -> None:
     """Raises `ValueError` where the headless `model`, making a cache if `use_cache`, could not cut or gate."""
     attention_mask, position_ids, cache = map(arguments.get, ("attention_mask", "position_ids", CACHE))
+    if is_torchdynamo_exporting():
+        refuse_export()
     text_config = model.config.text_config
     if any(DynamicCache(config=text_config).is_sliding):
         how = "`config.text_config.sliding_window = None` and with 'full_attention' for all of its `layer_types`, where"
@@ -42,6 +46,12 @@ def refuse_decoder_inputs(model: PreTrainedModel, arguments: dict, use_cache: bo
         if not plain or not all(type(layer) in (DynamicLayer, PrunedCacheLayer) for layer in cache.layers):
             why = "any cache but a DynamicCache of full-attention layers, without offloading or quantisation"
             raise unsupported(why, f"got {cache}; pass {CACHE}=DynamicCache(), or none")
+
+
+@torch.compiler.assume_constant_result  # a strict export runs this as it is; an error that it traced would be its own
+def refuse_export() -> None:
+    """Raises `ValueError`, for counts of rows follow from the prompt."""
+    raise unsupported("torch.export", "use torch.compile")
 
 
 def refuse_prepared_mask(attention_mask: Any) -> None:
@@ -70,6 +80,14 @@ def refuse_training(schedule: tuple[Cut, ...], text_config: PreTrainedConfig, ca
         )
 
 
+def refuse_zero3() -> None:
+    """Raises `ValueError` under DeepSpeed's ZeRO-3, whose parameters are parts: loading could check none of them."""
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "LearnPruner has not been made for DeepSpeed's ZeRO-3: use ZeRO-2, or FSDP2 where the base does not fit."
+        )
+
+
 def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
     """Raises `ValueError` where `model`, the one that was loaded, is split by tensors over devices."""
     if (model.tp_size or 1) > 1:
@@ -90,7 +108,8 @@ def refuse_generation(generation_config: GenerationConfig, attention_mask: torch
 
 
 def refuse_lost_cache(arguments: dict) -> None:
-    """Raises `ValueError` where a mask covers more than the rows of a call, and no cache came that holds the others."""
+    """Raises `ValueError` where a mask covers more than the rows of a call, and no cache came that holds the others, or
+    only a copy of what a pruned one held."""
     mask, prompt = arguments.get("attention_mask"), arguments.get("input_ids")
     prompt = arguments.get("inputs_embeds") if prompt is None else prompt
     plain = isinstance(mask, torch.Tensor) and mask.dim() == 2 and prompt is not None
@@ -99,3 +118,8 @@ def refuse_lost_cache(arguments: dict) -> None:
             f"attention_mask has {mask.shape[1]} columns for {prompt.shape[1]} tokens, and no cache came that holds "
             f"the others: pass the cache of the previous call as {CACHE}."
         )
+    cache = arguments.get(CACHE)
+    if isinstance(cache, DynamicCache) and not is_pruned(cache):
+        held = {layer.keys.shape[-2] for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized}
+        if len(held) > 1 or any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers):
+            raise ValueError(EDITED_CACHE)

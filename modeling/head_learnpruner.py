@@ -1,6 +1,7 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """What the heads of all families share: labels, the loss in training, `generate`, and the record of the cuts."""
 
+from dataclasses import replace
 from functools import wraps
 
 import torch
@@ -8,7 +9,14 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .compat_learnpruner import CACHE, derive_forward, fields_beside_predictions, installed_names, output_with_records
+from .compat_learnpruner import (
+    CACHE,
+    CACHE_NAMES,
+    derive_forward,
+    fields_beside_predictions,
+    installed_names,
+    output_with_records,
+)
 from .cuts_learnpruner import Cut, Schedule, watching
 from .guards_learnpruner import OR_NO_PRUNING, refuse_decoder_inputs, refuse_generation, refuse_tensor_parallelism
 from .keys_learnpruner import check_cache
@@ -147,7 +155,12 @@ class PrunedGenerationMixin:
         plan = kwargs.pop(PLAN, None)
         kwargs.pop("query_mask", None)  # the plan has it
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        return {**inputs, PLAN: plan} if plan is not None and inputs.get("mm_encoder_outputs") else inputs
+        if CACHE in inputs:  # under the name that PEFT 0.21 looks for, which else puts virtual tokens in at each step
+            inputs[CACHE_NAMES[-1]] = inputs.pop(CACHE)
+        if plan is None or not inputs.get("mm_encoder_outputs"):
+            return inputs
+        rows = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        return {**inputs, PLAN: replace(plan, answer_length=rows.shape[1] - plan.vision.shape[1])}
 
     def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
         ours = ("pruner_ratio", "schedule", "query_mask", PLAN)  # an assistant has its own pruner, if any

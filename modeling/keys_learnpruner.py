@@ -26,11 +26,13 @@ class PrunedCacheLayer(DynamicLayer):
         self.history = ()  # for each pruned prompt, how many cuts came before this layer
         # What the cut right before this layer decided, each (batch, sequence), in the caller's coordinates.
         self.kept_mask = self.vision_scores = None
+        self.own = None  # the keys as this class left them
 
     @classmethod
     def from_dynamic(cls, layer: DynamicLayer) -> "PrunedCacheLayer":
         pruned = cls()
         pruned.__dict__.update(layer.__dict__)
+        pruned.own = pruned.keys
         return pruned
 
     @property
@@ -71,6 +73,11 @@ class PrunedCacheLayer(DynamicLayer):
         self.prefix_valid = None if key_valid is None else key_valid[:, : self.prefix_length]
         self.history += (cuts,)
 
+    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        states = super().update(*args, **kwargs)
+        self.own = self.keys
+        return states
+
     def crop(self, tokens_to_remove: int) -> None:
         removable = self.physical_length - self.prefix_length
         if self.history and -tokens_to_remove > removable:
@@ -79,6 +86,7 @@ class PrunedCacheLayer(DynamicLayer):
                 "removed. Run the prompt again with a fresh cache instead."
             )
         super().crop(tokens_to_remove)
+        self.own = self.keys
 
     def reset(self) -> None:
         self.__init__()
@@ -96,6 +104,7 @@ class PrunedCacheLayer(DynamicLayer):
         self._select(lambda tensor: tensor[indices])
 
     def _select(self, select) -> None:
+        self.own = self.keys
         for name in ("prefix_valid", "head_valid", "kept_mask", "vision_scores"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else select(tensor))
@@ -110,8 +119,13 @@ class PrunedCache(DynamicCache):
         if not isinstance(cache, cls):
             cache.layers[:] = [PrunedCacheLayer.from_dynamic(layer) for layer in cache.layers]
             cache.layers += [PrunedCacheLayer() for _ in range(num_layers - len(cache.layers))]
-            cache.__class__ = cls
+            cache.__class__, cache.own_layers = cls, [*cache.layers]
         return cache
+
+    def check_edits(self) -> None:
+        """Raises `ValueError` where others replaced layers or their keys: which tokens they are is not known then."""
+        if self.layers != self.own_layers or any(layer.keys is not layer.own for layer in self.layers):
+            raise ValueError(EDITED_CACHE)
 
     @property
     def kept_mask(self) -> tuple[torch.Tensor, ...] | None:
@@ -128,9 +142,14 @@ class PrunedCache(DynamicCache):
 
 
 def is_pruned(cache: Cache | None) -> bool:
-    return isinstance(cache, Cache) and any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers[:1])
+    return isinstance(cache, PrunedCache)
 
 
+EDITED_CACHE = (
+    "The layers of a pruned prompt's cache, or their keys, were replaced, sliced or copied into another cache: which "
+    "tokens they stand for is lost. Edit a cache by its own methods (crop, reorder_cache, batch_select_indices, "
+    "batch_repeat_interleave) or copy.deepcopy, or run the prompt again with a fresh cache."
+)
 LOST_CACHE = (
     "The KV cache of a pruned prompt was lost or swapped on its way through transformers: the answer would be wrong. "
     "Run `learnpruner doctor`, or pass pruner_ratio=1.0 to run the stock model."

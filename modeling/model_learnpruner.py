@@ -8,12 +8,12 @@ from weakref import ref
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import ModelOutput, can_return_tuple, is_torchdynamo_exporting, logging
 
 from .compat_learnpruner import CACHE, TEXT_MODELS, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
 from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
-from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache, refuse_training
+from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache, refuse_training, refuse_zero3
 from .keys_learnpruner import check_cache
 from .plan_learnpruner import PruningCall, make_plan
 from .prompt_learnpruner import MODALITIES, Prompt
@@ -23,6 +23,11 @@ from .scores_learnpruner import LearnedPruningModule
 logger = logging.get_logger(__name__)
 # What `with method(model):` sets for the calls of its own thread: pairs of a model and a schedule.
 SCHEDULES: ContextVar[tuple[tuple[nn.Module, Schedule], ...]] = ContextVar("learnpruner_schedules", default=())
+
+
+@torch.compiler.assume_constant_result  # a strict export traces no ContextVar
+def open_blocks() -> tuple[tuple[nn.Module, Schedule], ...]:
+    return SCHEDULES.get()
 
 
 def mark_trained(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
@@ -79,6 +84,9 @@ class PrunedModelMixin:
     def vision_kinds(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Placeholders, `(batch, sequence)` int8, as in [`Prompt`]."""
 
+    def check_positions(self, arguments: dict) -> None:
+        """Raises `ValueError` where positions are left to the model, and it could not find them."""
+
     def check_images(self, arguments: dict, prompt: Prompt) -> None:
         """Raises `ValueError` where images and what describes them do not fit, before any work."""
 
@@ -131,6 +139,7 @@ class PrunedModelMixin:
 
     def _add_pruner(self) -> None:
         check_transformers()
+        refuse_zero3()
         text_type = self.config.text_config.model_type
         if text_type not in TEXT_MODELS:
             raise ValueError(f"Pruning runs over the text models {TEXT_MODELS}; this checkpoint has {text_type!r}.")
@@ -156,7 +165,8 @@ class PrunedModelMixin:
         around the call, or LearnPruner's at the configuration's ratio. At a ratio of 1 there are none."""
         check_asked(ratio, schedule)
         if schedule is None and ratio is None:
-            schedule = next((each for model, each in reversed(SCHEDULES.get()) if model is self), None)
+            blocks = open_blocks() if is_torchdynamo_exporting() else SCHEDULES.get()
+            schedule = next((each for model, each in reversed(blocks) if model is self), None)
         if schedule is None:
             return learnpruner_schedule(self.config, ratio)
         cuts = schedule if isinstance(schedule, tuple | list) else schedule.cuts(self)
@@ -172,6 +182,7 @@ class PrunedModelMixin:
     def read_prompt(self, arguments: dict, start: int = 0) -> Prompt:
         """The one place that reads and checks what the host must know of a prompt, whose first `start` columns a cache
         holds. Raises `ValueError` where the prompt, its images and what describes them do not fit."""
+        self.check_positions(arguments)
         kinds = self.vision_kinds(arguments.get("input_ids"), arguments.get("inputs_embeds"))
         mask = arguments.get("attention_mask")
         valid = None if mask is None else mask[:, -kinds.shape[1] :].bool()
@@ -237,7 +248,9 @@ class PrunedModelMixin:
             call.soft, stock = True, {**stock, "use_cache": False}  # a step on the whole prompt would not be gated
         use_cache = stock.get("use_cache")
         refuse_decoder_inputs(self, stock, self.config.text_config.use_cache if use_cache is None else use_cache)
-        if call.plan is None:
+        if call.plan is not None:
+            self.check_positions(stock)
+        else:
             prompt, pixels = self.read_prompt(stock), {name: stock.get(name) for name in self.pixel_arguments}
             with watching(call.schedule, -1, lambda: self):
                 stock = self.encode_images(stock, prompt)

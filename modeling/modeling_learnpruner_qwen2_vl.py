@@ -36,7 +36,6 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         return images.to(torch.int8) + 2 * videos.to(torch.int8)
 
     def check_images(self, arguments: dict, prompt: Prompt) -> None:
-        self._check_positions(arguments)
         for modality, (name, grid) in INPUTS.items():
             pixels, encoded = arguments.get(name), (arguments.get("mm_encoder_outputs") or {}).get(modality)
             if pixels is None and encoded is None:
@@ -55,7 +54,7 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
                 f"processor returned beside input_ids, padded as they are. {OR_NO_PRUNING}"
             )
 
-    def _check_positions(self, arguments: dict) -> None:
+    def check_positions(self, arguments: dict) -> None:
         """Where positions are left to the model, it finds them from token ids and their types, of the whole prompt."""
         if arguments.get("position_ids") is not None:
             return
@@ -63,8 +62,8 @@ class PrunedQwenVLModelMixin(PrunedModelMixin):
         if arguments.get("input_ids") is None or (cache is not None and cache.get_seq_length() > 0):
             raise ValueError(
                 "Positions of images are found from the ids of the whole prompt: with inputs_embeds, or for images in "
-                "a later call on one cache, pass position_ids (model.model.get_rope_index(...) makes them of the "
-                f"whole). {OR_NO_PRUNING}"
+                "a later call on one cache (also of prefix tuning), pass position_ids (model.model.get_rope_index(...) "
+                f"makes them of the whole). Prompt tuning and p-tuning pass none: use LoRA. {OR_NO_PRUNING}"
             )
         if arguments.get("mm_token_type_ids") is None:
             raise ValueError(

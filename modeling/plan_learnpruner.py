@@ -40,22 +40,22 @@ class Plan:
 
     def resume(self, batch: int, sequence: int, device: torch.device) -> "Plan":
         """The plan for a forward of `generate` on `batch` rows, a sample's beams behind one another, of `sequence`
-        columns: the planned ones and an answer, which is text that ranks nothing."""
-        answer, beams = sequence - self.vision.shape[1], batch // len(self.vision)
+        columns: the planned ones, virtual tokens in front (PEFT's), an answer: text that ranks nothing."""
+        answer, beams = self.answer_length, batch // len(self.vision)
+        front = sequence - self.vision.shape[1] - answer
 
         def spread(values: torch.Tensor, fill: float = 0) -> torch.Tensor:
             values = values.to(device).repeat_interleave(beams, dim=0) if beams > 1 else values.to(device)
-            return F.pad(values, (0, answer), value=fill) if answer else values
+            return F.pad(values, (front, answer), value=fill) if front or answer else values
 
         return replace(
             self,
-            counts=[[text + answer, *rest] for text, *rest in self.counts for _ in range(beams)],
+            counts=[[front + text + answer, *rest] for text, *rest in self.counts for _ in range(beams)],
             vision=spread(self.vision),
-            last=self.last.to(device).repeat_interleave(beams, dim=0),
+            last=self.last.to(device).repeat_interleave(beams, dim=0) + front,
             kept=spread(self.kept),
             scores=spread(self.scores, torch.nan),
             query_mask=spread(self.query_mask),
-            answer_length=answer,
         )
 
 

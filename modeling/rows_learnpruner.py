@@ -235,6 +235,8 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     if args:
         arguments = dict(zip(signature(decoder.forward).parameters, args)) | arguments
     cache, mask, inputs_embeds = (arguments.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
+    if is_pruned(cache):
+        cache.check_edits()
     refuse_prepared_mask(mask)
     if call is not None:
         call.taken = True

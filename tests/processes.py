@@ -50,6 +50,13 @@ def _run(arguments, script, environment, threads, log):
     runpy.run_path(str(script), run_name="__main__")
 
 
+def answer_of(model, inputs):
+    """What a process that is handed a model makes of it."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        return model(**inputs)
+
+
 def run_group(count, arguments, folder, script=None, environment=None, timeout=300):
     """Runs processes that find each other as those of `torchrun` do; where one fails, the others are ended.
 

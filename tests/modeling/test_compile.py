@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import CompileConfig
 
 from learnpruner.compat_learnpruner import CACHE
 
-from tiny_models import build_inputs, samples_of, tiny_pair
+from tiny_models import NO_PLACEHOLDERS, build_inputs, labelled, samples_of, tiny_pair
 
 TWO = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 SIZE = (32, 32)
@@ -55,6 +56,72 @@ def test_equals_eager_by_inductor(family):
     compiled = torch.compile(model)
     for batch in ("padded", "two_images"):
         assert_equal(model, compiled, build_inputs(family, samples_of(batch, family)), 1e-4)
+
+
+def train(family, how=None, **options):
+    """A step of training: loss, gradients, and whether the pruner counts as trained."""
+    _, model = tiny_pair(family)
+    run = model.train()
+    if how == "function":
+        run = torch.compile(model, **options)
+    elif how == "method":
+        model.compile(**options)
+    with torch.enable_grad():
+        loss = run(**labelled(family, samples_of("padded", family))).loss
+        loss.backward()
+    gradients = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return loss.detach(), gradients, model.config.pruner_trained
+
+
+SLOW = pytest.mark.slow
+EAGER, INDUCTOR = ({"backend": "eager"}, 0.0), ({}, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "how", "backend"),
+    [
+        ("llava", "function", EAGER),
+        ("llava", "method", EAGER),
+        pytest.param("qwen2_vl", "function", EAGER, marks=SLOW),
+        pytest.param("qwen2_vl", "method", EAGER, marks=SLOW),
+        pytest.param("llava", "function", INDUCTOR, marks=SLOW),
+        pytest.param("qwen2_vl", "function", INDUCTOR, marks=SLOW),
+    ],
+)
+def test_training(family, how, backend):
+    options, bound = backend
+    loss, gradients, trained = train(family, how, **options)
+    expected_loss, expected, _ = train(family)
+    assert trained
+    assert (loss - expected_loss).abs() <= bound
+    assert gradients.keys() == expected.keys()
+    assert any("pruner" in name for name in gradients)
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).abs().max() <= bound * max(1, gradient.abs().max()), name
+
+
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=SLOW)])
+def test_generate_of_a_compiled_model(family):
+    _, model = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    new = {"max_new_tokens": 4, "do_sample": False, **NO_PLACEHOLDERS}
+    expected = model.generate(**inputs, **new)
+    model.compile(backend="eager")
+    assert torch.equal(model.generate(**inputs, **new), expected)
+
+
+@TWO
+def test_generate_with_a_configuration_for_compiling(family):
+    """`generate` compiles on caches of fixed lengths alone, and says that it does not on others."""
+    _, model = tiny_pair(family)
+    inputs = build_inputs(family, samples_of("padded", family))
+    new = {"max_new_tokens": 4, "do_sample": False, **NO_PLACEHOLDERS}
+    config = CompileConfig(backend="eager")
+    config._compile_all_devices = True
+    expected = model.generate(**inputs, **new)
+    assert torch.equal(model.generate(**inputs, **new, compile_config=config), expected)
+    with pytest.raises(ValueError, match="cache_implementation='static'"):
+        model.generate(**inputs, **new, compile_config=config, cache_implementation="static")
 
 
 def graphs_of(model, family, counts, steps):
