@@ -191,7 +191,7 @@ COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.1
   --constraints requirements/broken.txt --excludes requirements/no-cuda.txt
 COMPILE_OURS = $(COMPILE) --excludes requirements/no-torch.txt --extra dev pyproject.toml
 lock: .venv-lock/installed
-	$(COMPILE_OURS) $(UPGRADE) --output-file requirements/lock.txt
+	$(COMPILE_OURS) --extra trl $(UPGRADE) --output-file requirements/lock.txt
 	$(COMPILE_OURS) --upgrade --resolution lowest-direct --output-file requirements/floor.txt
 	printf '%s\n' $(TORCH) | $(COMPILE) $(UPGRADE) --constraints requirements/lock.txt --no-emit-package torch \
 	  --no-emit-package torchvision --output-file requirements/torch.txt -
