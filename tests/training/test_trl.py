@@ -12,6 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
+from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
 from learnpruner.cuts_learnpruner import LearnedScore
 from learnpruner.training.trl import rank_by_prompt
@@ -148,3 +149,47 @@ def test_sft_trains_the_pruner(family, lora, reentrant, kept, tmp_path):
     assert len(kept) >= 4
     for mean, share in kept:
         assert mean == pytest.approx(share, abs=1e-3)
+
+
+def first_log(trainer, kind):
+    trainer.train()
+    return next(entry for entry in trainer.state.log_history if f"rewards/{kind}" in entry)
+
+
+PAIRS = {"chosen": "w7 w8", "rejected": "w9 w10 w11"}
+
+
+@pytest.mark.parametrize("reference", ["lora", "ref_model"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dpo_begins_at_a_log_ratio_of_0(family, reference, tmp_path):
+    """With a frozen pruner policy and reference cut alike."""
+    model = pruned(family, frozen=True, pruner_trained=True)
+    settings = {"peft_config": LoraConfig(target_modules=TARGETS)}
+    if reference == "ref_model":
+        settings = {"ref_model": pruned(family, pruner_trained=True)}  # in eval mode a trainable pruner cuts, too
+    trainer = trainer_of("DPO", model, rows_of(**PAIRS), tmp_path, family, **settings)
+    trainer.train()
+    first, last = (entry for entry in trainer.state.log_history if "rewards/chosen" in entry)
+    for side in ("chosen", "rejected"):
+        assert abs(first[f"rewards/{side}"]) < 1e-5
+        assert abs(last[f"rewards/{side}"]) > 1e-4  # it learns
+
+
+@pytest.mark.parametrize("case", ["no reference", "gated policy, cut reference"])
+def test_dpo_that_begins_elsewhere(case, tmp_path):
+    """What the guide tells to avoid: the unpruned base as reference, and a pruner that trains beside a `ref_model`."""
+    stock = tiny_pair("llava")[0]
+    stock.save_pretrained(tmp_path / "base")
+    settings = {}
+    if case == "no reference":
+        model = LearnPrunerForConditionalGeneration.from_pretrained(
+            tmp_path / "base", pruner_ratio=RATIO, pruner_trained=True
+        )
+        model.model.pruner.requires_grad_(False)
+    else:
+        model, settings["ref_model"] = pruned("llava"), pruned("llava")
+    trainer = trainer_of("DPO", model, rows_of(**PAIRS), tmp_path / "run", "llava", max_steps=1, **settings)
+    assert (type(trainer.ref_model) is type(stock)) == (case == "no reference")
+    trainer.train()
+    (first,) = (entry for entry in trainer.state.log_history if "rewards/chosen" in entry)
+    assert abs(first["rewards/chosen"]) > 1e-3
