@@ -14,15 +14,33 @@ from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.budget_learnpruner import keep_counts
-from learnpruner.cuts_learnpruner import LearnedScore
 from learnpruner.training.trl import rank_by_prompt
 
-from processing_tiny_qwen2_vl import TinyQwen2VLProcessor
-from tiny_models import FAMILIES, IMAGE, LAYERS, LLAVA, PAD, PATCH, PATCHES, SIDE, VIDEO, VOCAB, tiny_pair, tiny_processor
+pytest.importorskip("trl", reason="TRL is an extra, which the lowest supported versions leave out")
+import trl
+from trl.data_utils import prepare_multimodal_messages
 
-trl = pytest.importorskip("trl", reason="TRL is an extra, which the lowest supported versions leave out")
+from processing_tiny_qwen2_vl import TinyQwen2VLProcessor
+from tiny_models import (
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    LLAVA,
+    PAD,
+    PATCH,
+    SIDE,
+    VIDEO,
+    VOCAB,
+    tiny_pair,
+    tiny_processor,
+    with_answer,
+)
+from with_trl import keep_rates, log_ratios
+
 # TRL's own use of a name that transformers 5.24 renamed.
 pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")]
+# No part of an answer that is to be given back as words.
+SPECIAL = [PAD, 1, 2, 3, IMAGE, VIDEO, 122, 123]
 TARGETS = r".*language_model.*q_proj"
 RATIO = 0.2
 TEMPLATE = (
@@ -34,7 +52,7 @@ TEMPLATE = (
 class QwenProcessor(TinyQwen2VLProcessor):
     """Takes what TRL passes to the stock one."""
 
-    def __call__(self, images=None, text=None, add_special_tokens=True, **kwargs):
+    def __call__(self, images=None, text=None, add_special_tokens=True, videos=None, audio=None, **kwargs):
         return super().__call__(images, text, **kwargs)
 
 
@@ -109,29 +127,16 @@ def trainer_of(kind, model, rows, folder, family, **settings):
     )
 
 
-@pytest.fixture
-def kept(monkeypatch):
-    """Mean gates of all images, and the shares that they were to keep."""
-    record, gate = [], LearnedScore.gate
-
-    def recorded(self, scores, shares):
-        gates = gate(self, scores, shares)
-        record.extend((one.mean().item(), share) for one, share in zip(gates, shares))
-        return gates
-
-    monkeypatch.setattr(LearnedScore, "gate", recorded)
-    return record
-
-
 def moved(trainer, before):
     return {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
 
 
-@pytest.mark.parametrize("reentrant", [None, True, False])
+# With `None` checkpoints are not reentrant.
+@pytest.mark.parametrize("reentrant", [None, True])
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sft_trains_the_pruner(family, lora, reentrant, kept, tmp_path):
-    """By the trainer's defaults, gradient checkpointing among them."""
+def test_sft_trains_the_pruner(family, lora, reentrant, tmp_path):
+    """By the trainer's defaults, gradient checkpointing among them, and to its budget."""
     model = pruned(family) if lora else pruned(family).train_pruner_only()
     settings = {} if reentrant is None else {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     if lora:
@@ -139,32 +144,74 @@ def test_sft_trains_the_pruner(family, lora, reentrant, kept, tmp_path):
     trainer = trainer_of("SFT", model, rows_of(completion="w7 w8"), tmp_path, family, **settings)
     assert trainer.args.gradient_checkpointing
     before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
-    trainer.train()
-    changed = moved(trainer, before)
+    with keep_rates() as rates:
+        trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
     assert any("pruner" in name for name in changed)
     assert any("lora_" in name for name in changed) == lora
     assert all("pruner" in name or "lora_" in name for name in changed)
     assert model.config.pruner_trained
-    tokens = PATCHES if family != "llava_next" else 60
-    assert len(kept) >= 4
-    for mean, share in kept:
+    # The same share for each image of the two steps, or more often where layers are computed again.
+    assert len(rates) >= 4
+    tokens = int((prompts_of(family, 1)["input_ids"] == IMAGE).sum())
+    first = keep_counts(tokens, RATIO, num_layers=LAYERS, pruner_layer=2, stage_ratio=3.0)[0]
+    for mean, share in rates:
         assert mean == pytest.approx(share, abs=1e-3)
+        if family != "llava_next":  # whose rows that are structure take no part
+            assert share == pytest.approx(first / tokens)
 
 
-def first_log(trainer, kind):
-    trainer.train()
-    return next(entry for entry in trainer.state.log_history if f"rewards/{kind}" in entry)
+def prompts_of(family, count):
+    """Prompts of [`rows_of`], as the processor makes them."""
+    processor = processor_of(family)
+    rows = [prepare_multimodal_messages(row["prompt"], row["images"]) for row in rows_of(count)]
+    text = [processor.apply_chat_template(row, tokenize=False) for row in rows]
+    images = [[noise(seed)] for seed in range(count)]
+    return processor(images=images, text=text, padding=True, return_tensors="pt")
+
+
+def accuracy_of(model, prompts, answers):
+    """Share of answer tokens that are the likeliest, with real cuts."""
+    new = answers.shape[1]
+    inputs = with_answer(prompts, torch.cat([prompts["input_ids"], answers], dim=1))
+    labels = inputs["input_ids"].clone()
+    labels[:, :-new] = -100
+    with torch.no_grad():
+        outputs = model.eval()(**inputs, labels=labels)
+    assert len(outputs.kept_mask) == 2
+    return (outputs.logits[:, -new - 1 : -1].argmax(-1) == answers).float().mean().item()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_sft_trains_the_pruner_to_some_use(family, tmp_path):
+    """To find the tokens that the unpruned model's own answers come from."""
+    model = pruned(family, pruner_trained=True)
+    model.config.pruner_ratio = 0.4
+    with torch.no_grad():
+        for layer in (model.model.pruner.hidden, model.model.pruner.output):
+            layer.weight.mul_(0.02 / 0.3)  # a new pruner's weights are as wide as its base's, which are wide here
+    prompts = prompts_of(family, 16)
+    wrote = model.generate(**prompts, pruner_ratio=1.0, max_new_tokens=4, do_sample=False, suppress_tokens=SPECIAL)
+    answers = wrote[:, prompts["input_ids"].shape[1] :]
+    rows = rows_of(16)
+    for row, answer in zip(rows, answers.tolist()):
+        row["completion"] = said("assistant", " ".join(f"w{token}" for token in answer))
+    untrained = accuracy_of(model, prompts, answers)
+    settings = {"max_steps": 60, "learning_rate": 0.03, "per_device_train_batch_size": 16, "logging_strategy": "no"}
+    trainer_of("SFT", model.train_pruner_only(), rows, tmp_path, family, **settings).train()
+    assert accuracy_of(model, prompts, answers) > untrained + 0.1
 
 
 PAIRS = {"chosen": "w7 w8", "rejected": "w9 w10 w11"}
 
 
-@pytest.mark.parametrize("reference", ["lora", "ref_model"])
+@pytest.mark.parametrize("reference", ["lora", "lora and pruner", "ref_model"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dpo_begins_at_a_log_ratio_of_0(family, reference, tmp_path):
-    """With a frozen pruner policy and reference cut alike."""
+    """With a frozen pruner policy and reference cut alike; one that trains with the adapters gates in both."""
     model = pruned(family, frozen=True, pruner_trained=True)
-    settings = {"peft_config": LoraConfig(target_modules=TARGETS)}
+    saved = ["pruner"] if reference == "lora and pruner" else None
+    settings = {"peft_config": LoraConfig(target_modules=TARGETS, modules_to_save=saved)}
     if reference == "ref_model":
         settings = {"ref_model": pruned(family, pruner_trained=True)}  # in eval mode a trainable pruner cuts, too
     trainer = trainer_of("DPO", model, rows_of(**PAIRS), tmp_path, family, **settings)
@@ -193,3 +240,59 @@ def test_dpo_that_begins_elsewhere(case, tmp_path):
     trainer.train()
     (first,) = (entry for entry in trainer.state.log_history if "rewards/chosen" in entry)
     assert abs(first["rewards/chosen"]) > 1e-3
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dpo_ranks_by_the_prompt_where_it_is_asked_to(family, hooked, tmp_path, caplog):
+    """As with labels inside the forward."""
+    logging.Logger.warning_once.cache_clear()
+    caplog.set_level("WARNING")
+    model, reference = pruned(family, frozen=True, pruner_trained=True), pruned(family, pruner_trained=True)
+    trainer = trainer_of("DPO", model, rows_of(**PAIRS), tmp_path, family, ref_model=reference)
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: value for name, value in batch.items() if name != "completion_mask"}
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels).kept_mask
+        handles = [rank_by_prompt(one) for one in (model, reference) if hooked]
+        found = []
+        model.model.register_forward_hook(lambda module, args, outputs: found.append(outputs.kept_mask))
+        scores = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+        assert torch.equal(found[0][1], expected[1]) == hooked
+        assert ("choose its own evidence" in caplog.text) == (not hooked)
+        for handle in handles:
+            handle.remove()
+        again = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+        assert torch.equal(again, scores) == (not hooked)
+
+
+# Largest |scored - sampled| log-probability of a token.
+@pytest.mark.parametrize(
+    ("frozen", "hooked", "least", "most"),
+    [(True, True, 0, 1e-4), (True, False, 1e-2, 20), (False, True, 1e-2, 20)],
+    ids=["by the prompt", "by all text", "in training"],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grpo_scores_what_it_sampled(family, frozen, hooked, least, most, tmp_path):
+    trainer = trainer_of(
+        "GRPO",
+        pruned(family, pruner_trained=True),
+        rows_of(2),
+        tmp_path,
+        family,
+        max_steps=1,
+        num_iterations=2,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        max_completion_length=6,
+        generation_kwargs={"suppress_tokens": [IMAGE, VIDEO, 122, 123]},
+        reward_funcs=lambda completion_ids, **columns: [float(sum(ids)) for ids in completion_ids],
+        peft_config=LoraConfig(target_modules=TARGETS, modules_to_save=None if frozen else ["pruner"]),
+    )
+    if hooked:
+        rank_by_prompt(trainer.model)
+    with log_ratios(trainer) as ratios:
+        trainer.train()
+    assert sum(map(len, ratios)) >= 20
+    assert least <= torch.cat(ratios).abs().max() <= most
