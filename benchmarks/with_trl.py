@@ -32,7 +32,7 @@ from learnpruner.cuts_learnpruner import LearnedScore
 from learnpruner.hub_cards.records import weights_digest
 from learnpruner.methods import METHODS
 from learnpruner.training.trl import rank_by_prompt
-from learnpruner_commands.arguments import Parser, positive
+from learnpruner_commands.arguments import Parser, positive, ratio
 
 import accuracy
 from render_accuracy import fill
@@ -42,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "trl"
 MODELS = ROOT / "examples" / "easy_vqa"
 TARGETS = r".*language_model.*\.(q_proj|v_proj)"
+SEEDS, BATCH, TOKENS = (0, 1), 4, 576
 SETTINGS = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
 
 
@@ -108,9 +109,10 @@ def log_ratios(trainer: "trl.GRPOTrainer") -> Iterator[list[torch.Tensor]]:
         del model.generate, trainer._generate_and_score_completions
 
 
-def paired(before: list[bool], after: list[bool]) -> dict[str, float]:
-    """Mean difference of answers to the same questions, with its 95 % interval (normal, over the questions)."""
-    differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
+def paired(before: list[list[bool]], after: list[list[bool]]) -> dict[str, float]:
+    """Mean difference of answers to the same questions, `(runs, questions)`, with its 95 % interval (normal, over the
+    questions)."""
+    differences = (torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)).mean(0)
     mean, half = differences.mean().item(), 1.96 * differences.std().item() / math.sqrt(len(differences))
     return {"difference": mean, "low": mean - half, "high": mean + half}
 
@@ -123,39 +125,52 @@ def answers_right(model: PreTrainedModel, processor: ProcessorMixin, data: Datas
 
 
 def train_with_sft(steps: int, questions: int, learning_rate: float, ratio: float) -> dict:
-    """A new pruner of the small LLaVA, trained alone by `SFTTrainer` with its defaults."""
-    torch.manual_seed(0)
+    """New pruners of the small LLaVA, each trained alone by `SFTTrainer`, its settings the defaults but for steps,
+    batch, learning rate and precision."""
     base = MODELS / "tiny-llava"
-    model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=ratio).train_pruner_only()
     processor = load_processor(str(base))
-    asked = scene_dataset("test", math.ceil(questions / accuracy.PER_SCENE), per_scene=accuracy.PER_SCENE)
+    asked = scene_dataset("test", math.ceil(questions / accuracy.PER_SCENE), level="hard", per_scene=accuracy.PER_SCENE)
     asked = asked.select(range(questions))
-    taught = scene_dataset("train", 8 * steps, level="hard", per_scene=1)
-    before = answers_right(model, processor, asked, ratio)
-    with tempfile.TemporaryDirectory() as folder, keep_rates() as rates:
-        settings = {**SETTINGS, "max_steps": steps, "learning_rate": learning_rate, "per_device_train_batch_size": 8}
-        trainer = trl.SFTTrainer(
-            model,
-            trl.SFTConfig(folder, **settings, max_length=None, warmup_steps=0.1, logging_steps=10),
-            train_dataset=Dataset.from_list(as_messages(taught)),
-            processing_class=processor,
-        )
-        seconds = trainer.train().metrics["train_runtime"]
-    after = answers_right(model, processor, asked, ratio)
+    rows = as_messages(scene_dataset("train", BATCH * steps, level="hard", per_scene=1))
+    before, after, logs, seconds = [], [], [], 0.0
+    with keep_rates() as rates:
+        for seed in SEEDS:
+            torch.manual_seed(seed)
+            model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=ratio).train_pruner_only()
+            before.append(answers_right(model, processor, asked, ratio))
+            with tempfile.TemporaryDirectory() as folder:
+                args = trl.SFTConfig(
+                    folder,
+                    **SETTINGS,
+                    seed=seed,
+                    max_steps=steps,
+                    learning_rate=learning_rate,
+                    per_device_train_batch_size=BATCH,
+                    max_length=None,
+                )
+                data = Dataset.from_list(copy.deepcopy(rows))
+                trainer = trl.SFTTrainer(model, args, train_dataset=data, processing_class=processor)
+                seconds += trainer.train().metrics["train_runtime"]
+            logs.append([entry for entry in trainer.state.log_history if "loss" in entry])
+            after.append(answers_right(model, processor, asked, ratio))
     means, shares = zip(*rates)
     return {
+        "seeds": list(SEEDS),
         "steps": steps,
-        "batch_size": 8,
+        "batch_size": BATCH,
         "learning_rate": learning_rate,
-        "seconds": seconds,
+        "seconds": round(seconds, 1),
         "questions": questions,
         "ratio": ratio,
-        "accuracy": {"untrained": sum(before) / questions, "trained": sum(after) / questions},
+        "accuracy": {
+            name: [sum(right) / questions for right in runs]
+            for name, runs in (("untrained", before), ("trained", after))
+        },
         "paired": paired(before, after),
         "keep_rate": {"asked": sum(shares) / len(shares), "mean": sum(means) / len(means)},
         "furthest_keep_rate": max(abs(mean - share) for mean, share in rates),
         "pruner_trained": model.config.pruner_trained,
-        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "logs": logs,
         **about(model),
     }
 
@@ -165,7 +180,7 @@ def score_with_grpo(prompts: int, ratio: float) -> dict:
     pruner = MODELS / "learnpruner-tiny-llava"
     processor = load_processor(str(pruner))
     rows = as_messages(scene_dataset("test", prompts, per_scene=1))
-    found = {}
+    found, described = {}, about(LearnPrunerForConditionalGeneration.from_pretrained(pruner))
     for case, (share, frozen, hooked) in CASES.items():
         torch.manual_seed(0)
         model = LearnPrunerForConditionalGeneration.from_pretrained(pruner, pruner_ratio=share or ratio)
@@ -197,7 +212,7 @@ def score_with_grpo(prompts: int, ratio: float) -> dict:
             "mean_absolute": ratios.abs().mean().item(),
             "largest": ratios.abs().max().item(),
         }
-    return {"ratio": ratio, "prompts": prompts, "cases": found, **about(model)}
+    return {"ratio": ratio, "prompts": prompts, "cases": found, **described}
 
 
 # The ratio, where it is not the run's; whether the pruner is frozen; whether answers are kept from ranking.
@@ -219,19 +234,21 @@ def about(model: PreTrainedModel) -> dict:
 
 
 def sft_table(record: dict) -> str:
-    """Markdown of what `sft` recorded, in percent."""
-    right, gained, rate = record["accuracy"], record["paired"], record["keep_rate"]
-    lines = ["| pruner | accuracy with real cuts |", "|---|---|"]
-    lines += [f"| {name} | {100 * share:.1f} % |" for name, share in right.items()]
+    """Markdown of what `sft` recorded, in percent: each seed, what they gained, and the budget."""
+    gained, rate, right = record["paired"], record["keep_rate"], record["accuracy"]
+    heads = [f"seed {seed}" for seed in record["seeds"]]
+    lines = [f"| accuracy with real cuts | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
+    for name, shares in right.items():
+        lines.append(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
     return "\n".join(
         [
             *lines,
             "",
-            f"The difference is {100 * gained['difference']:.1f} points (95 % interval over the same questions: "
+            f"The mean gain is {100 * gained['difference']:.1f} points (95 % interval over the same questions: "
             f"{100 * gained['low']:.1f} to {100 * gained['high']:.1f}), from {record['steps']} steps of "
-            f"{record['batch_size']} questions, in {record['seconds'] / 60:.0f} minutes on a CPU; asked were "
-            f"{record['questions']} questions at a ratio of {record['ratio']:.4g}. In training the gates kept "
-            f"{100 * rate['mean']:.2f} % of the tokens where the first cut keeps {100 * rate['asked']:.2f} %.",
+            f"{record['batch_size']} questions; asked were {record['questions']} questions on hard scenes, at a mean "
+            f"of {TOKENS * record['ratio']:.0f} of {TOKENS} tokens. In training the gates kept "
+            f"{100 * rate['mean']:.2f} % of the tokens, where the first cut keeps {100 * rate['asked']:.2f} %.",
         ]
     )
 
@@ -253,11 +270,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", choices=[*TABLES, "render"])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--into", type=Path, help="Markdown file with the marks trl_sft and trl_grpo (render)")
-    parser.add_argument("--ratio", type=float, default=1 / 18, help="of the model")
-    parser.add_argument("--steps", type=positive, default=40, help="of sft")
+    parser.add_argument("--ratio", type=ratio, help="by default 1/72 with sft, 1/18 with grpo")
+    parser.add_argument("--steps", type=positive, default=20, help="of sft")
     parser.add_argument("--learning-rate", type=float, default=5e-3, help="of sft")
     parser.add_argument("--questions", type=positive, default=256, help="asked after sft")
-    parser.add_argument("--prompts", type=positive, default=64, help="of grpo, each answered four times")
+    parser.add_argument("--prompts", type=positive, default=16, help="of grpo, each answered four times")
     arguments = parser.parse_args(argv)
     try:
         if arguments.what == "render":
@@ -269,9 +286,10 @@ def main(argv: list[str] | None = None) -> int:
                     print(text)
             return 0
         if arguments.what == "sft":
-            record = train_with_sft(arguments.steps, arguments.questions, arguments.learning_rate, arguments.ratio)
+            share = arguments.ratio or 1 / 72
+            record = train_with_sft(arguments.steps, arguments.questions, arguments.learning_rate, share)
         else:
-            record = score_with_grpo(arguments.prompts, arguments.ratio)
+            record = score_with_grpo(arguments.prompts, arguments.ratio or 1 / 18)
         arguments.results.mkdir(parents=True, exist_ok=True)
         (arguments.results / f"{arguments.what}.json").write_text(json.dumps(record, indent=1) + "\n")
     except (OSError, ValueError) as error:

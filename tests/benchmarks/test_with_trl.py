@@ -45,7 +45,7 @@ def test_grpo_scores_what_it_sampled(recorded):
 
 
 def test_paired_differences():
-    found = with_trl.paired([True, False, False, True], [True, True, False, True])
+    found = with_trl.paired([[True, False, False, True]] * 2, [[True, True, False, True]] * 2)
     assert found["difference"] == 0.25
     assert found["low"] == pytest.approx(0.25 - 1.96 * 0.5 / 2)
 
