@@ -246,8 +246,8 @@ def sft_table(record: dict) -> str:
             "",
             f"The mean gain of these pruners is {100 * gained['difference']:.1f} points (95 % interval over the "
             f"same questions: {100 * gained['low']:.1f} to {100 * gained['high']:.1f}), from {record['steps']} steps "
-            f"of {record['batch_size']} questions; asked were {record['questions']} questions on hard scenes, at a mean "
-            f"of {TOKENS * record['ratio']:.0f} of {TOKENS} tokens. In training the gates kept "
+            f"of {record['batch_size']} questions; asked were {record['questions']} questions on hard scenes, at a "
+            f"mean of {TOKENS * record['ratio']:.0f} of {TOKENS} tokens. In training the gates kept "
             f"{100 * rate['mean']:.2f} % of the tokens, where the first cut keeps {100 * rate['asked']:.2f} %.",
         ]
     )
