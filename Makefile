@@ -19,7 +19,7 @@ WORKERS ?= -n 2 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed gpu-proof gpu-speed gpu-results bundle-lines test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed gpu-proof gpu-speed gpu-results trl bundle-lines test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -103,6 +103,12 @@ gpu-results: $(INSTALLED)
 methods: .venv/installed
 	.venv/bin/python benchmarks/compare_methods.py --runs runs/ablations
 	.venv/bin/python benchmarks/compare_methods.py --cost --into methods/RESULTS.md
+
+# What TRL's trainers make of the small LLaVA, in training/README.md; a quarter of an hour.
+trl: .venv/installed
+	.venv/bin/python benchmarks/with_trl.py sft
+	.venv/bin/python benchmarks/with_trl.py grpo
+	.venv/bin/python benchmarks/with_trl.py render --into training/README.md
 
 # Lines of code that ship with a checkpoint of each family, before the layer hooks and at the last commit.
 bundle-lines: .venv/installed
@@ -191,7 +197,7 @@ COMPILE = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.1
   --constraints requirements/broken.txt --excludes requirements/no-cuda.txt
 COMPILE_OURS = $(COMPILE) --excludes requirements/no-torch.txt --extra dev pyproject.toml
 lock: .venv-lock/installed
-	$(COMPILE_OURS) $(UPGRADE) --output-file requirements/lock.txt
+	$(COMPILE_OURS) --extra trl $(UPGRADE) --output-file requirements/lock.txt
 	$(COMPILE_OURS) --upgrade --resolution lowest-direct --output-file requirements/floor.txt
 	printf '%s\n' $(TORCH) | $(COMPILE) $(UPGRADE) --constraints requirements/lock.txt --no-emit-package torch \
 	  --no-emit-package torchvision --output-file requirements/torch.txt -

@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput, has_length
 
 from learnpruner.cuts_learnpruner import learnpruner_schedule
+from learnpruner.guards_learnpruner import refuse_training
 from learnpruner.hub_cards.checks import hub_reached
 from learnpruner.hub_cards.push import pin_base
 from learnpruner.hub_cards.records import tensors_digest, weights_digest
@@ -28,6 +29,7 @@ from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scores_learnpruner import top_k
 
 from .arguments import PrunerTrainingArguments
+from .checks import GradientCheck, check_precision
 from .fsdp import ShardedCheckpoints
 from .objectives import ArgmaxGate, TopKGate, budget_loss, with_gate
 from .runs import RunRecord, last_checkpoint, read_run
@@ -66,12 +68,14 @@ class PrunerTrainer(ShardedCheckpoints):
 
     Raises:
         `ValueError`: for another model, adapters that leave the pruner out, a loss of one's own or label smoothing
-            (the shipped forward has the loss), a budget at which nothing leaves, several GPUs in one process (start
+            (the shipped forward has the loss), a budget at which nothing leaves, an attention backend that cannot gate
+            (any but sdpa and eager), the objective `"paper"` in float16, several GPUs in one process (start
             one for each: `accelerate launch`), DeepSpeed, FSDP in its first version, with adapters, `push_to_hub` or no
             base to name, no samples, and with `push_to_hub` adapters, a base in a folder, or a public repository
             where `hub_private_repo` is set.
         `OSError`: with `push_to_hub`, without a token that may write.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
+        `RuntimeError`: before an optimizer step for which the pruner got no gradient.
     """
 
     def __init__(
@@ -110,6 +114,8 @@ class PrunerTrainer(ShardedCheckpoints):
                 raise ValueError(
                     f"At a ratio of {budget:.4g} the first cut drops nothing, so there is nothing to learn."
                 )
+            refuse_training(cuts, pruned.config.text_config, cache=None)
+        check_precision(pruned.model.language_model, args)
         for name, data in (("train", train_dataset), ("evaluation", eval_dataset)):
             if data is not None and has_length(data) and len(data) == 0:
                 raise ValueError(f"The {name} data set has no samples.")
@@ -130,6 +136,7 @@ class PrunerTrainer(ShardedCheckpoints):
         self._pruned = pruned
         self._seconds = 0.0
         self.add_callback(RunRecord(self))
+        self.add_callback(GradientCheck(pruned.model.pruner))
         self._recorded: list[torch.Tensor] = []
         self._images_in_step: torch.Tensor | None = None
         # Foreground tokens kept by the first cut, and all of them, of each batch.

@@ -112,6 +112,15 @@ def test_a_lock_pins_all_that_is_declared(name, python, platform):
 
 
 @pytest.mark.parametrize("python", PYTHONS)
+def test_trl_is_in_the_lock_alone_where_it_runs(python):
+    (needs,) = map(Requirement, PROJECT["optional-dependencies"]["trl"])
+    found = pins("lock.txt", python).get("trl")
+    assert (found is not None) == needs.marker.evaluate({"python_version": python})
+    assert found is None or needs.specifier.contains(found)
+    assert "trl" not in pins("floor.txt", python)
+
+
+@pytest.mark.parametrize("python", PYTHONS)
 def test_the_floor_is_the_lowest_that_is_declared(python):
     pinned, needs = pins("floor.txt", python), declared(["dev"])
     del needs["torch"]
