@@ -117,11 +117,7 @@ def attend(attention: nn.Module, query: torch.Tensor, key: torch.Tensor, value: 
     return stock(own, query, key, value, attention_mask, **kwargs)
 
 
-def register_probe() -> None:
-    AttentionInterface.register(PROBE, attend)
-
-
-register_probe()
+AttentionInterface.register(PROBE, attend)
 
 
 def install_probe(attention: nn.Module) -> None:
@@ -151,15 +147,7 @@ def split(values: torch.Tensor) -> torch.Tensor:
     return torch.stack([parts[0] + (values - values.detach()), *parts[1:]], dim=-1)
 
 
-def gated_attention(
-    stock: Callable,
-    sdpa: bool,
-    attention: nn.Module,
-    states: tuple[torch.Tensor, ...],
-    bias: torch.Tensor,
-    hard: torch.Tensor | None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def gated_attention(stock: Callable, sdpa: bool, attention: nn.Module, states: tuple, bias, hard, **kwargs) -> tuple:
     """A layer's attention in training, with arguments and results as transformers has them: the softmax multiplies each
     key's exponential by its gate (the masked softmax of Dynamic-LLaVA, arXiv 2412.00876). A gate of 0 is the cut, and
     above it is differentiable. A row sees itself whatever its gate.

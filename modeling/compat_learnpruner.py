@@ -121,11 +121,9 @@ class Recorded:
     """What is added to the output of a stock class. Its `logits` and `last_hidden_state` keep the caller's length, with
     zeros for dropped tokens; `hidden_states` and `attentions` are what the layers held, shorter after each cut.
 
-    Attributes:
-        kept_mask (`tuple[torch.Tensor]`, each `(batch, sequence)` bool, or `None` where nothing was cut):
-            For each cut, True where the token survives it: text True, padding False.
-        vision_scores (`tuple[torch.Tensor]`, each `(batch, sequence)` float32, or `None`):
-            For each cut, the scores that ranked; NaN where a token was not scored. In training, the first cut's.
+    Each is a tuple with a tensor `(batch, sequence)` for each cut, or `None` where nothing was cut: `kept_mask`, bool,
+    True where the token survives it (text True, padding False); `vision_scores`, float32, the scores that ranked, NaN
+    where a token was not scored; in training, the first cut's.
     """
 
     def __reduce__(self):

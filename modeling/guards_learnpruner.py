@@ -12,7 +12,7 @@ from transformers.utils import is_torchdynamo_exporting
 
 from .compat_learnpruner import CACHE
 from .cuts_learnpruner import Cut, LearnedScore
-from .keys_learnpruner import EDITED_CACHE, PrunedCacheLayer, is_pruned
+from .keys_learnpruner import EDITED_CACHE, PrunedCache, PrunedCacheLayer
 
 OR_NO_PRUNING = "Or pass pruner_ratio=1.0, which runs the stock model."
 
@@ -83,9 +83,7 @@ def refuse_training(schedule: tuple[Cut, ...], text_config: PreTrainedConfig, ca
 def refuse_zero3() -> None:
     """Raises `ValueError` under DeepSpeed's ZeRO-3, whose parameters are parts: loading could check none of them."""
     if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "LearnPruner has not been made for DeepSpeed's ZeRO-3: use ZeRO-2, or FSDP2 where the base does not fit."
-        )
+        raise ValueError("LearnPruner does not run under DeepSpeed's ZeRO-3: use ZeRO-2, or FSDP2 for a large base.")
 
 
 def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
@@ -108,8 +106,7 @@ def refuse_generation(generation_config: GenerationConfig, attention_mask: torch
 
 
 def refuse_lost_cache(arguments: dict) -> None:
-    """Raises `ValueError` where a mask covers more than the rows of a call, and no cache came that holds the others, or
-    only a copy of what a pruned one held."""
+    """Raises `ValueError` where rows of earlier calls are gone: no cache came, or a copy of what a pruned one held."""
     mask, prompt = arguments.get("attention_mask"), arguments.get("input_ids")
     prompt = arguments.get("inputs_embeds") if prompt is None else prompt
     plain = isinstance(mask, torch.Tensor) and mask.dim() == 2 and prompt is not None
@@ -119,7 +116,7 @@ def refuse_lost_cache(arguments: dict) -> None:
             f"the others: pass the cache of the previous call as {CACHE}."
         )
     cache = arguments.get(CACHE)
-    if isinstance(cache, DynamicCache) and not is_pruned(cache):
+    if isinstance(cache, DynamicCache) and not isinstance(cache, PrunedCache):
         held = {layer.keys.shape[-2] for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized}
         if len(held) > 1 or any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers):
             raise ValueError(EDITED_CACHE)

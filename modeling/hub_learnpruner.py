@@ -3,7 +3,7 @@
 
 import os
 from copy import copy, deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -232,15 +232,6 @@ class HubMixin:
             logger.warning("Checkpoints will hold all weights: it has no stock base, or no longer has its weights.")
         return self.train()
 
-    def leave_base(self) -> tuple[str | None, str | None]:
-        """From now on checkpoints hold all weights. Returns the base that the model had, and its revision."""
-        base = self.config.base_model_name_or_path, self.config.base_model_revision
-        base = (self.base.name, self.base.revision) if base[0] is None else base
-        self.base = replace(self.base, name=None, revision=None)
-        self.config.base_model_name_or_path = self.config.base_model_revision = None
-        self._follow_base_model_field()
-        return base
-
     def train(self, mode: bool = True) -> "HubMixin":
         """As stock; a frozen base drops nothing out. Its layers stay in training mode, for gradient checkpointing."""
         super().train(mode)
@@ -252,11 +243,6 @@ class HubMixin:
     def _freeze_base(self) -> None:
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(name.startswith(PRUNER))
-
-    def print_trainable_parameters(self) -> None:
-        """Prints how many parameters are trained, of how many."""
-        every, trained = self.num_parameters(), self.num_parameters(only_trainable=True)
-        print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
 
     def push_to_hub(self, repo_id: str, **options):
         """As `learnpruner.hub_cards.push_pruner`, and returns the commit; as stock where that is not installed."""

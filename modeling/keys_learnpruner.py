@@ -141,10 +141,6 @@ class PrunedCache(DynamicCache):
         return tuple(getattr(layer, name) for layer in self.layers if getattr(layer, name) is not None) or None
 
 
-def is_pruned(cache: Cache | None) -> bool:
-    return isinstance(cache, PrunedCache)
-
-
 EDITED_CACHE = (
     "The layers of a pruned prompt's cache, or their keys, were replaced, sliced or copied into another cache: which "
     "tokens they stand for is lost. Edit a cache by its own methods (crop, reorder_cache, batch_select_indices, "
@@ -159,8 +155,7 @@ LOST_CACHE = (
 def check_cache(cache: Cache | None, given: Cache | None, call: PruningCall) -> None:
     """Raises `RuntimeError` unless, behind a pruned prompt and each step on its cache, the cache that came back is the
     one that was given, or that the stock model made. That each layer grew by its rows, the hooks see."""
-    expected = {
-        id(each.layers) for each in (given, call.cache) if each is not None and (call.decisions or is_pruned(given))
-    }
+    pruned = call.decisions or isinstance(given, PrunedCache)
+    expected = {id(each.layers) for each in (given, call.cache) if each is not None and pruned}
     if expected and (cache is not None or call.decisions) and expected != {id(getattr(cache, "layers", None))}:
         raise RuntimeError(LOST_CACHE)

@@ -58,9 +58,8 @@ class Gradients:
         if not (self.came or self.told) and any(hook() is None for hook in self.hooks):
             self.told = True
             logger.warning(
-                "The pruner is to be trained, and an earlier forward in training mode gave it no gradient. Does the "
-                "loss come from the model's outputs? To leave the pruner as it is, call "
-                "model.model.pruner.requires_grad_(False)."
+                "The pruner is to be trained, and an earlier training forward gave it no gradient: does the loss come "
+                "from the model's outputs? To leave it as it is, call model.model.pruner.requires_grad_(False)."
             )
         gates.register_hook(arrive)
         self.hooks.append(ref(arrive))

@@ -62,8 +62,7 @@ class Plan:
 class PruningCall:
     """What the classes with and without a head, and the hooks of the text model, share of one call."""
 
-    # No dataclass: FSDP2 and DataParallel copy those that they find among arguments. `soft` gates instead of cutting;
-    # `zero`, which depends on the pruner, gives it a gradient in training where nothing is to be gated.
+    # No dataclass: FSDP2 and DataParallel copy those. `soft` gates in place of cutting; `zero` depends on the pruner.
     def __init__(self, schedule: tuple[Cut, ...] = (), query_mask: torch.Tensor | None = None):
         self.schedule, self.query_mask, self.soft, self.zero = schedule, query_mask, False, None
         self.plan: Plan | None = None  # once the prompt was read and its images encoded

@@ -20,7 +20,7 @@ from .attention_learnpruner import GATED, GATES, HARD, RUN, Note, install_probe,
 from .compat_learnpruner import CACHE, DEEPSTACK_FEATURES, DEEPSTACK_WHERE, installed_names
 from .cuts_learnpruner import Cut, DecoderState, watching
 from .guards_learnpruner import refuse_prepared_mask
-from .keys_learnpruner import LOST_CACHE, PrunedCache, PrunedCacheLayer, is_pruned
+from .keys_learnpruner import LOST_CACHE, PrunedCache, PrunedCacheLayer
 from .plan_learnpruner import PruningCall
 from .prompt_learnpruner import send
 
@@ -224,7 +224,7 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     if call is not None and call.zero is not None:
         arguments["inputs_embeds"] = arguments["inputs_embeds"] + call.zero.to(arguments["inputs_embeds"])
     call = None if call is None or not call.acts else call
-    if call is None and not any(is_pruned(cache) for cache in (arguments.get(CACHE), *args)):
+    if call is None and not any(isinstance(given, PrunedCache) for given in (arguments.get(CACHE), *args)):
         return args, arguments
     if call is not None and not torch.compiler.is_compiling():
         for number, layer in enumerate(decoder.layers):
@@ -235,15 +235,17 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     if args:
         arguments = dict(zip(signature(decoder.forward).parameters, args)) | arguments
     cache, mask, inputs_embeds = (arguments.get(name) for name in (CACHE, "attention_mask", "inputs_embeds"))
-    if is_pruned(cache):
+    if isinstance(cache, PrunedCache):
         cache.check_edits()
     refuse_prepared_mask(mask)
     if call is not None:
         call.taken = True
-    if call is not None and call.soft:
-        return (), {**arguments, **_gate(decoder, call, mask, inputs_embeds)}
     if inputs_embeds is None:
         inputs_embeds = decoder.get_input_embeddings()(arguments.pop("input_ids"))
+    # The stock model hands a prepared mask on as it is, and makes none: each layer's comes from its hook or its gates.
+    prepared = inputs_embeds.new_zeros(1, 1, 1, 1)
+    if call is not None and call.soft:
+        return (), {**arguments, **_gate(decoder, call, mask, inputs_embeds.device), "attention_mask": prepared}
     where, features = (arguments.pop(name, None) for name in (DEEPSTACK_WHERE, DEEPSTACK_FEATURES))
     nothing = torch.zeros_like(inputs_embeds) if features else None
     added = [nothing.masked_scatter(where.unsqueeze(-1), feature.to(nothing)) for feature in features or ()]
@@ -251,24 +253,17 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
     run = Run(decoder, call, mask, inputs_embeds.shape[1], added)
     run.adopt(cache)
     own = {"inputs_embeds": inputs_embeds, CACHE: cache, "return_dict": True, RUN: run}
-    return (), {**arguments, **own, "attention_mask": _prepared(inputs_embeds)}
+    return (), {**arguments, **own, "attention_mask": prepared}
 
 
-def _prepared(inputs_embeds: torch.Tensor) -> torch.Tensor:
-    """A mask that the stock model hands on as it is, and makes none: each layer's comes from its hook or its gates."""
-    return inputs_embeds.new_zeros(1, 1, 1, 1)
-
-
-def _gate(decoder: nn.Module, call: PruningCall, mask: torch.Tensor | None, inputs_embeds: torch.Tensor) -> dict:
+def _gate(decoder: nn.Module, call: PruningCall, mask: torch.Tensor | None, device: torch.device) -> dict:
     """What the layers are given in training: the whole prompt, and gates."""
     for layer in (layer for layer in decoder.layers if layer.gradient_checkpointing):
         checkpoint = layer._gradient_checkpointing_func
         if not isinstance(checkpoint, partial) or checkpoint.func is not reach_keywords:
             layer._gradient_checkpointing_func = partial(reach_keywords, checkpoint)
-    gates, hard, device = call.plan.gates, call.plan.hard, inputs_embeds.device
-    gates = log_gates(gates.to(device), None if mask is None else mask.to(device))
-    own = {GATES: gates, GATED: call, "attention_mask": _prepared(inputs_embeds)}
-    return own if hard is None else {**own, HARD: hard.to(device)}
+    gates = log_gates(call.plan.gates.to(device), None if mask is None else mask.to(device))
+    return {GATES: gates, GATED: call, HARD: None if call.plan.hard is None else call.plan.hard.to(device)}
 
 
 def leave(decoder: nn.Module, args: tuple, arguments: dict, outputs) -> None:

@@ -22,7 +22,7 @@ from .data import PrunerCollator, load_samples
 from .fsdp import plain_class
 from .loading import load_model
 from .report import accuracy_lines, next_lines, where_lines
-from .runs import RECORD, is_finished, last_checkpoint
+from .runs import RECORD, count_parameters, is_finished, last_checkpoint
 from .trainer import PrunerTrainer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -146,7 +146,8 @@ def train(model: PrunerModelArguments, data: PrunerDataArguments, training: Prun
         )
     else:
         if trainer.is_world_process_zero():
-            trainer.model.print_trainable_parameters()
+            every, trained = count_parameters(trainer.model)
+            print(f"trainable params: {trained:,} || all params: {every:,} || trainable%: {100 * trained / every:.4f}")
         _say(training, f"Going on from {last}." if last else "The training begins.")
         trainer.train(resume_from_checkpoint=last)
         record = trainer.record()

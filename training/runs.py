@@ -3,16 +3,24 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
 from transformers import TrainerCallback
 
-from learnpruner.hub_learnpruner import RELATIVE, find_base
+from learnpruner.hub_learnpruner import RELATIVE, HubMixin, find_base
 
 # In each checkpoint, written last: what run it is of.
 RUN_FILE = "pruner_run.json"
 # Beside the finished pruner, written last: settings, cost and log.
 RECORD = "training.json"
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """How many parameters a model has, and how many of them are trained."""
+    parameters = [*model.parameters()]
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -60,3 +68,13 @@ class RunRecord(TrainerCallback):
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             record = {**self.trainer.run_settings(), "seconds": round(self.trainer.seconds(), 1)}
             (folder / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n")
+
+
+def leave_base(model: HubMixin) -> tuple[str | None, str | None]:
+    """From now on the model's checkpoints hold all weights. Returns the base that it had, and its revision."""
+    config, base = model.config, model.base
+    named = config.base_model_name_or_path, config.base_model_revision
+    model.base = replace(base, name=None, revision=None)
+    config.base_model_name_or_path = config.base_model_revision = None
+    model._follow_base_model_field()
+    return (base.name, base.revision) if named[0] is None else named

@@ -32,7 +32,7 @@ from .arguments import PrunerTrainingArguments
 from .checks import GradientCheck, check_precision
 from .fsdp import ShardedCheckpoints
 from .objectives import ArgmaxGate, TopKGate, budget_loss, with_gate
-from .runs import RunRecord, last_checkpoint, read_run
+from .runs import RunRecord, last_checkpoint, leave_base, read_run
 from .teacher import Encoded, SharingGate, at_answers, divergence, rows_to_teach, teacher_call, trains_tower
 
 # Of `Trainer.create_model_card`, which is not what makes the card here.
@@ -127,7 +127,7 @@ class PrunerTrainer(ShardedCheckpoints):
         elif not any(parameter.requires_grad for parameter in pruned.model.pruner.parameters()):
             raise ValueError("The adapters leave the pruner out: LoraConfig(..., modules_to_save=['pruner']).")
         else:
-            self._base = pruned.leave_base()
+            self._base = leave_base(pruned)
         if kwargs.get("compute_metrics") is None:
             kwargs |= {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
         with _as_adapter(pruned):

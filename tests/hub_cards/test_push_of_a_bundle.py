@@ -13,7 +13,6 @@ from transformers import AutoModel
 light, folder = sys.argv[1:]
 model = AutoModel.from_pretrained(light, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
-model.print_trainable_parameters()
 model.push_to_hub("user/by-bundle", private=True, commit_message="By the bundle")
 model.save_pretrained(folder, push_to_hub=True, repo_id="user/saved-by-bundle")
 """
@@ -24,7 +23,6 @@ def test_a_bundle_pushes_as_transformers_does(hub, light, tmp_path):
     command = [sys.executable, "-c", BUNDLE, str(light), str(tmp_path / "saved")]
     run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=settings, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert "trainable params: " in run.stdout
     for repo_id in ("user/by-bundle", "user/saved-by-bundle"):
         files = hub.files(repo_id)
         assert {"config.json", "model.safetensors", "hub_learnpruner.py"} <= set(files)

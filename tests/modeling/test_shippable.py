@@ -76,7 +76,7 @@ def test_the_bundle_can_be_read_in_one_sitting(families, before):
 @pytest.mark.parametrize("path", SHIPPABLE, ids=lambda path: path.name)
 def test_nothing_but_declarations_and_registration_at_import(path):
     for node in ast.parse(path.read_text()).body:
-        registration = isinstance(node, ast.Expr) and re.match(r"register_(key_conversion|probe)\(", ast.unparse(node))
+        registration = isinstance(node, ast.Expr) and re.match(r"AttentionInterface\.register\(", ast.unparse(node))
         docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         declaration = isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | ast.FunctionDef)
         assert registration or docstring or declaration or is_assignment_of_names(node), ast.unparse(node)

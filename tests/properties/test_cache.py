@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import DynamicCache
 
-from learnpruner.keys_learnpruner import PrunedCache, PrunedCacheLayer, is_pruned
+from learnpruner.keys_learnpruner import PrunedCache, PrunedCacheLayer
 
 from property_settings import PROPERTY
 
@@ -94,7 +94,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.append_text(length, flags, wanted=False)
 
     def pruned(self):
-        return is_pruned(self.cache)
+        return isinstance(self.cache, PrunedCache)
 
     def holds_keys(self):
         return self.talk.length > 0

@@ -437,14 +437,6 @@ def test_tensorboard(base, tmp_path):
     assert {"train/keep_rate", "train/gate_entropy", "train/loss"} <= tags
 
 
-def test_print_trainable_parameters(base, tmp_path, capsys):
-    model = trainer_for(base, tmp_path / "run").model
-    model.print_trainable_parameters()
-    pruner = sum(parameter.numel() for parameter in model.model.pruner.parameters())
-    everything = sum(parameter.numel() for parameter in model.parameters())
-    assert f"trainable params: {pruner:,} || all params: {everything:,}" in capsys.readouterr().out
-
-
 def test_no_samples(base, tmp_path):
     model = LearnPrunerForConditionalGeneration.from_pretrained(base)
     arguments = PrunerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
