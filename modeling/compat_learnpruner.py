@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import GenerationMixin, LlamaModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import ModelOutput, logging
 
 logger = logging.get_logger(__name__)
@@ -46,7 +47,8 @@ DEEPSTACK_WHERE, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embe
 
 
 def check_transformers() -> None:
-    """Raises `ImportError` where transformers is too old or lacks a name of this file; warns where it is untested."""
+    """Raises `ImportError` where transformers is too old or lacks a name of this file, `ValueError` under DeepSpeed's
+    ZeRO-3, whose parameters are parts: loading could check none of them. Warns where transformers is untested."""
     installed = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST_TESTED))
     if installed < OLDEST:
@@ -58,6 +60,8 @@ def check_transformers() -> None:
             f"transformers {transformers.__version__} has no {', '.join(missing)}, which learnpruner builds on: run "
             f"`pip install -U learnpruner`, or install transformers {newest}."
         )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("LearnPruner does not run under DeepSpeed's ZeRO-3: use ZeRO-2, or FSDP2 for a large base.")
     if installed > NEWEST_TESTED:
         logger.warning_once(
             f"learnpruner was tested up to transformers {newest} and runs on {transformers.__version__}. Run "

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import is_torchdynamo_exporting
 
@@ -78,12 +77,6 @@ def refuse_training(schedule: tuple[Cut, ...], text_config: PreTrainedConfig, ca
             f"Training weighs vision tokens in the attention, which {text_config._attn_implementation!r} cannot: load "
             "the model with attn_implementation='sdpa'. Evaluation and generation run on any backend."
         )
-
-
-def refuse_zero3() -> None:
-    """Raises `ValueError` under DeepSpeed's ZeRO-3, whose parameters are parts: loading could check none of them."""
-    if is_deepspeed_zero3_enabled():
-        raise ValueError("LearnPruner does not run under DeepSpeed's ZeRO-3: use ZeRO-2, or FSDP2 for a large base.")
 
 
 def refuse_tensor_parallelism(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput, can_return_tuple, is_torchdynamo_exp
 from .compat_learnpruner import CACHE, TEXT_MODELS, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
 from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
-from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache, refuse_training, refuse_zero3
+from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache, refuse_training
 from .keys_learnpruner import check_cache
 from .plan_learnpruner import PruningCall, make_plan
 from .prompt_learnpruner import MODALITIES, Prompt
@@ -138,7 +138,6 @@ class PrunedModelMixin:
 
     def _add_pruner(self) -> None:
         check_transformers()
-        refuse_zero3()
         text_type = self.config.text_config.model_type
         if text_type not in TEXT_MODELS:
             raise ValueError(f"Pruning runs over the text models {TEXT_MODELS}; this checkpoint has {text_type!r}.")
