@@ -110,6 +110,10 @@ trl: .venv/installed
 	.venv/bin/python benchmarks/with_trl.py grpo
 	.venv/bin/python benchmarks/with_trl.py render --into training/README.md
 
+# The code in the folders of the shipped pruners, as it is today.
+shipped-code: .venv/installed
+	.venv/bin/python examples/easy_vqa/copy_code.py
+
 # Lines of code that ship with a checkpoint of each family, before the layer hooks and at the last commit.
 bundle-lines: .venv/installed
 	.venv/bin/python benchmarks/bundle_lines.py --before dd21d86 --output benchmarks/results/bundle_lines.json \

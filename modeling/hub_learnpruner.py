@@ -135,7 +135,7 @@ class HubMixin:
         stock = cls.config_class.is_stock(read, path)
         named, base = read.get("base_model_name_or_path"), kwargs.pop("base_model_name_or_path", None)
         revision = kwargs.pop("base_model_revision", read.get("base_model_revision") if base in (None, named) else None)
-        base = None if path is None else base or find_base(path, named, place.get("subfolder", ""))
+        base = None if path is None else base or find_base(path, named and str(named), place.get("subfolder", ""))
         ours = {"base_model_name_or_path": base, "base_model_revision": base and revision}
         if given:
             config = cls.config_class.from_base_config(config) if stock else deepcopy(config)

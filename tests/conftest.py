@@ -29,6 +29,9 @@ def pytest_report_header():
     return f"transformers {transformers.__version__}, torch {torch.__version__}"
 
 
+LEVEL = logging.getLogger("learnpruner").level
+
+
 class FailOnDeprecation(logging.Handler):
     """transformers announces removals in its log; what it announces of our calls breaks in a later release."""
 
@@ -48,8 +51,7 @@ def _no_deprecations():
 
 @pytest.fixture(autouse=True)
 def _log_level():
-    """A command may quiet the package's log, in the process that it runs in."""
-    logger = logging.getLogger("learnpruner")
-    level = logger.level
+    """A command may quiet the package's log, in the process that it runs in; a fixture of a module, before any test."""
+    logging.getLogger("learnpruner").setLevel(LEVEL)
     yield
-    logger.setLevel(level)
+    logging.getLogger("learnpruner").setLevel(LEVEL)

@@ -154,7 +154,7 @@ def test_training_forward(family, checkpointing, base):
     entropy = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
     assert outputs.loss.item() == pytest.approx(entropy.item(), rel=1e-5)
     # The first cut's count, by hand, of each image; structure is no patch.
-    for image, size, gates in zip(read[0], [image_tokens(family, 32, 32)] * 3, gates_of(model, batch)):
+    for image, size, gates in zip(read[-1], [image_tokens(family, 32, 32)] * 3, gates_of(model, batch)):
         first, _ = oracles.keep_counts(size, 0.3, LAYERS, model.config.pruner_layer, 3.0)
         assert len(gates) == int((~image[:size].isnan().any(-1)).sum())
         assert gates.sum().item() == pytest.approx(min(first, len(gates)), abs=1e-3)
