@@ -81,7 +81,7 @@ EAGER, INDUCTOR = ({"backend": "eager"}, 0.0), ({}, 1e-4)
     ("family", "how", "backend"),
     [
         ("llava", "function", EAGER),
-        ("llava", "method", EAGER),
+        pytest.param("llava", "method", EAGER, marks=SLOW),
         pytest.param("qwen2_vl", "function", EAGER, marks=SLOW),
         pytest.param("qwen2_vl", "method", EAGER, marks=SLOW),
         pytest.param("llava", "function", INDUCTOR, marks=SLOW),

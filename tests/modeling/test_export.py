@@ -21,8 +21,11 @@ def export(model, inputs, strict, **arguments):
     return torch.export.export(model, (), given, strict=strict).module()(**given).logits
 
 
-@HOW
-@pytest.mark.parametrize("by", ["configuration", "argument"])
+@pytest.mark.parametrize(
+    ("by", "strict"),
+    [("configuration", False), ("argument", False), ("argument", True)]
+    + [pytest.param("configuration", True, marks=pytest.mark.slow)],
+)
 def test_unpruned(by, strict):
     stock, pruned = tiny_pair("llava", pruner_ratio=0.4 if by == "argument" else 1.0)
     inputs = build_inputs("llava", samples_of("one", "llava"))
@@ -44,8 +47,11 @@ def test_where_the_stock_class_exports(family, strict):
         export(pruned, images, strict)
 
 
-@HOW
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "strict"),
+    [(family, False) for family in FAMILIES]
+    + [("llava", True), *(pytest.param(family, True, marks=pytest.mark.slow) for family in FAMILIES[1:])],
+)
 def test_text_alone(family, strict):
     stock, pruned = tiny_pair(family)
     inputs = build_inputs(family, [[6]])

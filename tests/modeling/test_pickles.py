@@ -53,7 +53,9 @@ def test_outputs_and_schedules(family):
         assert torch.equal(model(**inputs, schedule=schedule)[0], outputs[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen2_vl", *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1::2])]
+)
 def test_a_spawned_process(family):
     stock, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("padded", family))
