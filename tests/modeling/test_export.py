@@ -23,8 +23,12 @@ def export(model, inputs, strict, **arguments):
 
 @pytest.mark.parametrize(
     ("by", "strict"),
-    [("configuration", False), ("argument", False), ("argument", True)]
-    + [pytest.param("configuration", True, marks=pytest.mark.slow)],
+    [
+        ("configuration", False),
+        ("argument", False),
+        ("argument", True),
+        pytest.param("configuration", True, marks=pytest.mark.slow),
+    ],
 )
 def test_unpruned(by, strict):
     stock, pruned = tiny_pair("llava", pruner_ratio=0.4 if by == "argument" else 1.0)
