@@ -218,13 +218,14 @@ class PrunedModelMixin:
 
     def trains_pruner(self) -> bool:
         """Whether the pruner is to be trained: then a call gates its vision tokens in place of cutting them."""
-        parameters = [*self.pruner.parameters()]
-        if self.training and not parameters:
+        if not self.training:  # at once: each decoded token asks
+            return False
+        if not (parameters := [*self.pruner.parameters()]):
             raise ValueError("The pruner has no parameters of its own: with FSDP1, pass use_orig_params=True.")
         # PEFT freezes what it switches off, for a policy's reference: it is the same kind of model as the policy.
         if not any(getattr(module, "disable_adapters", False) for module in self.pruner.modules()):
             self.gradients.wanted = any(parameter.requires_grad for parameter in parameters)
-        return self.training and self.gradients.wanted
+        return self.gradients.wanted
 
     def _replicate_for_data_parallel(self):
         replica = super()._replicate_for_data_parallel()

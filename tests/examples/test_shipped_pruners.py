@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from copy_code import PROCESSOR
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from learnpruner.hub_learnpruner import AUTO_CLASSES
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "easy_vqa"
 MODELING = Path(__file__).parents[2] / "modeling"
-PROCESSOR = ("processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 # A pruner, its base, and its processor's code, if it has any.
 SHIPPED = {"learnpruner-tiny-llava": (), "learnpruner-tiny-qwen2-vl": ("processing_tiny_qwen2_vl.py",)}
 
