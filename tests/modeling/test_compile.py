@@ -100,7 +100,8 @@ def test_training(family, how, backend):
         assert (gradients[name] - gradient).abs().max() <= bound * max(1, gradient.abs().max()), name
 
 
-@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=SLOW)])
+@SLOW
+@TWO
 def test_generate_of_a_compiled_model(family):
     _, model = tiny_pair(family)
     inputs = build_inputs(family, samples_of("padded", family))

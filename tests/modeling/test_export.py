@@ -26,8 +26,7 @@ def export(model, inputs, strict, **arguments):
     [
         ("configuration", False),
         ("argument", False),
-        ("argument", True),
-        pytest.param("configuration", True, marks=pytest.mark.slow),
+        *(pytest.param(by, True, marks=pytest.mark.slow) for by in ("argument", "configuration")),
     ],
 )
 def test_unpruned(by, strict):

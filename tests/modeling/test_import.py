@@ -18,7 +18,6 @@ from tiny_models import FAMILIES, PRUNED, tiny_pair
 
 pytestmark = pytest.mark.core
 AUTOS = (AutoModel, AutoModelForImageTextToText)
-BUILDS_ON = {"llava_next": "llava", "qwen2_5_vl": "qwen2_vl"}
 PACKAGE = Path(learnpruner.__file__)
 
 LOADED = """
@@ -51,19 +50,33 @@ def test_the_import_loads_nothing_that_takes_long():
     }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_class_loads_its_family_and_what_it_builds_on(family):
-    loaded = families_in(modules_after(f"from learnpruner import {PRUNED[family].__name__}"))
-    assert loaded == {f"learnpruner_{name}" for name in (family, BUILDS_ON.get(family, family))}
-
-
-def test_the_factory_and_the_auto_classes_load_one_family(tmp_path):
-    tiny_pair("llava")[1].save_pretrained(tmp_path)
-    for code in (
-        "from learnpruner import LearnPrunerForConditionalGeneration as Auto; Auto.from_pretrained(sys.argv[1])",
-        "from transformers import AutoModel; import learnpruner; AutoModel.from_pretrained(sys.argv[1])",
-    ):
-        assert families_in(modules_after(f"import sys; {code}", tmp_path)) == {"learnpruner_llava"}
+def test_what_is_used_loads_its_family(tmp_path):
+    """A class, the factory, an Auto class and a pickle, one after the other in one process: each loads its own file, and none the
+    others'."""
+    for family in ("llava", "qwen2_vl"):
+        tiny_pair(family)[1].save_pretrained(tmp_path / family)
+    (tmp_path / "pickle").write_bytes(pickle.dumps(PRUNED["qwen2_5_vl"]))
+    code = """
+import pickle, sys
+from pathlib import Path
+import learnpruner
+from transformers import AutoModel
+folder = Path(sys.argv[1])
+for use in (
+    lambda: AutoModel.from_pretrained(folder / "llava"),
+    lambda: learnpruner.LearnPrunerLlavaNextForConditionalGeneration,
+    lambda: learnpruner.LearnPrunerForConditionalGeneration.from_pretrained(folder / "qwen2_vl"),
+    lambda: pickle.loads((folder / "pickle").read_bytes()),
+):
+    before = set(sys.modules)
+    use()
+    print("NEW", *(name for name in sys.modules if name.startswith("learnpruner.modeling_") and name not in before))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    new = [line.split()[1:] for line in run.stdout.splitlines() if line.startswith("NEW")]
+    assert new == [[f"learnpruner.modeling_learnpruner_{family}"] for family in FAMILIES]
 
 
 def test_every_public_name_is_there():
@@ -151,15 +164,14 @@ def test_the_registered_class_passes_for_the_family(auto, family):
         assert type(model) is cls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_classes_and_configurations_come_out_of_a_pickle_in_another_process(family, tmp_path):
-    config = tiny_pair(family)[1].config
-    (tmp_path / "pickle").write_bytes(pickle.dumps((PRUNED[family], config)))
+def test_classes_and_configurations_come_out_of_a_pickle_in_another_process(tmp_path):
+    pairs = [(PRUNED[family], tiny_pair(family)[1].config) for family in FAMILIES]
+    (tmp_path / "pickle").write_bytes(pickle.dumps(pairs))
     code = """
 import pickle, sys
-cls, config = pickle.load(open(sys.argv[1], "rb"))
-assert type(config) is cls.config_class
 from transformers import AutoModel
-assert type(AutoModel.from_config(config)) is cls
+for cls, config in pickle.load(open(sys.argv[1], "rb")):
+    assert type(config) is cls.config_class
+    assert type(AutoModel.from_config(config)) is cls
 """
-    assert f"learnpruner_{family}" in families_in(modules_after(code, tmp_path / "pickle"))
+    assert families_in(modules_after(code, tmp_path / "pickle")) == {f"learnpruner_{family}" for family in FAMILIES}

@@ -101,7 +101,9 @@ def state_of(folder):
     return {str(path): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("settings", [[], ["--save_strategy", "no"], ["--relative_base"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "settings", [[], pytest.param(["--save_strategy", "no"], marks=pytest.mark.slow), ["--relative_base"]], ids=" ".join
+)
 def test_a_finished_run_trains_nothing(settings, folder, capsys, monkeypatch):
     many(folder)
     command = ["train", str(folder / "config.yaml"), "--max_steps", "4", "--eval_data", str(folder / "data.json")]
@@ -122,7 +124,13 @@ def test_a_finished_run_trains_nothing(settings, folder, capsys, monkeypatch):
     assert state_of(folder / "out") == before
 
 
-@pytest.mark.parametrize("best", [[], ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "1"]])
+@pytest.mark.parametrize(
+    "best",
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        ["--load_best_model_at_end", "--eval_strategy", "steps", "--eval_steps", "1"],
+    ],
+)
 def test_a_run_that_was_killed_behind_its_last_step(best, folder, monkeypatch):
     """The pruner is written, and what is written is what was trained."""
     many(folder)
@@ -232,7 +240,7 @@ def test_what_it_records(folder, capsys):
     assert LearnPrunerForConditionalGeneration.from_pretrained(folder / "elsewhere" / "deep" / "out")
 
 
-@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("after", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_killed_run_goes_on(after, folder):
     """Killed as soon as so many checkpoints have been begun: the weights are the uninterrupted run's."""
     arguments = ["train", str(folder / "config.yaml"), "--max_steps", "4", "--output_dir"]
@@ -250,7 +258,7 @@ def test_a_killed_run_goes_on(after, folder):
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("objective", ["default", "paper"])
+@pytest.mark.parametrize("objective", ["default", pytest.param("paper", marks=pytest.mark.slow)])
 def test_two_processes_are_one_batch(objective, folder):
     """Data parallel over two processes, one of them with a longer text alone in each step: as one process with both.
 

@@ -150,6 +150,7 @@ def test_adapters_by_the_command(folder, capsys):
     assert "is of another run (r 4, not 8" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bfloat16_by_the_command(folder):
     """A base in bfloat16 and a pruner in float32, trained and saved."""
     assert main(["train", str(folder / "config.json"), "--bf16"]) == 0
