@@ -225,6 +225,8 @@ class PrunedModelMixin:
         # PEFT freezes what it switches off, for a policy's reference: it is the same kind of model as the policy.
         if not any(getattr(module, "disable_adapters", False) for module in self.pruner.modules()):
             self.gradients.wanted = any(parameter.requires_grad for parameter in parameters)
+        if self.gradients.wanted and parameters[0].is_meta:
+            raise ValueError("The pruner is offloaded and cannot be trained: model.model.pruner.requires_grad_(False).")
         return self.gradients.wanted
 
     def _replicate_for_data_parallel(self):
