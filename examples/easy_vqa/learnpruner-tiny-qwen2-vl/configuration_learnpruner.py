@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 __version__ = "0.2.0.dev0"
 
@@ -87,6 +88,12 @@ class PrunerConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     learnpruner_version: str = __version__
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "model_type" in vars(cls):  # `transformers serve --trust-remote-code` looks for the type and the class here
+            model_class = cls.__name__.replace("Config", "ForConditionalGeneration")
+            MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[cls.model_type] = model_class
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
