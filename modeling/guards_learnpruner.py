@@ -100,15 +100,14 @@ def refuse_generation(generation_config: GenerationConfig, attention_mask: torch
 
 def refuse_lost_cache(arguments: dict) -> None:
     """Raises `ValueError` where rows of earlier calls are gone: no cache came, or a copy of what a pruned one held."""
-    mask, prompt = arguments.get("attention_mask"), arguments.get("input_ids")
-    prompt = arguments.get("inputs_embeds") if prompt is None else prompt
+    mask, cache, ids = map(arguments.get, ("attention_mask", CACHE, "input_ids"))
+    prompt = arguments.get("inputs_embeds") if ids is None else ids
     plain = isinstance(mask, torch.Tensor) and mask.dim() == 2 and prompt is not None
-    if plain and arguments.get(CACHE) is None and mask.shape[1] > prompt.shape[1]:
+    if plain and cache is None and mask.shape[1] > prompt.shape[1]:
         raise ValueError(
             f"attention_mask has {mask.shape[1]} columns for {prompt.shape[1]} tokens, and no cache came that holds "
             f"the others: pass the cache of the previous call as {CACHE}."
         )
-    cache = arguments.get(CACHE)
     if isinstance(cache, DynamicCache) and not isinstance(cache, PrunedCache):
         held = {layer.keys.shape[-2] for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized}
         if len(held) > 1 or any(isinstance(layer, PrunedCacheLayer) for layer in cache.layers):

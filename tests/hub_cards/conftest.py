@@ -55,6 +55,14 @@ class Answer:
     trace: str = field(default="", repr=False)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _gradio_folder(tmp_path_factory):
+    """Gradio copies pictures into a folder of its own, which would stay."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def hub():
     return FakeHub()

@@ -288,26 +288,6 @@ def test_autocast_does_not_round_the_scores(family):
     assert len(outputs.vision_scores[1].unique()) > 8
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_offloaded_weights(family, tmp_path):
-    """accelerate's device map, with the language model on disk."""
-    stock, pruned = tiny_pair(family)
-    stock.save_pretrained(tmp_path / "stock")
-    parts = ["vision_tower", "multi_modal_projector", "pruner"] + ["image_newline"] * (family == "llava_next")
-    parts = ["visual", "pruner"] if family in QWEN else parts
-    device_map = {f"model.{part}": "cpu" for part in parts} | {"model.language_model": "disk", "lm_head": "cpu"}
-    models = [
-        type(pruned).from_pretrained(tmp_path / "stock", pruner_ratio=0.4),
-        type(pruned).from_pretrained(
-            tmp_path / "stock", pruner_ratio=0.4, device_map=device_map, offload_folder=tmp_path / "offload"
-        ),
-    ]
-    models[1].model.pruner.load_state_dict(models[0].model.pruner.state_dict())
-    inputs = build_inputs(family, samples_of("mixed", family))
-    one, other = (model.generate(**inputs, max_new_tokens=6, do_sample=False) for model in models)
-    assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize(("family", "batch"), with_videos(("mixed",)))
 def test_counts_do_not_depend_on_the_pixels(family, batch):
     """Invariant 6: counts follow from configuration, token ids and grids alone."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig, LlavaNextConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES as SERVED
 
 __version__ = "0.2.0.dev0"
 
@@ -70,7 +71,8 @@ class PrunerConfig:
             cut, or all where it has fewer; the second keeps no fewer of a sample's images together. Raises the mean.
         pruner_query (`"all"` or `"last"`, defaults to `"all"`): Text rows whose attention decides the second cut.
         pruner_hidden_size (`int`, defaults to 512): Width of the learned module's hidden layer.
-        pruner_trained (`bool`, defaults to `False`): Whether the learned module has seen a training step.
+        pruner_trained (`bool`, defaults to `False`): Whether the learned module got a gradient in training. Whether an
+            optimizer's step followed is not asked: fused ones leave no sign of it on the host.
         base_model_name_or_path, base_model_revision (`str`, *optional*): In a pruner-only checkpoint, the model with
             every weight but the pruner's, and its revision on the Hub.
         learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.
@@ -87,6 +89,11 @@ class PrunerConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     learnpruner_version: str = __version__
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if "model_type" in vars(cls):  # `transformers serve --trust-remote-code` looks for the type and the class there
+            SERVED[cls.model_type] = cls.__name__.replace("Config", "ForConditionalGeneration")
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -32,8 +32,7 @@ def open_blocks() -> tuple[tuple[nn.Module, Schedule], ...]:
 
 def mark_trained(model: nn.Module, state_dict: dict, prefix: str, *_) -> None:
     """A pruner that comes with a state dict, a resumed one's or an adapter's, was trained."""
-    if any(name.startswith(f"{prefix}pruner.") for name in state_dict):
-        model.config.pruner_trained = True
+    model.config.pruner_trained |= any(name.startswith(f"{prefix}pruner.") for name in state_dict)
 
 
 class Gradients:
@@ -49,7 +48,7 @@ class Gradients:
     @torch.compiler.disable
     def expect(self, gates: torch.Tensor, config: PreTrainedConfig) -> None:
         """Marks `config` as trained as soon as `gates` get a gradient. Warns where those of an earlier call never got
-        one, nor will: their hooks live as long as the graph that they belong to."""
+        one, nor will: their hooks live as long as the graph that they belong to, or an output that is kept."""
 
         def arrive(gradient: torch.Tensor) -> None:
             self.came = config.pruner_trained = True
@@ -225,6 +224,8 @@ class PrunedModelMixin:
         # PEFT freezes what it switches off, for a policy's reference: it is the same kind of model as the policy.
         if not any(getattr(module, "disable_adapters", False) for module in self.pruner.modules()):
             self.gradients.wanted = any(parameter.requires_grad for parameter in parameters)
+        if self.gradients.wanted and parameters[0].is_meta:
+            raise ValueError("The pruner is offloaded and cannot be trained: model.model.pruner.requires_grad_(False).")
         return self.gradients.wanted
 
     def _replicate_for_data_parallel(self):
@@ -273,9 +274,7 @@ class PrunedModelMixin:
                 )
         outputs = super().forward(**stock, return_dict=True)
         if call.acts and not call.taken:
-            raise RuntimeError(
-                "The text model has no hooks, so nothing was cut: call install_hooks (rows_learnpruner) on it."
-            )
+            raise RuntimeError("The text model has no hooks, so nothing was cut: run install_hooks (rows_learnpruner).")
         return outputs
 
 
