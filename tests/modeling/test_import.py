@@ -51,8 +51,8 @@ def test_the_import_loads_nothing_that_takes_long():
 
 
 def test_what_is_used_loads_its_family(tmp_path):
-    """A class, the factory, an Auto class and a pickle, one after the other in one process: each loads its own file, and none the
-    others'."""
+    """An Auto class, a class, the factory and a pickle, one after the other in one process: each loads its own file
+    alone."""
     for family in ("llava", "qwen2_vl"):
         tiny_pair(family)[1].save_pretrained(tmp_path / family)
     (tmp_path / "pickle").write_bytes(pickle.dumps(PRUNED["qwen2_5_vl"]))
