@@ -100,11 +100,12 @@ def test_edits_are_refused(family, batch, edit):
 def test_edits_are_refused_in_generate(family):
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("one", family))
+    answer, other = pruned.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True), pruned(**inputs)[CACHE]
+    ids = torch.cat([answer.sequences, torch.tensor([[7, 8]])], dim=1)
     for edit in EDITS.values():
-        cache = pruned.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
-        ids = torch.cat([cache.sequences, torch.tensor([[7, 8]])], dim=1)
+        edited = edit(copy.deepcopy(answer[CACHE]), copy.deepcopy(other))
         with pytest.raises(ValueError, match="fresh cache"):
-            pruned.generate(ids, **{CACHE: edit(cache[CACHE], pruned(**inputs)[CACHE])}, max_new_tokens=2)
+            pruned.generate(ids, **{CACHE: edited}, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
