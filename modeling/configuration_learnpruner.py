@@ -70,7 +70,8 @@ class PrunerConfig:
             cut, or all where it has fewer; the second keeps no fewer of a sample's images together. Raises the mean.
         pruner_query (`"all"` or `"last"`, defaults to `"all"`): Text rows whose attention decides the second cut.
         pruner_hidden_size (`int`, defaults to 512): Width of the learned module's hidden layer.
-        pruner_trained (`bool`, defaults to `False`): Whether the learned module has seen a training step.
+        pruner_trained (`bool`, defaults to `False`): Whether the learned module has seen a training step. Until then
+            the first cut is training-free: the encoder's features alone rank.
         base_model_name_or_path, base_model_revision (`str`, *optional*): In a pruner-only checkpoint, the model with
             every weight but the pruner's, and its revision on the Hub.
         learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.

@@ -17,7 +17,17 @@ from .attention_learnpruner import Attended
 from .budget_learnpruner import keep_counts
 from .configuration_learnpruner import check_pruner_field
 from .prompt_learnpruner import MODALITIES, Prompt, send
-from .scores_learnpruner import attention_received, rank, soft_top_k, top_k, top_k_with_diversity
+from .scores_learnpruner import (
+    attention_received,
+    distance_to_mean,
+    rank,
+    soft_top_k,
+    top_k,
+    top_k_with_diversity,
+)
+
+# Of the first cut, as long as the pruner is not trained: the share of R1 that goes to diversity.
+UNTRAINED_DIVERSITY = 0.5
 
 
 @dataclass
@@ -145,10 +155,23 @@ class Schedule(Protocol):
 
 
 @dataclass(unsafe_hash=True)
-class LearnedScore:
-    """Stage 1 of LearnPruner: the LPM's keep-minus-drop logit, top-k with diversity, per image."""
+class TrainingFreeScore:
+    """The first cut of a pruner that is not trained yet: distance of a token's features from the mean of its image's,
+    top-k with diversity, per image."""
 
     diversity: float
+
+    def __call__(self, images: EncodedImages) -> torch.Tensor:
+        return distance_to_mean(images.features, images.present)
+
+    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
+        with torch.autocast(scores.device.type, enabled=False):
+            return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
+
+
+@dataclass(unsafe_hash=True)
+class LearnedScore(TrainingFreeScore):
+    """Stage 1 of LearnPruner: the LPM's keep-minus-drop logit, top-k with diversity, per image."""
 
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         return images.model.pruner(images.features)
@@ -162,10 +185,6 @@ class LearnedScore:
         """What `gates` stand for, `(patches,)` bool each, if the forward is to run on that and the gradient to go
         through the gates (straight-through)."""
         return None
-
-    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
-        with torch.autocast(scores.device.type, enabled=False):
-            return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
 
 
 @dataclass(unsafe_hash=True)

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import logging
 
-from .cuts_learnpruner import Cut, EncodedImages
+from .cuts_learnpruner import UNTRAINED_DIVERSITY, Cut, EncodedImages, LearnedScore, TrainingFreeScore
 from .prompt_learnpruner import MODALITIES, Prompt
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -122,12 +125,19 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     if cut.unit == "sample":
         images = images.by_sample()
         wanted = [counts[owner][2] for owner in images.owners]
-    scores = cut.score(images).to(images.features.device)
+    score = cut.score
+    if isinstance(score, LearnedScore) and not (model.config.pruner_trained or call.soft):
+        logger.warning_once(
+            "The pruner is not trained yet. Until it is, the first cut is training-free: it ranks vision tokens by the "
+            "vision encoder's features alone. To train the pruner, call model.train_pruner_only() and run a Trainer."
+        )
+        score = TrainingFreeScore(UNTRAINED_DIVERSITY)
+    scores = score(images).to(images.features.device)
     plan.scores = images.to_prompt(scores, plan.scores)
     if call.soft:
         _gate(plan, images, scores, wanted)
         return outputs
-    chosen = cut.score.select(scores.masked_fill(images.ending(last), torch.inf), images, wanted)
+    chosen = score.select(scores.masked_fill(images.ending(last), torch.inf), images, wanted)
     plan.kept = images.to_prompt(chosen, torch.zeros_like(vision))
     return outputs if cut.merge is None else _merge(cut, images, chosen)
 
