@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import logging
 
 from .cuts_learnpruner import UNTRAINED_DIVERSITY, Cut, EncodedImages, LearnedScore, TrainingFreeScore
-from .prompt_learnpruner import MODALITIES, Prompt
+from .prompt_learnpruner import MODALITIES, Prompt, send
 
 logger = logging.get_logger(__name__)
 
@@ -164,5 +164,7 @@ def _gate(plan: Plan, images: EncodedImages, scores: torch.Tensor, counts: list[
     rows = torch.ones_like(scores).masked_scatter(patch, torch.cat(gates))
     plan.gates = images.to_prompt(rows, torch.ones_like(plan.scores))
     if (hard := score.harden(gates, shares)) is not None:
-        rows = images.present.masked_scatter(patch, torch.cat(hard))
+        # As at the cut, structure leaves before any patch does.
+        whole = send([share == 1 for share in shares], patch.device).unsqueeze(1)
+        rows = (images.present & whole).masked_scatter(patch, torch.cat(hard))
         plan.hard = images.to_prompt(rows, torch.ones_like(plan.vision))
