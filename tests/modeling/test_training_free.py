@@ -1,5 +1,7 @@
 """The first cut of a pruner that is not trained yet: the encoder's features alone choose. All invariants hold."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,8 +9,8 @@ import transformers
 
 from learnpruner import Cut, LearnedScore
 from learnpruner.compat_learnpruner import CACHE
-from learnpruner.cuts_learnpruner import UNTRAINED_DIVERSITY
-from learnpruner.scores_learnpruner import distance_to_mean
+from learnpruner.cuts_learnpruner import TrainingFreeScore
+from learnpruner.plan_learnpruner import UNTRAINED_DIVERSITY
 
 from host_waits import Waits
 from oracles import masked
@@ -94,19 +96,34 @@ def test_no_weight_of_the_pruner_chooses(family):
     assert not pruned(**inputs, schedule=(cut,)).vision_scores[0].isnan().all()
 
 
-def test_it_does_not_depend_on_the_length_of_features_or_on_padding():
-    features = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_float32_and_of_what_is_present(dtype):
+    """Structure takes no part, nor what a smaller image is filled up with, whatever stands there."""
+    features = torch.randn(2, 9, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
     features[0, 3] = torch.nan
     present = torch.ones(2, 9, dtype=torch.bool)
     present[1, 6:] = False
-    scores = distance_to_mean(features, present)
+    scores = TrainingFreeScore(0.5)(SimpleNamespace(features=features, present=present))
     assert scores.dtype == torch.float32
-    assert scores.isnan().nonzero().tolist() == [[0, 3], [1, 6], [1, 7], [1, 8]]
-    assert torch.allclose(distance_to_mean(1e3 * features, present), scores, atol=1e-5, equal_nan=True)
-    assert torch.allclose(distance_to_mean(features[1:, :6], present[1:, :6]), scores[1:, :6], atol=1e-6)
-    half = distance_to_mean(features.bfloat16(), present)
-    assert torch.equal(half.isnan(), scores.isnan())
-    assert half.dtype == torch.float32
+    assert scores[present].isnan().nonzero().tolist() == [[3]]
+    for row, ok in zip(range(2), (torch.arange(9) != 3, present[1])):
+        mean = features[row, ok].double().mean(0)
+        expected = 1 - F.cosine_similarity(features[row, ok].double(), mean.expand(int(ok.sum()), -1))
+        assert torch.allclose(scores[row, ok].double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_choice_of_the_whole_sample(family):
+    """The mean is then one of all images of the sample."""
+    _, pruned = untrained(family)
+    inputs = build_inputs(family, samples_of("mixed", family))
+    cut = Cut(0, lambda tokens: tokens // 2, LearnedScore(0.0), unit="sample")
+    outputs = pruned(**inputs, schedule=(cut,))
+    features = part_features(pruned, inputs)["image"]
+    for row, parts in ((0, features[:1]), (1, features[1:])):
+        at = pruned.model.vision_kinds(inputs["input_ids"], None)[row] == 1
+        scores, _ = chosen_by_hand(torch.cat(parts), 1, 0.0)
+        assert torch.allclose(outputs.vision_scores[0][row, at].double(), scores, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

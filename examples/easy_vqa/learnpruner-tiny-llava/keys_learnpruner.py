@@ -20,9 +20,7 @@ class PrunedCacheLayer(DynamicLayer):
         self.num_pruned = 0  # logical minus physical length
         self.prefix_length = 0  # physical length at the last cut; behind it, each key is one of the last tokens seen
         self.prefix_valid = None  # (batch, prefix_length), bool: False at padding; None: all valid
-        self.head_valid = (
-            None  # (batch, kv_heads, prefix_length), bool: what each head kept; None: what the layer holds
-        )
+        self.head_valid = None  # (batch, kv_heads, prefix_length), bool: what each head kept; None: what is held
         self.history = ()  # for each pruned prompt, how many cuts came before this layer
         # What the cut right before this layer decided, each (batch, sequence), in the caller's coordinates.
         self.kept_mask = self.vision_scores = None

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import logging
 
-from .cuts_learnpruner import UNTRAINED_DIVERSITY, Cut, EncodedImages, LearnedScore, TrainingFreeScore
-from .prompt_learnpruner import MODALITIES, Prompt
+from .cuts_learnpruner import Cut, EncodedImages, LearnedScore, TrainingFreeScore
+from .prompt_learnpruner import MODALITIES, Prompt, send
 
 logger = logging.get_logger(__name__)
+UNTRAINED_DIVERSITY = 0.5  # the share of the first cut that goes to diversity while the pruner is not trained
 
 
 @dataclass
@@ -108,10 +109,7 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     vision, outputs = prompt.kinds > 0, arguments["mm_encoder_outputs"]
     call.query_mask = None if call.query_mask is None else call.query_mask.bool()
     if call.query_mask is not None and call.query_mask.shape != vision.shape:
-        raise ValueError(
-            f"query_mask has the shape {tuple(call.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it marks "
-            "rows of the prompt, (batch, sequence)."
-        )
+        raise ValueError(f"query_mask has the shape {[*call.query_mask.shape]}, not the prompt's, {[*vision.shape]}.")
     images = EncodedImages.of(model, arguments, prompt, call.query_mask)
     kept, counts = count_rows(call.schedule, images)
     columns = torch.arange(vision.shape[1], device=vision.device).expand_as(vision)
@@ -128,8 +126,8 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     score = cut.score
     if isinstance(score, LearnedScore) and not (model.config.pruner_trained or call.soft):
         logger.warning_once(
-            "The pruner is not trained yet. Until it is, the first cut is training-free: it ranks vision tokens by the "
-            "vision encoder's features alone. To train the pruner, call model.train_pruner_only() and run a Trainer."
+            "The pruner is not trained yet: until it is, the first cut is training-free, by the vision encoder's "
+            "features alone. To train it, call model.train_pruner_only() and run a Trainer."
         )
         score = TrainingFreeScore(UNTRAINED_DIVERSITY)
     scores = score(images).to(images.features.device)
@@ -164,5 +162,6 @@ def _gate(plan: Plan, images: EncodedImages, scores: torch.Tensor, counts: list[
     rows = torch.ones_like(scores).masked_scatter(patch, torch.cat(gates))
     plan.gates = images.to_prompt(rows, torch.ones_like(plan.scores))
     if (hard := score.harden(gates, shares)) is not None:
-        rows = images.present.masked_scatter(patch, torch.cat(hard))
+        whole = send([share == 1 for share in shares], patch.device).unsqueeze(1)
+        rows = (images.present & whole).masked_scatter(patch, torch.cat(hard))  # structure leaves first, as at the cut
         plan.hard = images.to_prompt(rows, torch.ones_like(plan.vision))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
@@ -17,17 +18,7 @@ from .attention_learnpruner import Attended
 from .budget_learnpruner import keep_counts
 from .configuration_learnpruner import check_pruner_field
 from .prompt_learnpruner import MODALITIES, Prompt, send
-from .scores_learnpruner import (
-    attention_received,
-    distance_to_mean,
-    rank,
-    soft_top_k,
-    top_k,
-    top_k_with_diversity,
-)
-
-# Of the first cut, as long as the pruner is not trained: the share of R1 that goes to diversity.
-UNTRAINED_DIVERSITY = 0.5
+from .scores_learnpruner import attention_received, rank, soft_top_k, top_k, top_k_with_diversity
 
 
 @dataclass
@@ -156,13 +147,14 @@ class Schedule(Protocol):
 
 @dataclass(unsafe_hash=True)
 class TrainingFreeScore:
-    """The first cut of a pruner that is not trained yet: distance of a token's features from the mean of its image's,
-    top-k with diversity, per image."""
+    """While the pruner is not trained: 1 - cosine similarity to the image's mean, top-k with diversity, per image."""
 
     diversity: float
 
     def __call__(self, images: EncodedImages) -> torch.Tensor:
-        return distance_to_mean(images.features, images.present)
+        features = images.features.float().masked_fill(~images.present.unsqueeze(-1), 0)
+        # A cosine does not depend on lengths, so the sum serves as the mean.
+        return 1 - F.cosine_similarity(features, features.nansum(1, keepdim=True), dim=-1)
 
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
         with torch.autocast(scores.device.type, enabled=False):
@@ -222,7 +214,6 @@ def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -
         return ()
     depth, layer, stage_ratio = config.text_config.num_hidden_layers, config.pruner_layer, config.pruner_stage_ratio
     check_pruner_field("pruner_layer", layer, depth)
-
     counts = partial(keep_counts, ratio=ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
     first, second = (partial(_keep, counts, step, config.pruner_min_tokens) for step in (0, 1))
     cuts = Cut(0, first, LearnedScore(config.pruner_diversity)), Cut(layer, second, TextAttention(config.pruner_query))
@@ -237,7 +228,5 @@ def check_schedule(schedule: tuple[Cut, ...], num_layers: int) -> tuple[Cut, ...
     """Raises `ValueError` unless the cuts ascend strictly and fall inside the decoder."""
     layers = [cut.layer for cut in schedule]
     if layers != sorted(set(layers)) or not all(0 <= layer < num_layers for layer in layers):
-        raise ValueError(
-            f"A schedule's cuts must fall before ascending, different layers from 0 to {num_layers - 1}, got {layers}."
-        )
+        raise ValueError(f"A schedule's cuts must fall before ascending layers from 0 to {num_layers - 1}: {layers}.")
     return tuple(schedule)

@@ -42,20 +42,6 @@ class LearnedPruningModule(nn.Module):
         return (keep - drop).masked_fill(structure, torch.nan)
 
 
-def distance_to_mean(features: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """1 - cosine similarity of each token to the mean of its image's, `(rows, columns)` float32; NaN for structure.
-
-    Args:
-        features (`torch.Tensor` of shape `(rows, columns, d)`, any float dtype): The encoder's; rows of NaN: structure.
-        present (`torch.Tensor` of shape `(rows, columns)`, bool): False where a smaller image is filled up; NaN there.
-    """
-    absent = ~present | features.isnan().any(-1)
-    features = features.float().masked_fill(absent.unsqueeze(-1), 0)
-    # A cosine does not depend on lengths, so the sum serves as the mean.
-    similarity = F.cosine_similarity(features, features.sum(1, keepdim=True), dim=-1)
-    return (1 - similarity).masked_fill(absent, torch.nan)
-
-
 def best_first(scores: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
     """Columns in each row's descending order, `(rows, columns)` int64; ties go to the lower index.
 
