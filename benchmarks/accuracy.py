@@ -56,6 +56,8 @@ from scenes import OBJECTS, scene_dataset
 
 PER_SCENE = 4
 PRUNER_FIELDS = ("pruner_layer", "pruner_stage_ratio", "pruner_diversity", "pruner_query")
+# What --set takes. The last tells a new pruner that it is trained: its random weights choose, as a control.
+SETTABLE = (*PRUNER_FIELDS, "pruner_trained")
 
 
 def patch_middles(tokens: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -239,8 +241,8 @@ def read_settings(pairs: list[str], method: str) -> tuple[dict, dict]:
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
-        if not equals or name not in (*PRUNER_FIELDS, *own):
-            known = ", ".join([*PRUNER_FIELDS, *own])
+        if not equals or name not in (*SETTABLE, *own):
+            known = ", ".join([*SETTABLE, *own])
             raise ValueError(f"--set takes one of {known} and its value, such as pruner_layer=2.")
         try:
             found[name] = json.loads(value)
@@ -248,8 +250,8 @@ def read_settings(pairs: list[str], method: str) -> tuple[dict, dict]:
             found[name] = value
     of_method = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     return (
-        {name: value for name, value in found.items() if name in PRUNER_FIELDS},
-        {name: value for name, value in of_method.items() if name not in PRUNER_FIELDS},
+        {name: value for name, value in found.items() if name in SETTABLE},
+        {name: value for name, value in of_method.items() if name not in SETTABLE},
     )
 
 
@@ -305,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         about = {
             "method": arguments.method,
             "name": arguments.name or arguments.method,
-            "fields": {name: value for name, value in model.config.to_dict().items() if name in PRUNER_FIELDS},
+            "fields": {name: getattr(model.config, name) for name in dict.fromkeys((*PRUNER_FIELDS, *fields_of_model))},
             "ratio": arguments.ratio or 1.0,
             "accounting": arguments.accounting,
             "settings": settings,

@@ -27,7 +27,6 @@ times is taken in each round, before the median.
 """
 
 import argparse
-import logging
 import os
 import re
 import sys
@@ -83,7 +82,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="a .json file, or a folder for a sweep")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    logging.getLogger("learnpruner").setLevel(logging.ERROR)  # that the pruner is untrained
     try:
         failed = measure_all(arguments)
     except KeyboardInterrupt:

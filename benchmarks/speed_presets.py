@@ -145,7 +145,9 @@ def build_pair(config: PreTrainedConfig, device: torch.device, dtype: torch.dtyp
         stock = stock_model(config, dtype)
     (config_class,) = (family for family in FAMILIES if family.base_model_type == config.model_type)
     with torch.device("meta"):
-        pruned = model_class(config_class)._from_config(config_class.from_base_config(config), dtype=dtype).eval()
+        # Trained or not, the learned module costs the same.
+        pruned_config = config_class.from_base_config(config, pruner_trained=True)
+        pruned = model_class(config_class)._from_config(pruned_config, dtype=dtype).eval()
     width = pruned.model.encoder_width(pruned.config)
     pruned.model.pruner = LearnedPruningModule(width, pruned.config.pruner_hidden_size).to(device)
     share_tensors(stock, pruned)

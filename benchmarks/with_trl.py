@@ -136,7 +136,9 @@ def train_with_sft(steps: int, questions: int, learning_rate: float, ratio: floa
     with keep_rates() as rates:
         for seed in SEEDS:
             torch.manual_seed(seed)
-            model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=ratio).train_pruner_only()
+            # Its random weights choose before the training: what is compared is what the weights have learned.
+            model = LearnPrunerForConditionalGeneration.from_pretrained(base, pruner_ratio=ratio, pruner_trained=True)
+            model.train_pruner_only()
             before.append(answers_right(model, processor, asked, ratio))
             with tempfile.TemporaryDirectory() as folder:
                 args = trl.SFTConfig(

@@ -29,6 +29,9 @@ class PrunerModelArguments:
     pruner_ratio: float | None = setting(
         None, "share of vision tokens kept, in place of the checkpoint's: evaluation's, and training's for the paper's"
     )
+    pruner_diversity: float | None = setting(
+        None, "share of the first cut that goes to diversity tokens, in place of the checkpoint's"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = setting(
         None, "precision of the base's weights; without it bfloat16 with bf16: true, else the checkpoint's own"
     )
@@ -77,18 +80,21 @@ class PrunerObjectiveArguments:
         `ValueError`: for a value out of range.
     """
 
-    objective: str = setting("default", "default: soft top-k, all budgets, distillation; paper: straight-through")
+    objective: str = setting(
+        "default", "default: soft top-k, all budgets, distillation; hard: hard top-k, soft gradient; paper: argmax"
+    )
     budgets: list[float] = field(
         default_factory=lambda: [1 / 3, 2 / 9, 1 / 9, 1 / 18],
-        metadata={"help": "ratios of which each step draws one (default only)"},
+        metadata={"help": "ratios of which each step draws one (not of paper); twice in the list, twice as often"},
     )
-    distillation: float = setting(1.0, "weight of the divergence from the unpruned model (default only)")
-    temperature: float = setting(1.0, "temperature of the soft top-k at the start (default only)")
-    final_temperature: float = setting(0.1, "temperature of the soft top-k at the end (default only)")
+    distillation: float = setting(1.0, "weight of the divergence from the unpruned model (not of paper)")
+    temperature: float = setting(1.0, "temperature of the soft top-k at the start (not of paper)")
+    final_temperature: float = setting(0.1, "temperature of the soft top-k at the end (not of paper)")
+    hard_from: float = setting(0.0, "share of the steps after which the forward is the hard top-k (hard only)")
 
     def check_objective(self) -> None:
-        if self.objective not in ("default", "paper"):
-            raise ValueError(f"objective is 'default' or 'paper', got {self.objective!r}.")
+        if self.objective not in ("default", "hard", "paper"):
+            raise ValueError(f"objective is 'default', 'hard' or 'paper', got {self.objective!r}.")
         if not self.budgets or not all(0 < budget < 1 for budget in self.budgets):
             raise ValueError(f"budgets are ratios in (0, 1), at least one, got {self.budgets}.")
         if self.distillation < 0:
@@ -97,6 +103,8 @@ class PrunerObjectiveArguments:
             raise ValueError(
                 f"0 < final_temperature <= temperature must hold, got {self.final_temperature} and {self.temperature}."
             )
+        if not 0 <= self.hard_from <= 1:
+            raise ValueError(f"hard_from is a share of the steps, in [0, 1], got {self.hard_from}.")
 
 
 # The recipe: fields of TrainingArguments whose default is another here.

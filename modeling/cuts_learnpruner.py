@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
@@ -145,10 +146,24 @@ class Schedule(Protocol):
 
 
 @dataclass(unsafe_hash=True)
-class LearnedScore:
-    """Stage 1 of LearnPruner: the LPM's keep-minus-drop logit, top-k with diversity, per image."""
+class TrainingFreeScore:
+    """While the pruner is not trained: 1 - cosine similarity to the image's mean, top-k with diversity, per image."""
 
     diversity: float
+
+    def __call__(self, images: EncodedImages) -> torch.Tensor:
+        features = images.features.float().masked_fill(~images.present.unsqueeze(-1), 0)
+        # A cosine does not depend on lengths, so the sum serves as the mean.
+        return 1 - F.cosine_similarity(features, features.nansum(1, keepdim=True), dim=-1)
+
+    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
+        with torch.autocast(scores.device.type, enabled=False):
+            return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
+
+
+@dataclass(unsafe_hash=True)
+class LearnedScore(TrainingFreeScore):
+    """Stage 1 of LearnPruner: the LPM's keep-minus-drop logit, top-k with diversity, per image."""
 
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         return images.model.pruner(images.features)
@@ -162,10 +177,6 @@ class LearnedScore:
         """What `gates` stand for, `(patches,)` bool each, if the forward is to run on that and the gradient to go
         through the gates (straight-through)."""
         return None
-
-    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
-        with torch.autocast(scores.device.type, enabled=False):
-            return top_k_with_diversity(scores, images.present, counts, images.features, self.diversity)
 
 
 @dataclass(unsafe_hash=True)
@@ -203,7 +214,6 @@ def learnpruner_schedule(config: PreTrainedConfig, ratio: float | None = None) -
         return ()
     depth, layer, stage_ratio = config.text_config.num_hidden_layers, config.pruner_layer, config.pruner_stage_ratio
     check_pruner_field("pruner_layer", layer, depth)
-
     counts = partial(keep_counts, ratio=ratio, num_layers=depth, pruner_layer=layer, stage_ratio=stage_ratio)
     first, second = (partial(_keep, counts, step, config.pruner_min_tokens) for step in (0, 1))
     cuts = Cut(0, first, LearnedScore(config.pruner_diversity)), Cut(layer, second, TextAttention(config.pruner_query))
@@ -218,7 +228,5 @@ def check_schedule(schedule: tuple[Cut, ...], num_layers: int) -> tuple[Cut, ...
     """Raises `ValueError` unless the cuts ascend strictly and fall inside the decoder."""
     layers = [cut.layer for cut in schedule]
     if layers != sorted(set(layers)) or not all(0 <= layer < num_layers for layer in layers):
-        raise ValueError(
-            f"A schedule's cuts must fall before ascending, different layers from 0 to {num_layers - 1}, got {layers}."
-        )
+        raise ValueError(f"A schedule's cuts must fall before ascending layers from 0 to {num_layers - 1}: {layers}.")
     return tuple(schedule)

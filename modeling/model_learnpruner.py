@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput, can_return_tuple, is_torchdynamo_exp
 
 from .compat_learnpruner import CACHE, TEXT_MODELS, check_transformers, derive_forward, output_with_records
 from .configuration_learnpruner import check_pruner_field
-from .cuts_learnpruner import Cut, LearnedScore, Schedule, check_schedule, learnpruner_schedule, watching
+from .cuts_learnpruner import Cut, Schedule, check_schedule, learnpruner_schedule, watching
 from .guards_learnpruner import refuse_decoder_inputs, refuse_lost_cache, refuse_training
 from .keys_learnpruner import check_cache
 from .plan_learnpruner import PruningCall, make_plan
@@ -265,13 +265,6 @@ class PrunedModelMixin:
                 )
         if call.acts or call.zero is not None:
             stock["pruning"] = call
-        if call.acts:
-            learned = any(isinstance(cut.score, LearnedScore) for cut in call.schedule)
-            if learned and not self.config.pruner_trained and not call.soft:
-                logger.warning_once(
-                    "The pruner is untrained: its first cut keeps arbitrary vision tokens. Train it "
-                    "(model.train_pruner_only()) or load a trained checkpoint."
-                )
         outputs = super().forward(**stock, return_dict=True)
         if call.acts and not call.taken:
             raise RuntimeError("The text model has no hooks, so nothing was cut: run install_hooks (rows_learnpruner).")

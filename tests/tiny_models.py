@@ -136,7 +136,7 @@ def tiny_pair(family="llava", text="llama", attention="sdpa", dtype=torch.float3
     Both are new in every call. The weights of a seed are drawn once per process: most tests begin here, and drawing
     took longer than what they test. The generator is left as the drawing leaves it.
     """
-    fields = {"pruner_ratio": 0.4, **fields}
+    fields = {"pruner_ratio": 0.4, "pruner_trained": True, **fields}
     if config is None:
         drawn, weights, generator = _drawn(family, text, seed, fields.get("pruner_hidden_size"))
         stock = copy.deepcopy(drawn)

@@ -16,18 +16,24 @@ class PrunerTrainingArguments(TrainingArguments, PrunerObjectiveArguments):
     > Objective
 
     Args:
-        objective (`"default"` or `"paper"`, defaults to `"default"`):
+        objective (`"default"`, `"hard"` or `"paper"`, defaults to `"default"`):
             `"default"`: an exact-budget differentiable top-k, annealed towards the hard one, with a budget drawn for
-            each step and the unpruned model as teacher. `"paper"`: straight-through argmax, cross-entropy and the
+            each step and the unpruned model as teacher. `"hard"`: the same on scores that are standardised per image,
+            and from the step that `hard_from` says the forward is the hard top-k itself, with the gradient of the soft
+            one (straight-through). `"paper"`: straight-through argmax, cross-entropy and the
             budget term, at the configuration's ratio (LearnPruner, arXiv 2604.23950; what it leaves open is in
             `objectives.py`).
         budgets (`list[float]`, defaults to 1/3, 2/9, 1/9 and 1/18):
             Ratios of which each step draws one, so that one checkpoint serves them all: the first cut's gates sum to
-            R1 of that ratio; the second cut has no part in training. `"default"` only.
+            R1 of that ratio; the second cut has no part in training. A ratio that stands twice is drawn twice as often.
+            Not of `"paper"`.
         distillation (`float`, defaults to 1.0):
-            Weight of the Kullback-Leibler divergence from the unpruned model on answer tokens. `"default"` only.
+            Weight of the Kullback-Leibler divergence from the unpruned model on answer tokens. Not of `"paper"`.
         temperature, final_temperature (`float`, default to 1.0 and 0.1):
-            Of the soft top-k, falling geometrically over the training. `"default"` only.
+            Of the soft top-k, falling geometrically over the training. Not of `"paper"`.
+        hard_from (`float`, defaults to 0.0):
+            Share of the steps after which the forward is hard: 0 from the first step, 2/3 in the last third. `"hard"`
+            only.
 
     > Hub
 

@@ -7,12 +7,12 @@ from transformers import TrainerCallback, TrainingArguments
 
 
 def check_precision(text_model: nn.Module, args: TrainingArguments) -> None:
-    """Raises `ValueError` where dropped tokens get no gradient: the paper's objective, computed in float16."""
+    """Raises `ValueError` where dropped tokens get no gradient: a hard forward, computed in float16."""
     autocast = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
-    if args.objective == "paper" and (autocast or text_model.dtype) == torch.float16:
+    if args.objective != "default" and (autocast or text_model.dtype) == torch.float16:
         raise ValueError(
-            "In float16 a dropped token has no gradient, from which the objective 'paper' learns: set bf16=True, load "
-            "the base in bfloat16 or float32, or take objective='default'."
+            f"In float16 a dropped token has no gradient, from which the objective {args.objective!r} learns: set "
+            "bf16=True, load the base in bfloat16 or float32, or take objective='default'."
         )
 
 

@@ -21,6 +21,7 @@ def load_model(settings: PrunerModelArguments, training: TrainingArguments) -> P
     precision = settings.dtype or ("bfloat16" if training.bf16 else None)
     options = {
         "pruner_ratio": settings.pruner_ratio,
+        "pruner_diversity": settings.pruner_diversity,
         "attn_implementation": settings.attn_implementation,
         "dtype": precision,
     }

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from learnpruner.cuts_learnpruner import Cut, LearnedScore, learnpruner_schedule
@@ -51,6 +52,31 @@ class TopKGate(LearnedScore):
 
     def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
         return [soft_top_k(score / self.temperature, share * len(score)) for score, share in zip(scores, shares)]
+
+
+@dataclass(unsafe_hash=True)
+class HardTopKGate(TopKGate):
+    """Forward the top-k itself, so that nothing leaks; backward the gates of [`TopKGate`] (straight-through): a dropped
+    token gets the gradient that it would have with its probability as its gate.
+
+    Scores are standardised per image first (mean 0, variance 1), so that a temperature means the same for all images.
+
+    Args:
+        hard (`bool`): Whether the forward is hard already; soft until then.
+    """
+
+    hard: bool = True
+
+    def gate(self, scores: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor]:
+        return super().gate([F.layer_norm(score, score.shape) for score in scores], shares)
+
+    def harden(self, gates: list[torch.Tensor], shares: list[float]) -> list[torch.Tensor] | None:
+        if not self.hard:
+            return None
+        best = [
+            gate.argsort(descending=True, stable=True)[: round(share * len(gate))] for gate, share in zip(gates, shares)
+        ]
+        return [torch.zeros_like(gate, dtype=torch.bool).index_fill(0, top, True) for gate, top in zip(gates, best)]
 
 
 @dataclass(unsafe_hash=True)

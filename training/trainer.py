@@ -31,7 +31,7 @@ from learnpruner.scores_learnpruner import top_k
 from .arguments import PrunerTrainingArguments
 from .checks import GradientCheck, check_precision
 from .fsdp import ShardedCheckpoints
-from .objectives import ArgmaxGate, TopKGate, budget_loss, with_gate
+from .objectives import ArgmaxGate, HardTopKGate, TopKGate, budget_loss, with_gate
 from .runs import RunRecord, last_checkpoint, leave_base, read_run
 from .teacher import Encoded, SharingGate, at_answers, divergence, rows_to_teach, teacher_call, trains_tower
 
@@ -69,10 +69,10 @@ class PrunerTrainer(ShardedCheckpoints):
     Raises:
         `ValueError`: for another model, adapters that leave the pruner out, a loss of one's own or label smoothing
             (the shipped forward has the loss), a budget at which nothing leaves, an attention backend that cannot gate
-            (any but sdpa and eager), the objective `"paper"` in float16, several GPUs in one process (start
-            one for each: `accelerate launch`), DeepSpeed, FSDP in its first version, with adapters, `push_to_hub` or no
-            base to name, no samples, and with `push_to_hub` adapters, a base in a folder, or a public repository
-            where `hub_private_repo` is set.
+            (any but sdpa and eager), a hard forward (the objectives `"hard"` and `"paper"`) in float16, several GPUs in
+            one process (start one for each: `accelerate launch`), DeepSpeed, FSDP in its first version, with adapters,
+            `push_to_hub` or no base to name, no samples, and with `push_to_hub` adapters, a base in a folder, or a
+            public repository where `hub_private_repo` is set.
         `OSError`: with `push_to_hub`, without a token that may write.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
         `RuntimeError`: before an optimizer step for which the pruner got no gradient.
@@ -147,6 +147,7 @@ class PrunerTrainer(ShardedCheckpoints):
         names = ("seed", "objective", "budgets", "distillation", "temperature", "final_temperature", "learning_rate")
         names += ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_steps", "num_train_epochs")
         names += ("per_device_train_batch_size", "gradient_accumulation_steps")
+        names += ("hard_from",) if self.args.objective == "hard" else ()
         config, data = self.model.config, self.train_dataset
         settings = {name: getattr(self.args, name) for name in names}
         settings |= {name: getattr(config, name) for name in ("pruner_ratio", "pruner_layer", "pruner_stage_ratio")}
@@ -318,7 +319,10 @@ class PrunerTrainer(ShardedCheckpoints):
             return ArgmaxGate(diversity)
         start, end = self.args.temperature, self.args.final_temperature
         progress = self.state.global_step / max(1, self.state.max_steps)
-        return TopKGate(diversity, temperature=start * (end / start) ** progress)
+        temperature = start * (end / start) ** progress
+        if self.args.objective == "hard":
+            return HardTopKGate(diversity, temperature, hard=progress >= self.args.hard_from)
+        return TopKGate(diversity, temperature)
 
     def step_ratio(self) -> float:
         """The budget of the current step: from the seed and the step alone, so that all processes draw the same."""
@@ -351,7 +355,7 @@ class PrunerTrainer(ShardedCheckpoints):
             summed = num_items_in_batch is not None and self._images_in_step is not None
             share = len(recorded) / self._images_in_step * self._processes() if summed else 1
             loss = loss + budget_loss(recorded) * share
-        if self.args.objective == "default" and self.args.distillation:
+        if self.args.objective != "paper" and self.args.distillation:
             taught = self._distillation(model, call, outputs.logits, encoded.outputs, num_items_in_batch)
             loss = loss + self.args.distillation * taught
         if not loss.isfinite():

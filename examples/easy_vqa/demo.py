@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         f"cache / pruned cache {smaller:.2f} (this machine, this model, batch 1)."
     )
     if not model.config.pruner_trained:
-        print("The pruner is UNTRAINED: the patches of the first cut are arbitrary.")
+        print("The pruner is NOT TRAINED yet: the first cut is training-free, by the vision encoder's features alone.")
     return 0
 
 

@@ -212,7 +212,8 @@ def build(model: PreTrainedModel, processor: ProcessorMixin, *notes: str) -> gr.
         notes (`str`): Markdown to stand above the answer.
     """
     if not model.config.pruner_trained:
-        notes = ("**The pruner is untrained:** its first cut keeps arbitrary patches.", *notes)
+        free = "its first cut is training-free, by the vision encoder's features alone."
+        notes = (f"**The pruner is not trained yet:** {free}", *notes)
     rows = json.loads((HERE / "examples" / "examples.json").read_text())
     examples = [[str(HERE / "examples" / row["image"]), row["question"]] for row in rows]
 

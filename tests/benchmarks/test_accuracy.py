@@ -213,6 +213,18 @@ def test_fields_of_the_pruner_can_be_set(folder, tmp_path):
     assert result["fields"]["pruner_query"] == "last"
     assert result["name"] == "early"
     assert result["tokens"]["cut_layers"] == [0, 2]
+    assert "pruner_trained" not in result["fields"]
+
+
+def test_the_random_weights_of_a_new_pruner_choose_where_it_is_said_to_be_trained(folder, tmp_path):
+    common = ("--method", "learnpruner", "--ratio", "1/18", "--limit", 4)
+    free = [run(folder, tmp_path, *common, "--seed", seed) for seed in (0, 1)]
+    control = [run(folder, tmp_path, *common, "--seed", seed, "--set", "pruner_trained=true") for seed in (0, 1)]
+    kept = [result["tokens"]["foreground_recall"] for result in (*free, *control)]
+    assert kept[0] == kept[1]
+    assert len({tuple(shares) for shares in kept[1:]}) == 3
+    assert [result["pruner_trained"] for result in (*free, *control)] == [False, False, True, True]
+    assert [result["fields"].get("pruner_trained") for result in (*free, *control)] == [None, None, True, True]
 
 
 def test_exact_match_by_kind():

@@ -30,7 +30,7 @@ def test_demo(demo, value, tmp_path, capsys):
     printed = capsys.readouterr().out
     first, second = keep_counts(576, value or 1 / 9, num_layers=8, pruner_layer=3, stage_ratio=3.0)
     assert printed.count(f"576 -> {first} -> {second}") == 7
-    assert "UNTRAINED" not in printed
+    assert "NOT TRAINED" not in printed
     right, of, stock_right = re.search(r"(\d+) of (\d+) answers right \(unpruned: (\d+)\)", printed).groups()
     answers = re.findall(r"answer +'(\w+)' \(unpruned: '(\w+)'\)\n(?:.*\n)*?true answer +'(\w+)'", printed)
     assert int(of) == len(answers) == 6

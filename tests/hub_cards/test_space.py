@@ -166,7 +166,7 @@ def texts(blocks):
 @pytest.mark.parametrize("trained", [False, True])
 def test_an_untrained_pruner_is_named_on_the_page(app, trained):
     model, processor = tiny_pair("llava", pruner_trained=trained)[1], tiny_processor("llava")
-    assert ("untrained" in texts(app.build(model, processor))) == (not trained)
+    assert ("training-free" in texts(app.build(model, processor))) == (not trained)
 
 
 def test_the_small_model_says_what_it_knows(app, tiny):

@@ -50,6 +50,7 @@ def adapter_with_a_pruner(family, base, folder):
     model = get_peft_model(Pruned.from_pretrained(base), LORA(modules_to_save=["pruner"]))
     for parameter in model.base_model.model.model.pruner.modules_to_save.parameters():
         parameter.data.normal_()
+    model.get_base_model().config.pruner_trained = True  # as soon as it has a gradient
     model.save_pretrained(folder)
     return logits(family, model)
 

@@ -60,7 +60,7 @@ def test_equals_eager_by_inductor(family):
 
 def train(family, how=None, **options):
     """A step of training: loss, gradients, and whether the pruner counts as trained."""
-    _, model = tiny_pair(family)
+    _, model = tiny_pair(family, pruner_trained=False)
     run = model.train()
     if how == "function":
         run = torch.compile(model, **options)

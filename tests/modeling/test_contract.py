@@ -7,7 +7,6 @@ import threading
 
 import pytest
 import torch
-import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
@@ -204,24 +203,6 @@ def test_no_state_between_calls(family):
     assert {name: set(vars(module)) for name, module in pruned.named_modules()} == before
     pruned(**build_inputs(family, [[2, (32, 32), 9]], seed=1))
     assert torch.equal(pruned(**inputs).logits, first.logits)
-
-
-def test_an_untrained_pruner_says_so_at_its_first_pruned_call(caplog):
-    _, pruned = tiny_pair()
-    inputs = build_inputs("llava", samples_of("one", "llava"))
-    transformers.utils.logging.warning_once.cache_clear()
-    with caplog.at_level("WARNING"):
-        pruned(**inputs, pruner_ratio=1.0)
-        pruned(**build_inputs("llava", [[5]]))
-        assert "untrained" not in caplog.text
-        pruned(**inputs)
-        assert caplog.text.count("untrained") == 1
-    transformers.utils.logging.warning_once.cache_clear()
-    caplog.clear()
-    pruned.config.pruner_trained = True
-    with caplog.at_level("WARNING"):
-        pruned(**inputs)
-    assert "untrained" not in caplog.text
 
 
 @ONE_OF_EACH

@@ -56,8 +56,8 @@ def drawn(count=600, low=0.01, seed=0):
     return (torch.rand(count) * (1 - low) + low).requires_grad_()
 
 
-def gates_in_prompt(model, inputs, gates):
-    """`(batch, sequence)`, 1 at text and at structure, which no gate is for."""
+def gates_in_prompt(model, inputs, gates, structure=1.0):
+    """`(batch, sequence)`, 1 at text, and a value at structure, which no gate is for."""
     prompt = model.model.read_prompt(inputs)
     with torch.no_grad():
         features = model.model.pruner_features(model.model.encode_images(inputs, prompt), prompt)
@@ -67,7 +67,7 @@ def gates_in_prompt(model, inputs, gates):
     for kind, modality in ((1, "image"), (2, "video")):
         for part in features.get(modality, ()):
             patch = ~part.isnan().any(-1)
-            values = torch.ones(len(part)).masked_scatter(patch, gates[start : start + int(patch.sum())])
+            values = torch.full((len(part),), structure).masked_scatter(patch, gates[start : start + int(patch.sum())])
             start += int(patch.sum())
             places[kind].append(values)
         if places[kind]:
@@ -146,7 +146,9 @@ def test_a_gate_of_0_is_the_cut(family, how, attention):
 
     score = Given(open_.float(), threshold=None if how == "soft" else HALF)
     gated = model.train()(**inputs, schedule=schedule(score)).logits
-    kept = gates_in_prompt(model, inputs, open_.float()).bool() & inputs["attention_mask"].bool()
+    # A hard forward is the cut, at which structure leaves first.
+    kept = gates_in_prompt(model, inputs, open_.float(), structure=float(how == "soft")).bool()
+    kept &= inputs["attention_mask"].bool()
     expected = stock_of_kept(family, attention, model, inputs, kept)
     assert (gated - expected)[kept].abs().max() < 1e-4
     with torch.no_grad():

@@ -210,7 +210,9 @@ class OpenGate(LearnedScore):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_closed_gates_are_the_cut(family, attention, base):
     """Training at gates of 0 and 1 is evaluation with the same tokens cut, for every row of text."""
-    model = LearnPrunerForConditionalGeneration.from_pretrained(base, attn_implementation=attention)
+    model = LearnPrunerForConditionalGeneration.from_pretrained(
+        base, attn_implementation=attention, pruner_trained=True
+    )
     images = [[2, (32, 32), 8], [1, (32, 32), 3, (32, 32), 6], [9]]
     batch = labelled(family, samples_of("image_and_video", family) if family in QWEN else images)
     first = learnpruner_schedule(model.config, 0.3)[0]

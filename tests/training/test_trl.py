@@ -98,7 +98,7 @@ def rows_of(count=4, **answers):
 
 
 def pruned(family, frozen=False, **fields):
-    model = tiny_pair(family, pruner_ratio=RATIO, **fields)[1]
+    model = tiny_pair(family, **{"pruner_ratio": RATIO, "pruner_trained": False, **fields})[1]
     model.model.pruner.requires_grad_(not frozen)
     return model
 

@@ -20,7 +20,7 @@ TWO = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 
 
 def trained(family, **fields):
-    _, model = tiny_pair(family, **fields)
+    _, model = tiny_pair(family, pruner_trained=False, **fields)
     return model.train_pruner_only()
 
 
@@ -131,7 +131,7 @@ def test_every_layer_takes_part_in_a_batch_of_text(family):
 @TWO
 def test_an_adapter_switched_off_is_the_same_kind_of_model(family):
     """The reference of preference training is gated as the policy is."""
-    _, model = tiny_pair(family)
+    _, model = tiny_pair(family, pruner_trained=False)
     config = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["pruner"])
     policy = get_peft_model(model, config).train()
     inputs = build_inputs(family, samples_of("padded", family))
@@ -286,7 +286,7 @@ def test_the_plain_trainer_takes_the_labels_away(family, lora, option, tmp_path)
 @TWO
 def test_a_pruner_without_a_gradient_is_told(family, caplog):
     """Not at the first call, whose loss may be to come; as soon as one is sure never to bring any."""
-    _, model = tiny_pair(family)
+    _, model = tiny_pair(family, pruner_trained=False)
     model.train()
     inputs = build_inputs(family, samples_of("padded", family))
 

@@ -18,13 +18,9 @@ DEFAULTS_BEFORE: dict[str, dict] = {}
 def check_pruner_field(name: str, value, num_layers: int | None = None) -> None:
     """Raises `ValueError` where a field does not allow `value` in a model of `num_layers` layers; other names pass."""
     if name == "pruner_ratio" and not (isinstance(value, int | float) and 0 < value <= 1):
-        raise ValueError(
-            f"pruner_ratio is the mean share of vision tokens kept, in (0, 1], got {value!r}; 1.0 switches pruning off."
-        )
+        raise ValueError(f"pruner_ratio is the mean share of vision tokens kept, in (0, 1] (1: all), got {value!r}.")
     if name == "pruner_layer" and value is not None and not 1 <= value <= (num_layers or math.inf):
-        raise ValueError(
-            f"pruner_layer counts the layers before the second cut, from 1 to {num_layers or 'all'}, got {value}."
-        )
+        raise ValueError(f"pruner_layer counts the layers before the second cut, 1 to {num_layers or 'all'}: {value}.")
     if name == "pruner_stage_ratio" and not (1 <= value < math.inf):
         raise ValueError(f"pruner_stage_ratio is R1/R2, at least 1, got {value}.")
     if name == "pruner_diversity" and not 0 <= value <= 1:
@@ -71,8 +67,8 @@ class PrunerConfig:
             cut, or all where it has fewer; the second keeps no fewer of a sample's images together. Raises the mean.
         pruner_query (`"all"` or `"last"`, defaults to `"all"`): Text rows whose attention decides the second cut.
         pruner_hidden_size (`int`, defaults to 512): Width of the learned module's hidden layer.
-        pruner_trained (`bool`, defaults to `False`): Whether the learned module got a gradient in training. Whether an
-            optimizer's step followed is not asked: fused ones leave no sign of it on the host.
+        pruner_trained (`bool`, defaults to `False`): Whether the learned module got a gradient in training, by which an
+            optimizer's step is meant to follow. Until then, the first cut is training-free.
         base_model_name_or_path, base_model_revision (`str`, *optional*): In a pruner-only checkpoint, the model with
             every weight but the pruner's, and its revision on the Hub.
         learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.

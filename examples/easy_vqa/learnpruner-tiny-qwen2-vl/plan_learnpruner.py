@@ -7,9 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import logging
 
-from .cuts_learnpruner import Cut, EncodedImages
-from .prompt_learnpruner import MODALITIES, Prompt
+from .cuts_learnpruner import Cut, EncodedImages, LearnedScore, TrainingFreeScore
+from .prompt_learnpruner import MODALITIES, Prompt, send
+
+logger = logging.get_logger(__name__)
+UNTRAINED_DIVERSITY = 0.5  # the share of the first cut that goes to diversity while the pruner is not trained
 
 
 @dataclass
@@ -105,10 +109,7 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     vision, outputs = prompt.kinds > 0, arguments["mm_encoder_outputs"]
     call.query_mask = None if call.query_mask is None else call.query_mask.bool()
     if call.query_mask is not None and call.query_mask.shape != vision.shape:
-        raise ValueError(
-            f"query_mask has the shape {tuple(call.query_mask.shape)}, and input_ids {tuple(vision.shape)}: it marks "
-            "rows of the prompt, (batch, sequence)."
-        )
+        raise ValueError(f"query_mask has the shape {[*call.query_mask.shape]}, not the prompt's, {[*vision.shape]}.")
     images = EncodedImages.of(model, arguments, prompt, call.query_mask)
     kept, counts = count_rows(call.schedule, images)
     columns = torch.arange(vision.shape[1], device=vision.device).expand_as(vision)
@@ -122,12 +123,19 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
     if cut.unit == "sample":
         images = images.by_sample()
         wanted = [counts[owner][2] for owner in images.owners]
-    scores = cut.score(images).to(images.features.device)
+    score = cut.score
+    if isinstance(score, LearnedScore) and not (model.config.pruner_trained or call.soft):
+        logger.warning_once(
+            "The pruner is not trained yet: until it is, the first cut is training-free, by the vision encoder's "
+            "features alone. To train it, call model.train_pruner_only() and run a Trainer."
+        )
+        score = TrainingFreeScore(UNTRAINED_DIVERSITY)
+    scores = score(images).to(images.features.device)
     plan.scores = images.to_prompt(scores, plan.scores)
     if call.soft:
         _gate(plan, images, scores, wanted)
         return outputs
-    chosen = cut.score.select(scores.masked_fill(images.ending(last), torch.inf), images, wanted)
+    chosen = score.select(scores.masked_fill(images.ending(last), torch.inf), images, wanted)
     plan.kept = images.to_prompt(chosen, torch.zeros_like(vision))
     return outputs if cut.merge is None else _merge(cut, images, chosen)
 
@@ -154,5 +162,6 @@ def _gate(plan: Plan, images: EncodedImages, scores: torch.Tensor, counts: list[
     rows = torch.ones_like(scores).masked_scatter(patch, torch.cat(gates))
     plan.gates = images.to_prompt(rows, torch.ones_like(plan.scores))
     if (hard := score.harden(gates, shares)) is not None:
-        rows = images.present.masked_scatter(patch, torch.cat(hard))
+        whole = send([share == 1 for share in shares], patch.device).unsqueeze(1)
+        rows = (images.present & whole).masked_scatter(patch, torch.cat(hard))  # structure leaves first, as at the cut
         plan.hard = images.to_prompt(rows, torch.ones_like(plan.vision))
