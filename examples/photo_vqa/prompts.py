@@ -13,6 +13,7 @@ An answer is one token, with its leading space, and `<|im_end|>`, at which `gene
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerBase
@@ -151,7 +152,7 @@ class Packer:
         """Each row attends itself and all before it."""
         pieces = -(-(stop - start) // self.chunk)
         edges = [start + (stop - start) * piece // pieces for piece in range(pieces + 1)]
-        return [Chunk(a, b, a, torch.ones(b - a, b - a, dtype=torch.bool).tril()) for a, b in zip(edges, edges[1:])]
+        return [Chunk(a, b, a, torch.ones(b - a, b - a, dtype=torch.bool).tril()) for a, b in pairwise(edges)]
 
     def _apart(self, prefix: int, blocks: list[tuple[int, int]]) -> list[Chunk]:
         """Each row attends the prefix, and itself and those before it in its block."""

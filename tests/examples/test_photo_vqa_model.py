@@ -1,5 +1,5 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""The photo model on tiny random weights: its prompts, what is trained of it, its start, its training, its checkpoint."""
+"""The photo model on tiny random weights: prompts, what is trained, its start, its training, its checkpoint."""
 
 import json
 import random
@@ -257,7 +257,7 @@ def test_gradients_are_those_of_the_stock_model(joined, renamed):
     plain.append(photo_llava.LowRank.scale * whole @ low_rank[f"{name}.down"].T)
     for one, other in zip([*fast, up], plain):
         assert other.abs().max() > 1e-4
-        assert torch.allclose(one, other, atol=1e-5, rtol=1e-3)
+        assert (one - other).abs().max() < 1e-4 * other.abs().max()
 
 
 def test_only_projector_and_low_rank_layers_learn(joined):
