@@ -41,6 +41,8 @@ def assemble(
         `RuntimeError`, `KeyError`: where it was trained for models of other shapes.
     """
     config = build_config(tower.config, text.config, tokenizer.convert_tokens_to_ids(IMAGE))
+    for part in (config, config.text_config, config.vision_config):
+        part.dtype = torch.float32
     model = LlavaForConditionalGeneration(config)
     model.model.vision_tower.load_state_dict(tower.state_dict())
     weights = text.state_dict()

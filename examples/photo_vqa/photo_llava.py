@@ -128,7 +128,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, scaling, chunks):
-        """query `(key heads, group, rows, width)`; key, value `(key heads, rows, width)`. Returns what query is like."""
+        """query and the result `(key heads, group, rows, width)`; key, value `(key heads, rows, width)`."""
         output, kept = torch.empty_like(query), []
         for chunk in chunks:
             place = slice(chunk.first, chunk.last)
