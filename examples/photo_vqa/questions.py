@@ -19,8 +19,8 @@ from pathlib import Path
 from learnpruner_commands.arguments import Parser, positive
 
 from packages import find
-from photo_scenes import SETS, SIDE, Object, Scene, make_scene, weight
-from stamps import FINE, FOLDS, KINDS, MERGED, plural, with_article
+from photo_scenes import SETS, SIDE, Object, Scene, draw_kinds, make_scene
+from stamps import FINE, FOLDS, MERGED, plural, with_article
 
 WORDS = {"fine": FINE, "merged": MERGED}
 NOUN = {"fine": "animal, flower or food", "merged": "kind of animal, flower or food"}
@@ -30,8 +30,6 @@ ROWS, COLUMNS = ("top", "center", "bottom"), ("left", "center", "right")
 CELL = SIDE // 3
 # Pixels between a center and what would change the answer; and how much larger the largest object is than the next.
 CELL_MARGIN, SIDE_MARGIN, LARGER = 8, 25, 1.3
-# Different kinds of a scene, in the mean: three to five objects, of which in half of the scenes two or three are alike.
-KINDS_OF_A_SCENE = 3.4
 TRAINING = {
     "fine": {"presence": 8, "cell": 4, "largest": 1, "count": 4, "side": 6},
     "merged": {"presence": 2, "cell": 4, "largest": 1, "count": 2, "side": 2},
@@ -60,11 +58,11 @@ class Question:
 @cache
 def _missing(words: str, set_: str) -> dict[str, float]:
     """How often a scene of a set has nothing that is called so, by word."""
-    shares = Counter()
-    for kind in KINDS.values():
-        if kind.asked:
-            shares[kind.name if words == "fine" else kind.merged] += weight(kind, set_)
-    return {word: (1 - share / shares.total()) ** KINDS_OF_A_SCENE for word, share in shares.items()}
+    rng = random.Random("how often kinds are drawn")
+    there, draws = Counter(), 2000
+    for _ in range(draws):
+        there.update({kind.name if words == "fine" else kind.merged for kind in draw_kinds(rng, set_)})
+    return {word: 1 - there[word] / draws for word in WORDS[words]}
 
 
 class _View:
