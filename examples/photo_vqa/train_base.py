@@ -253,10 +253,13 @@ class Run:
             return
         if self.passes:
             self._open_pass()
-        begun = saved = validated = last = time.perf_counter()
+        begun = saved = last = time.perf_counter()
         if self.sequence == 0:
             self._validate()
             self.save()
+            last = time.perf_counter()
+        # In training's own minutes: a run that is often stopped is validated as often.
+        validated = 60 * max(entry["minutes"] for entry in self.log if "said" in entry)
         recent = []
         with tqdm(total=self.sequences, initial=self.sequence, mininterval=10, unit=" sequences") as bar:
             while self.sequence < self.sequences and not self.stopped:
@@ -268,9 +271,9 @@ class Run:
                 if len(recent) >= LOG_EVERY or self.sequence == self.sequences:
                     self._record(recent, bar)
                     recent = []
-                if self.sequence == self.sequences or now - validated > VALIDATE_SECONDS:
+                if self.sequence == self.sequences or self.seconds - validated > VALIDATE_SECONDS:
                     self._validate()
-                    validated = last = time.perf_counter()
+                    validated, last = self.seconds, time.perf_counter()
                 if now - begun > 60 * max_minutes:
                     self.stop()
                 if now - saved > SAVE_SECONDS:
