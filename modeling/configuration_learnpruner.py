@@ -67,8 +67,7 @@ class PrunerConfig:
             cut, or all where it has fewer; the second keeps no fewer of a sample's images together. Raises the mean.
         pruner_query (`"all"` or `"last"`, defaults to `"all"`): Text rows whose attention decides the second cut.
         pruner_hidden_size (`int`, defaults to 512): Width of the learned module's hidden layer.
-        pruner_trained (`bool`, defaults to `False`): Whether the learned module got a gradient in training, by which an
-            optimizer's step is meant to follow. Until then, the first cut is training-free.
+        pruner_trained (`bool`, defaults to `False`): Whether it has been trained; until then, cut 1 is training-free.
         base_model_name_or_path, base_model_revision (`str`, *optional*): In a pruner-only checkpoint, the model with
             every weight but the pruner's, and its revision on the Hub.
         learnpruner_version (`str`): Release that wrote the configuration; loading and saving keep it.
@@ -99,8 +98,7 @@ class PrunerConfig:
         self.pruner_layer = self.pruner_layer  # now that the depth is known: the default, or a check
 
     def __setattr__(self, name, value):
-        # The text configuration is a plain dict until it has been built.
-        text_config = vars(self).get("text_config")
+        text_config = vars(self).get("text_config")  # a plain dict until it has been built
         depth = text_config.num_hidden_layers if isinstance(text_config, PreTrainedConfig) else None
         if name == "pruner_layer" and value is None and depth is not None:
             value = max(1, math.floor(depth * 12 / 32 + 0.5))  # 12 of 32 in the paper (arXiv 2604.23950)

@@ -146,9 +146,8 @@ class Run:
             self.mask = self._mask(number, hidden_states)
         if self.cuts:
             self.hidden_states, self.note = hidden_states, Note(wanted=number + 1 in self.cuts)
-            self.watch = watching(
-                self.cuts.values(), number, partial(self._state, number, hidden_states, hidden_states)
-            )
+            seen = partial(self._state, number, hidden_states, hidden_states)
+            self.watch = watching(self.cuts.values(), number, seen)
         # Packed sequences were refused, so the layers need positions for nothing but the rotary embeddings; the gaps
         # left by a cut would even look like packing to flash attention.
         return {"attention_mask": self.mask, "position_embeddings": self.position_embeddings, "position_ids": None}

@@ -147,13 +147,12 @@ class Schedule(Protocol):
 
 @dataclass(unsafe_hash=True)
 class TrainingFreeScore:
-    """While the pruner is not trained: 1 - cosine similarity to the image's mean, top-k with diversity, per image."""
+    """While the pruner is not trained: 1 - cosine similarity to the image's mean (or sum), top-k with diversity."""
 
     diversity: float
 
     def __call__(self, images: EncodedImages) -> torch.Tensor:
         features = images.features.float().masked_fill(~images.present.unsqueeze(-1), 0)
-        # A cosine does not depend on lengths, so the sum serves as the mean.
         return 1 - F.cosine_similarity(features, features.nansum(1, keepdim=True), dim=-1)
 
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:

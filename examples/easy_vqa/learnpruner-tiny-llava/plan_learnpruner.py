@@ -12,7 +12,6 @@ from transformers import logging
 from .cuts_learnpruner import Cut, EncodedImages, LearnedScore, TrainingFreeScore
 from .prompt_learnpruner import MODALITIES, Prompt, send
 
-logger = logging.get_logger(__name__)
 UNTRAINED_DIVERSITY = 0.5  # the share of the first cut that goes to diversity while the pruner is not trained
 
 
@@ -125,7 +124,7 @@ def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prom
         wanted = [counts[owner][2] for owner in images.owners]
     score = cut.score
     if isinstance(score, LearnedScore) and not (model.config.pruner_trained or call.soft):
-        logger.warning_once(
+        logging.get_logger(__name__).warning_once(
             "The pruner is not trained yet: until it is, the first cut is training-free, by the vision encoder's "
             "features alone. To train it, call model.train_pruner_only() and run a Trainer."
         )
