@@ -29,6 +29,8 @@ def base(tmp_path, monkeypatch):
     ]
     monkeypatch.setattr(ablations, "TABLES", {"budgets": rows})
     monkeypatch.setattr(ablations, "DEFAULT", short)
+    make = ablations.scenes.main
+    monkeypatch.setattr(ablations.scenes, "main", lambda given: make([*given, "--questions", "8", "--held-out", "4"]))
     return tmp_path / "base"
 
 
@@ -49,7 +51,7 @@ def test_study(base, tmp_path, capsys):
     )
     assert all(result["pruner_trained"] for name, result in results.items() if "random" not in name)
     record = json.loads((tmp_path / "results" / "trainings" / "short-1.json").read_text())
-    assert (record["seed"], record["steps"], record["samples"]) == (1, 1, 960)
+    assert (record["seed"], record["steps"], record["samples"]) == (1, 1, 8)
 
     # What is there is not done again.
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*.json")}
@@ -75,7 +77,7 @@ def test_study(base, tmp_path, capsys):
     rows = [line.split(" | ") for line in page.read_text().splitlines() if line.startswith("| standard")]
     assert [row[1] for row in rows] == ["none", "random", "learnpruner", "k = 2"]
     assert [row[4] for row in rows] == ["1", "2", "2", "2"]
-    assert "| short | 2 | 960 | 1 | 67,330 |" in page.read_text()
+    assert "| short | 2 | 8 | 1 | 67,330 |" in page.read_text()
     assert ablations.main(["--into", str(page), "--unpruned", str(page)]) == 2
     assert "page.md" in capsys.readouterr().err
 
