@@ -268,7 +268,7 @@ class Run:
                 now = time.perf_counter()
                 self.seconds, last = self.seconds + now - last, now
                 bar.update(len(results))
-                if len(recent) >= LOG_EVERY or self.sequence == self.sequences:
+                if len(recent) >= LOG_EVERY:
                     self._record(recent, bar)
                     recent = []
                 if self.sequence == self.sequences or self.seconds - validated > VALIDATE_SECONDS:
@@ -279,6 +279,8 @@ class Run:
                 if now - saved > SAVE_SECONDS:
                     self.save()
                     saved = now
+            if recent:
+                self._record(recent, bar)
         self.save()
 
     def _record(self, results: list, bar: tqdm) -> None:

@@ -310,6 +310,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, features, renamed
     assert all(moved[name].abs().max() > 0 for name in moved if name.endswith(".up"))
     log = json.loads((tmp_path / "run/photo-llava.json").read_text())
     assert log["done"] == 8
+    assert [entry["sequence"] for entry in log["log"] if "loss" in entry] == [4, 8]
     assert [sorted(entry) for entry in log["log"] if "said" in entry] == 2 * [
         ["among_choices", "minutes", "said", "sequence"]
     ]
