@@ -17,7 +17,7 @@ TWO = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("case", ["ratio 1", "text alone"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_where_nothing_is_gated_weight_decay_alone_acts(family, case, decay):
-    _, model = tiny_pair(family, pruner_ratio=1.0 if case == "ratio 1" else 0.4)
+    _, model = tiny_pair(family, pruner_ratio=1.0 if case == "ratio 1" else 0.4, pruner_trained=False)
     model.train_pruner_only()
     inputs = labelled(family, samples_of("padded", family) if case == "ratio 1" else [[9], [5]])
     optimizer = torch.optim.AdamW(model.model.pruner.parameters(), lr=0.1, weight_decay=decay)
@@ -32,7 +32,7 @@ def test_where_nothing_is_gated_weight_decay_alone_acts(family, case, decay):
 @TWO
 @pytest.mark.parametrize("kind", [{"foreach": False}, {"foreach": True}, {"fused": True}], ids=str)
 def test_a_gradient_marks_the_pruner_as_trained_whatever_optimizer_follows(family, kind):
-    _, model = tiny_pair(family)
+    _, model = tiny_pair(family, pruner_trained=False)
     model.train_pruner_only()
     optimizer = torch.optim.AdamW(model.model.pruner.parameters(), lr=0.1, **kind)
     before = model.model.pruner.hidden.weight.clone()
@@ -44,7 +44,7 @@ def test_a_gradient_marks_the_pruner_as_trained_whatever_optimizer_follows(famil
 
 @TWO
 def test_a_saliency_in_evaluation_is_no_training(family):
-    _, model = tiny_pair(family)
+    _, model = tiny_pair(family, pruner_trained=False)
     model(**labelled(family, samples_of("padded", family))).loss.backward()
     assert all(parameter.grad is None for parameter in model.model.pruner.parameters())
     assert not model.config.pruner_trained
