@@ -1,7 +1,7 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """Builds the photo model: an ordinary LLaVA checkpoint, of the packages' weights and of what is trained here.
 
-    python examples/photo_vqa/build.py --packages FOLDER --output FOLDER
+    python examples/photo_vqa/build.py --packages FOLDER --trained RUN --output FOLDER
 
 Needs the packages onnx and gguf. The output, 680 MB, opens with `LlavaForConditionalGeneration.from_pretrained`.
 """
@@ -22,8 +22,6 @@ from photo_llava import build_config, merged
 from prompts import IMAGE, build_processor
 from text_model import load_text_model
 from tower import load_tower
-
-TRAINED = Path(__file__).parent / "photo-llava"
 
 
 def assemble(
@@ -92,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--packages", type=Path, help="folder of packages.py; otherwise PHOTO_VQA_PACKAGES or the system"
     )
-    parser.add_argument("--trained", type=Path, default=TRAINED, help="output of train_base.py")
+    parser.add_argument("--trained", type=Path, required=True, help="output of train_base.py")
     parser.add_argument("--output", type=Path, required=True, help="folder")
     arguments = parser.parse_args(argv)
     try:
