@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ import projector as lookup
 from features import LAYER, Features
 from packages import digest, find
 from photo_llava import ATTENTION, RANK, adapt, answer_loss, build_config, run
-from prompts import IMAGE, Packer
+from prompts import IMAGE, Packed, Packer
 from questions import random_of, test_questions, training_questions
 from text_model import load_text_model
 from tower import load_tower
@@ -82,6 +83,8 @@ class Run:
         sequences (`int`): The whole length: the learning rate follows it.
         seed (`int`): Everything random comes from it.
         scenes (`int`): Of validation.
+        threads (`int`): Sequences at a time, each on one thread. A sequence's many small operations keep one core busy
+            and leave a second one idle.
 
     Raises:
         `ValueError`: where the folder holds another run, or a damaged one.
@@ -97,7 +100,9 @@ class Run:
         sequences: int,
         seed: int = 0,
         scenes: int = VALIDATION_SCENES,
+        threads: int = 1,
     ):
+        self.pool = ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1))
         self.folder, self.features, self.sequences, self.seed = folder, features, sequences, seed
         self.text, self.layer = text, tower.encoder.layer[LAYER]
         image = tower.config.image_size // tower.config.patch_size
@@ -116,6 +121,7 @@ class Run:
         self.projector = lookup.LlavaMultiModalProjector(self.config).float()
         if state is None:
             self._start()
+        self.parameters = [*self.low_rank.values(), *self.projector.parameters()]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": self.low_rank.values(), "share": 1.0},
@@ -182,12 +188,16 @@ class Run:
             # Renamed when whole: a run that is killed while it writes keeps its last checkpoint.
             (self.folder / f"{name}.tmp").replace(self.folder / name)
 
-    def _patches(self, features: Features, number: int) -> torch.Tensor:
+    def _run(self, hidden: torch.Tensor, packed: Packed) -> torch.Tensor:
         with torch.no_grad():
-            return self.layer(features.layer(number).float()[None])[0, 1:]
+            patches = self.layer(hidden.float()[None])[0, 1:]
+        return run(self.text, self.projector, self.packer.start, patches, packed)
 
-    def _run(self, features: Features, number: int, packed) -> torch.Tensor:
-        return run(self.text, self.projector, self.packer.start, self._patches(features, number), packed)
+    def _learn(self, hidden: torch.Tensor, packed: Packed) -> tuple[float, list[bool], tuple[torch.Tensor, ...]]:
+        """Loss, which words were right, and gradients."""
+        logits = self._run(hidden, packed)
+        loss = answer_loss(logits, packed)
+        return loss.item(), (logits.argmax(-1) == packed.targets).tolist(), torch.autograd.grad(loss, self.parameters)
 
     def _begin_pass(self) -> None:
         """Another pass over all scenes that are there by now."""
@@ -205,7 +215,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         batch = min(BATCH, self.sequences - self.sequence)
-        results = []
+        about, jobs = [], []
         for _ in range(batch):
             if not self.passes or self.sequence - self.passes[-1][0] == self.passes[-1][1]:
                 self._begin_pass()
@@ -214,34 +224,46 @@ class Run:
             rng = random.Random(f"{self.seed} sequence {self.sequence}")
             apart = rng.random() < 0.5
             asked = training_questions(self.train.scene(number), rng)
-            packed = self.packer.pack([(one.question, one.answer) for one in asked], apart)
-            logits = self._run(self.train, number, packed)
-            loss = answer_loss(logits, packed)
-            (loss / batch).backward()
-            right = defaultdict(list)
-            for one, hit in zip(asked, (logits.argmax(-1) == packed.targets).tolist()):
-                right[one.kind].append(hit)
-            results.append((loss.item(), apart, right))
+            about.append((apart, asked))
+            jobs.append(
+                (self.train.layer(number), self.packer.pack([(one.question, one.answer) for one in asked], apart))
+            )
             self.sequence += 1
-        parameters = [*self.low_rank.values(), *self.projector.parameters()]
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        self.optimizer.step()
+        results = []
         self.optimizer.zero_grad()
+        # In the order of the sequences, so that sums do not depend on which thread was first.
+        for (apart, asked), (loss, hits, gradients) in zip(about, self.pool.map(self._learn, *zip(*jobs))):
+            for parameter, gradient in zip(self.parameters, gradients):
+                parameter.grad = gradient / batch if parameter.grad is None else parameter.grad + gradient / batch
+            right = defaultdict(list)
+            for one, hit in zip(asked, hits):
+                right[one.kind].append(hit)
+            results.append((loss, apart, right))
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
         return results
 
-    @torch.no_grad()
+    def _answer(self, number: int) -> list[tuple[str, bool, bool]]:
+        """Kind of each test question of a scene, and whether it is right in the two ways of [`validate`]."""
+        scene = self.validation.scene(number)
+        asked = test_questions(scene, random_of(scene), "fine")
+        packed = self.packer.pack([(one.question, one.answer) for one in asked], apart=True)
+        with torch.no_grad():
+            logits = self._run(self.validation.layer(number), packed)
+        found = []
+        for one, row, true in zip(asked, logits, packed.targets.tolist()):
+            choices = [self.packer.word(f" {choice}") for choice in one.choices]
+            found.append((one.kind, row.argmax().item() == true, choices[row[choices].argmax()] == true))
+        return found
+
     def validate(self) -> dict[str, dict[str, float]]:
         """Accuracy on test questions of the set "validation", by kind: of the likeliest word of all, which is what
         `generate` says, and of the likeliest of a question's choices."""
         said, chosen = defaultdict(list), defaultdict(list)
-        for number in range(self.validation_scenes):
-            scene = self.validation.scene(number)
-            asked = test_questions(scene, random_of(scene), "fine")
-            packed = self.packer.pack([(one.question, one.answer) for one in asked], apart=True)
-            for one, row, true in zip(asked, self._run(self.validation, number, packed), packed.targets.tolist()):
-                choices = [self.packer.word(f" {choice}") for choice in one.choices]
-                said[one.kind].append(row.argmax().item() == true)
-                chosen[one.kind].append(choices[row[choices].argmax()] == true)
+        for answers in self.pool.map(self._answer, range(self.validation_scenes)):
+            for kind, likeliest, among in answers:
+                said[kind].append(likeliest)
+                chosen[kind].append(among)
         return {"said": shares(said), "among_choices": shares(chosen)}
 
     def _validate(self) -> None:
@@ -309,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--sequences", type=positive, default=6000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--threads", type=positive, default=2, help="sequences at a time")
     parser.add_argument("--max-minutes", type=positive, help="stop after so long; the same command goes on")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -324,6 +346,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.features,
             arguments.sequences,
             arguments.seed,
+            threads=arguments.threads,
         )
     except (ImportError, OSError, ValueError) as error:
         print(f"train_base: {error}", file=sys.stderr)

@@ -316,6 +316,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, features, renamed
     ]
 
 
+def test_two_sequences_at_a_time_change_nothing(tmp_path, features, renamed):
+    alone, beside = (start_run(tmp_path, features, renamed, str(threads), threads=threads) for threads in (1, 2))
+    alone.train_on()
+    beside.train_on()
+    for name, weight in alone.trained().items():
+        assert torch.equal(weight, beside.trained()[name]), name
+    assert alone.validate() == beside.validate()
+
+
 def test_a_finished_run_trains_nothing(tmp_path, features, renamed):
     start_run(tmp_path, features, renamed, sequences=2).train_on()
     before = (tmp_path / "run/run.pt").stat().st_mtime_ns
