@@ -2,6 +2,8 @@
 
     python benchmarks/accuracy.py --model examples/easy_vqa/tiny-llava --method random --ratio 1/18 --output FILE.json
 
+With `--photo FOLDER` on the scenes of examples/photo_vqa whose features lie there.
+
 Writes exact-match accuracy, overall and for each kind of question, the answer to each question, the tokens kept at each
 cut and all that is needed to run it again. The questions are the same for every method, ratio and seed; `--seed` draws
 what a method leaves to chance. `--unpruned FILE.json`, a run of `--method none` on the same questions, adds RelAcc: the
@@ -18,10 +20,11 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -54,6 +57,7 @@ from learnpruner_commands.arguments import Parser, positive, ratio
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
 from scenes import OBJECTS, scene_dataset
 
+PHOTO_VQA = Path(__file__).parents[1] / "examples" / "photo_vqa"
 PER_SCENE = 4
 PRUNER_FIELDS = ("pruner_layer", "pruner_stage_ratio", "pruner_diversity", "pruner_query")
 # What --set takes. The last tells a new pruner that it is trained: its random weights choose, as a control.
@@ -220,11 +224,46 @@ def pixels_digest(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def code_files() -> list[Path]:
-    """The code that takes part: the models', the methods', this file and what composes the scenes."""
+def code_files(scenes: Sequence[Path] = (Path(sys.modules[scene_dataset.__module__].__file__),)) -> list[Path]:
+    """The code that takes part: the models', the methods', this file and what composes the `scenes`."""
     folders = (Path(learnpruner.__file__).parent, Path(learnpruner.methods.__file__).parent)
     files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
-    return [*files, Path(__file__), Path(sys.modules[scene_dataset.__module__].__file__)]
+    return [*files, Path(__file__), *scenes]
+
+
+class Bench(NamedTuple):
+    """What is asked.
+
+    Attributes:
+        data: Rows by number, columns by name: `image`, `scene`, `kind`, `question`, `answer`, `boxes`.
+        processor: Of these images.
+        level (`str`): What the record calls the scenes.
+        pixels (`str`): A digest of the images.
+        code: The files that take part.
+        prepare: Makes a model take what the processor gives.
+    """
+
+    data: Dataset | Sequence
+    processor: ProcessorMixin
+    level: str
+    pixels: str
+    code: list[Path]
+    prepare: Callable[[PreTrainedModel], None] = lambda model: None
+
+
+def easy_vqa(model: str, level: str, limit: int, trust_remote_code: bool) -> Bench:
+    data = scene_dataset("test", math.ceil(limit / PER_SCENE), level=level, per_scene=PER_SCENE).select(range(limit))
+    return Bench(data, load_processor(model, trust_remote_code), level, pixels_digest(data), code_files())
+
+
+def photo_vqa(model: str, features: Path, limit: int) -> Bench:
+    sys.path.insert(0, str(PHOTO_VQA))
+    import stored
+
+    data = stored.StoredQuestions(stored.Features(features), limit)
+    processor = stored.StoredProcessor.from_pretrained(model)
+    code = code_files(sorted(PHOTO_VQA.glob("*.py")))
+    return Bench(data, processor, data.level, data.pixels_digest(), code, stored.read_stored)
 
 
 def dump(result: dict) -> str:
@@ -266,6 +305,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=positive, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=0, help="of what the method leaves to chance")
     parser.add_argument("--level", choices=OBJECTS, default="standard")
+    parser.add_argument("--photo", type=Path, metavar="FOLDER", help="of photo_vqa/features.py, in place of --level")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base, by default the checkpoint's")
     parser.add_argument(
         "--set",
         action="append",
@@ -297,11 +338,15 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.ratio is not None:
             method = METHODS[arguments.method](arguments.ratio, accounting=arguments.accounting, **settings)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        scenes = math.ceil(arguments.limit / PER_SCENE)
-        data = scene_dataset("test", scenes, level=arguments.level, per_scene=PER_SCENE).select(range(arguments.limit))
-        processor = load_processor(arguments.model, arguments.trust_remote_code)
+        if arguments.photo:
+            bench = photo_vqa(arguments.model, arguments.photo, arguments.limit)
+        else:
+            bench = easy_vqa(arguments.model, arguments.level, arguments.limit, arguments.trust_remote_code)
+        data = bench.data
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
-        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **fields_of_model).eval()
+        options = {"dtype": arguments.dtype} if arguments.dtype else {}
+        model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **options, **fields_of_model)
+        model.eval()
         if method is not None:
             method.cuts(model.model)  # says what the model lacks, before any work
         about = {
@@ -313,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
             "settings": settings,
             **({} if method is None else {"method_revision": method.revision}),
             "seed": arguments.seed,
-            "level": arguments.level,
+            "level": bench.level,
             # A folder's path says something of this machine only; the digest says which weights it held.
             "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
             "model_revision": commit_of(arguments.model),
@@ -321,8 +366,8 @@ def main(argv: list[str] | None = None) -> int:
             "pruner_sha256": weights_digest(model, pruner=True) if arguments.method in LEARNED else None,
             "pruner_trained": model.config.pruner_trained,
             "data": hashlib.sha256("\n".join([*data["question"], *data["answer"]]).encode()).hexdigest(),
-            "pixels_sha256": pixels_digest(data),
-            "code_sha256": code_digest(code_files()),
+            "pixels_sha256": bench.pixels,
+            "code_sha256": code_digest(bench.code),
             "batch_size": arguments.batch_size,
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
@@ -335,8 +380,9 @@ def main(argv: list[str] | None = None) -> int:
         }
         if unpruned:
             check_comparable(about, unpruned)
+        bench.prepare(model)
         start = time.perf_counter()
-        answers, tokens = answer_questions(model, processor, data, method, arguments.seed, arguments.batch_size)
+        answers, tokens = answer_questions(model, bench.processor, data, method, arguments.seed, arguments.batch_size)
         seconds = round(time.perf_counter() - start, 1)
         result = {**about, **scored(data, answers), "tokens": tokens, "seconds": seconds}
         result["answers"] = each_answer(data, answers)

@@ -1,142 +1,18 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""The photo model on tiny random weights: prompts, what is trained, its start, its training, its checkpoint."""
+"""The photo model on tiny random weights: prompts, what is trained, its start."""
 
-import json
-import random
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Split
-from transformers import (
-    AutoProcessor,
-    Dinov2Config,
-    Dinov2Model,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaForConditionalGeneration,
-    PreTrainedTokenizerFast,
-)
 
-from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.compare import build_prompt
 
-import build
 import photo_llava
 import projector
 import prompts
 import text_model
 import train_base
-from packages import Packages
-from photo_scenes import Object, Scene
-from questions import NUMBERS, training_questions
-from stamps import KINDS
-
-ASKED = [("Is there a cow?", "yes"), ("How many cows are there?", "two"), ("Which is largest?", "cow")]
-# A word with the space before it, a mark, a newline.
-PIECES = Regex(r"<\|?\w+\|?>| ?\w+| ?[^\w\s]|\s")
-SPECIAL = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<unk>", "pad_token": "<|endoftext|>"}
-
-
-def scene_of(number: int, set_: str = "train") -> Scene:
-    """Four objects in corners, of which the fourth is not asked about."""
-    rng = random.Random(number)
-    names = rng.sample([name for name, kind in KINDS.items() if kind.asked], 3)
-    objects, coverage = [], np.zeros((4, 24, 24), np.float16)
-    for place, name in enumerate([*names, "coin"]):
-        left, top, side = 168 * (place % 2) + 20, 168 * (place // 2) + 20, 100 - 10 * place
-        box = (left, top, left + side, top + side)
-        objects.append(Object(name, KINDS[name].merged, KINDS[name].files[0], box, side**2, KINDS[name].asked))
-        coverage[place, top // 14 : (top + side) // 14, left // 14 : (left + side) // 14] = 1
-    return Scene(0, set_, number, "none", tuple(objects), coverage=coverage)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    texts = [prompts.START, "\nQuestion:\nAnswer:", *(f" {word}" for word in (*KINDS, *NUMBERS, "left", "right"))]
-    texts += [f"\nQuestion: {question}\nAnswer: {answer}" for question, answer in ASKED]
-    for number in range(200):
-        for one in training_questions(scene_of(number), random.Random(number)):
-            texts.append(f" {one.question} {' '.join(one.choices)}")
-    words = {piece for text in texts for piece, _ in Split(PIECES, "isolated").pre_tokenize_str(text)}
-    names = list(dict.fromkeys([*SPECIAL.values(), text_model.SPARE, *sorted(words)]))
-    backend = Tokenizer(WordLevel({name: number for number, name in enumerate(names)}, unk_token="<unk>"))
-    backend.pre_tokenizer = Split(PIECES, "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="left", additional_special_tokens=[text_model.SPARE], **SPECIAL
-    )
-
-
-@pytest.fixture(scope="module")
-def renamed(tokenizer, tmp_path_factory):
-    """The same with a place for the image, as text_model.py makes it."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    tokenizer.save_pretrained(folder)
-    text_model._rename_token(folder, tokenizer)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
-def tiny_tower() -> Dinov2Model:
-    config = Dinov2Config(
-        hidden_size=24, num_hidden_layers=12, num_attention_heads=2, mlp_ratio=2, image_size=336, patch_size=14
-    )
-    torch.manual_seed(0)
-    tower = Dinov2Model(config).eval()
-    for layer in tower.encoder.layer:
-        layer.layer_scale1.lambda1.data.fill_(1.0)
-    return tower
-
-
-def tiny_text(tokenizer, bfloat16=False) -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=36,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        # Wide enough that attention is far from uniform.
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    text = LlamaForCausalLM(config).eval()
-    text.config.dtype = torch.bfloat16 if bfloat16 else torch.float32
-    return text.to(text.config.dtype)
-
-
-def write_features(folder, numbers, set_="train"):
-    folder.mkdir(parents=True, exist_ok=True)
-    scenes = [scene_of(number, set_) for number in numbers]
-    layers = torch.stack([torch.randn(577, 24, generator=torch.Generator().manual_seed(n)) for n in numbers])
-    coverage = torch.cat([torch.from_numpy(scene.coverage) for scene in scenes])
-    save_file({"layer": layers.half(), "coverage": coverage}, folder / "00000.safetensors")
-    records = [scene.record() | {"pixels": ""} for scene in scenes]
-    (folder / "00000.json").write_text(json.dumps({"made_of": {"fold": 0}, "scenes": records}))
-
-
-@pytest.fixture
-def features(tmp_path):
-    write_features(tmp_path / "features/train", range(6))
-    write_features(tmp_path / "features/validation", range(100, 102), "validation")
-    return tmp_path / "features"
-
-
-@pytest.fixture(autouse=True)
-def _short_lookup(monkeypatch):
-    monkeypatch.setattr(train_base, "LOOKUP_EPOCHS", 1)
-
-
-def start_run(tmp_path, features, tokenizer, name="run", sequences=8, **arguments):
-    text, tower = tiny_text(tokenizer), tiny_tower()
-    return train_base.Run(tmp_path / name, text, tokenizer, tower, features, sequences, **arguments)
+from tiny_photo import ASKED, photo, scene_of, tiny_text, tiny_tower
 
 
 def messages_of(asked, answered):
@@ -176,26 +52,6 @@ def test_every_answer_is_one_token(renamed):
     packer = prompts.Packer(renamed)
     with pytest.raises(ValueError, match="' two cows' is not one token"):
         packer.pack([("How many?", "two cows")], apart=True)
-
-
-@pytest.fixture(scope="module")
-def joined(renamed):
-    """A text model with low-rank layers that are not zero, a projector, a tower; and the stock model made of them."""
-    tower, text = tiny_tower(), tiny_text(renamed)
-    plain = tiny_text(renamed)
-    torch.manual_seed(2)
-    low_rank = photo_llava.adapt(text)
-    for weight in low_rank.values():
-        weight.data.normal_(std=0.2)
-    config = photo_llava.build_config(tower.config, text.config, renamed.convert_tokens_to_ids("<image>"))
-    start = projector.LlavaMultiModalProjector(config)
-    trained = {f"projector.{name}": weight for name, weight in start.state_dict().items()}
-    trained |= {f"text.{name}": weight.detach() for name, weight in low_rank.items()}
-    return text, start, low_rank, tower, build.assemble(tower, plain, renamed, trained)
-
-
-def photo():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (336, 336, 3), dtype=np.uint8))
 
 
 def run_packed(joined, tokenizer, apart, chunk):
@@ -291,127 +147,6 @@ def test_the_projector_becomes_a_lookup_of_words(renamed):
     output = fitted(patches).detach()
     distances = words.distances(output, words.shift(numbers, 24))
     assert (distances.argmin(1) == names).float().mean() > 0.9
-
-
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path, features, renamed, monkeypatch):
-    whole = start_run(tmp_path, features, renamed, "whole")
-    whole.train_on()
-    first = start_run(tmp_path, features, renamed)
-    step = first.step
-    monkeypatch.setattr(first, "step", lambda: (step(), first.stop())[0])
-    first.train_on()
-    assert first.sequence == 4
-    again = start_run(tmp_path, features, renamed)
-    assert again.sequence == 4
-    again.train_on()
-    for name, weight in whole.trained().items():
-        assert torch.equal(weight, again.trained()[name]), name
-    moved = torch.load(tmp_path / "whole/run.pt", weights_only=True)["trained"]
-    assert all(moved[name].abs().max() > 0 for name in moved if name.endswith(".up"))
-    log = json.loads((tmp_path / "run/photo-llava.json").read_text())
-    assert log["done"] == 8
-    assert [entry["sequence"] for entry in log["log"] if "loss" in entry] == [4, 8]
-    assert [sorted(entry) for entry in log["log"] if "said" in entry] == 2 * [
-        ["among_choices", "minutes", "said", "sequence"]
-    ]
-
-
-def test_two_sequences_at_a_time_change_nothing(tmp_path, features, renamed):
-    alone, beside = (start_run(tmp_path, features, renamed, str(threads), threads=threads) for threads in (1, 2))
-    alone.train_on()
-    beside.train_on()
-    for name, weight in alone.trained().items():
-        assert torch.equal(weight, beside.trained()[name]), name
-    assert alone.validate() == beside.validate()
-
-
-def test_a_finished_run_trains_nothing(tmp_path, features, renamed):
-    start_run(tmp_path, features, renamed, sequences=2).train_on()
-    before = (tmp_path / "run/run.pt").stat().st_mtime_ns
-    again = start_run(tmp_path, features, renamed, sequences=2)
-    again.train_on()
-    assert (tmp_path / "run/run.pt").stat().st_mtime_ns == before
-
-
-def test_added_scenes_take_part_from_the_next_pass(tmp_path, features, renamed):
-    run = start_run(tmp_path, features, renamed)
-    run.step()
-    write_features(features / "train", range(9))
-    run.step()
-    assert run.passes == [[0, 6], [6, 9]]
-    assert sorted(run.order) == list(range(9))
-
-
-def test_time_is_kept(tmp_path, features, renamed):
-    run = start_run(tmp_path, features, renamed)
-    run.train_on(max_minutes=0)
-    assert run.sequence == 4
-
-
-@pytest.mark.parametrize(("change", "message"), [({"seed": 1}, "is of a run with"), ({"sequences": 5}, "is of a run")])
-def test_a_folder_keeps_its_run(tmp_path, features, renamed, change, message):
-    start_run(tmp_path, features, renamed).save()
-    with pytest.raises(ValueError, match=message):
-        start_run(tmp_path, features, renamed, **change)
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path, features, renamed):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/run.pt").write_bytes(b"half of")
-    with pytest.raises(ValueError, match="is damaged"):
-        start_run(tmp_path, features, renamed)
-
-
-def test_the_rate_rises_and_falls():
-    rates = [train_base.rate_at(sequence, 4000) for sequence in range(0, 4000, 4)]
-    top = rates.index(max(rates))
-    assert 4 * top < 2 * train_base.WARM_UP
-    assert rates[top:] == sorted(rates[top:], reverse=True)
-    assert rates[-1] == pytest.approx(train_base.LAST_RATE, rel=0.01)
-
-
-@pytest.fixture
-def built(tmp_path, features, renamed, monkeypatch):
-    """A folder that build.py writes from what a short training left behind."""
-    files = {}
-    for name in ("tower", "text"):
-        files[name] = tmp_path / name
-        files[name].write_text(name)
-    found = Packages(tmp_path, tmp_path, tmp_path, tmp_path, **files)
-    monkeypatch.setattr(build, "find", lambda folder: found)
-    monkeypatch.setattr(build, "load_text_model", lambda gguf, cache: (tiny_text(renamed, bfloat16=True), renamed))
-    monkeypatch.setattr(build, "load_tower", lambda path: tiny_tower())
-    run = start_run(tmp_path, features, renamed, sequences=4)
-    run.about = {"made_of": {name: build.digest(path) for name, path in files.items()}}
-    run.train_on()
-    arguments = ["--trained", str(tmp_path / "run"), "--output", str(tmp_path / "photo-llava")]
-    assert build.main(arguments) == 0
-    return tmp_path / "photo-llava", run, files, arguments
-
-
-def test_the_built_checkpoint_opens(built):
-    folder, run, _, _ = built
-    model = LlavaForConditionalGeneration.from_pretrained(folder)
-    processor = AutoProcessor.from_pretrained(folder)
-    assert {weight.dtype for weight in load_file(folder / "model.safetensors").values()} == {torch.float32}
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert model.config.vision_feature_layer == -4
-    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id
-    assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id != processor.tokenizer.eos_token_id
-    saved = load_file(run.folder / "photo-llava.safetensors")
-    assert torch.equal(model.model.multi_modal_projector.linear_1.weight, saved["projector.linear_1.weight"].float())
-    inputs = processor(images=photo(), text=build_prompt(processor, "Is there a cow?"), return_tensors="pt")
-    pruned = LearnPrunerForConditionalGeneration.from_pretrained(folder)
-    with torch.no_grad():
-        assert torch.equal(pruned(**inputs, pruner_ratio=1.0).logits, model(**inputs).logits)
-
-
-def test_other_weights_are_refused(built, capsys):
-    _, _, files, arguments = built
-    files["text"].write_text("another release")
-    build.digest.cache_clear()
-    assert build.main(arguments) == 2
-    assert "another release than the one" in capsys.readouterr().err
 
 
 def test_features_of_another_layer_would_not_fit():
