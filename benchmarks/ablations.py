@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from learnpruner.training.command import RECORD
@@ -129,12 +130,13 @@ def train_pruner(training: Training, seed: int, base: Path, runs: Path, threads:
     alone."""
     folder = runs / f"{training.name}-{seed}"
     if not (folder / RECORD).exists():
-        data = make_scenes(runs)
-        settings = {"model_name_or_path": base, "train_data": data / "train.jsonl", "eval_data": data / "eval.jsonl"}
-        settings |= {"output_dir": folder, "seed": seed}
-        flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-        command = [sys.executable, "-m", "learnpruner", "train", str(CONFIG), *flags, *training.settings]
-        command += ["--eval_strategy", "no"]  # it would not change the weights
+        # Evaluation would not change the weights, and what is measured here is asked elsewhere.
+        settings = {k: v for k, v in yaml.safe_load(CONFIG.read_text()).items() if not k.startswith("eval_")}
+        settings |= {"model_name_or_path": str(base), "train_data": str(make_scenes(runs) / "train.jsonl")}
+        settings |= {"output_dir": str(folder), "seed": seed}
+        config = runs / f"{training.name}-{seed}.yaml"
+        config.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "learnpruner", "train", str(config), *training.settings]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     record = RESULTS / "trainings" / f"{training.name}-{seed}.json"
     record.parent.mkdir(parents=True, exist_ok=True)
