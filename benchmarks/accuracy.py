@@ -256,11 +256,11 @@ def easy_vqa(model: str, level: str, limit: int, trust_remote_code: bool) -> Ben
     return Bench(data, load_processor(model, trust_remote_code), level, pixels_digest(data), code_files())
 
 
-def photo_vqa(model: str, features: Path, limit: int) -> Bench:
+def photo_vqa(model: str, features: Path, limit: int, other_picture: bool) -> Bench:
     sys.path.insert(0, str(PHOTO_VQA))
     import stored
 
-    data = stored.StoredQuestions(stored.Features(features), limit)
+    data = stored.StoredQuestions(stored.Features(features), limit, other_picture)
     processor = stored.StoredProcessor.from_pretrained(model)
     code = code_files(sorted(PHOTO_VQA.glob("*.py")))
     return Bench(data, processor, data.level, data.pixels_digest(), code, stored.read_stored)
@@ -306,6 +306,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of what the method leaves to chance")
     parser.add_argument("--level", choices=OBJECTS, default="standard")
     parser.add_argument("--photo", type=Path, metavar="FOLDER", help="of photo_vqa/features.py, in place of --level")
+    parser.add_argument(
+        "--other-picture", action="store_true", help="ask about each scene with the next one's, a control"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the base, by default the checkpoint's")
     parser.add_argument(
         "--set",
@@ -339,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
             method = METHODS[arguments.method](arguments.ratio, accounting=arguments.accounting, **settings)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         if arguments.photo:
-            bench = photo_vqa(arguments.model, arguments.photo, arguments.limit)
+            bench = photo_vqa(arguments.model, arguments.photo, arguments.limit, arguments.other_picture)
         else:
             bench = easy_vqa(arguments.model, arguments.level, arguments.limit, arguments.trust_remote_code)
         data = bench.data

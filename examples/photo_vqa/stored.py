@@ -36,15 +36,17 @@ class StoredQuestions(Sequence):
     Args:
         features ([`Features`]): Of one of the sets "validation", "a" and "b"; the last is asked with merged words.
         limit (`int`, *optional*): The first questions only.
+        other (`bool`): With the picture of the next scene, which tells what questions alone give away.
     """
 
-    def __init__(self, features: Features, limit: int | None = None):
+    def __init__(self, features: Features, limit: int | None = None, other: bool = False):
         self.features, self.rows = features, []
         for number in range(len(features)):
             scene = features.scene(number)
             for one in test_questions(scene, random_of(scene), "merged" if scene.set == "b" else "fine"):
                 boxes = [scene.objects[place].box for place in one.about]
-                row = {"image": StoredPicture(features, number), "scene": number, "boxes": boxes}
+                picture = StoredPicture(features, (number + other) % len(features))
+                row = {"image": picture, "scene": number, "boxes": boxes}
                 self.rows.append({**row, "kind": one.kind, "question": one.question, "answer": one.answer})
         self.rows = self.rows[:limit]
 
@@ -61,7 +63,7 @@ class StoredQuestions(Sequence):
 
     def pixels_digest(self) -> str:
         """SHA-256 of the digests of the pictures that are asked about, in turn."""
-        pixels = [self.features.pixels(number) for number in dict.fromkeys(self["scene"])]
+        pixels = [self.features.pixels(picture.number) for picture in dict.fromkeys(self["image"])]
         return hashlib.sha256("\n".join(pixels).encode()).hexdigest()
 
 

@@ -1,0 +1,229 @@
+"""The photo bench (examples/photo_vqa): what methods and pruners are worth on photographs.
+
+    python benchmarks/photo.py --base CHECKPOINT --features FOLDER --rows FOLDER --runs runs/photo --only conditions
+    python benchmarks/photo.py --into examples/photo_vqa/RESULTS.md        # the tables alone
+
+Parts: `conditions` is what the bench must show before it may judge, `trials` are pruners among which a setting is
+chosen, on the set "validation", `methods` is the comparison, on the set "a". CHECKPOINT is that of build.py; the folder
+of features holds those of features.py, one folder a set; that of rows is pruner_data.py's. What is there already is not
+done again, so that a killed study goes on. Records: benchmarks/results/photo/.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from learnpruner.hub_cards.records import read_result
+from learnpruner_commands.arguments import Parser, positive
+
+import accuracy
+import render_accuracy
+from paired import paired_interval
+
+HERE = Path(__file__).parents[1]
+RESULTS = HERE / "benchmarks" / "results" / "photo"
+CONFIG = HERE / "training" / "configs" / "photo-llava.yaml"
+TOKENS = 576
+BUDGETS = (64, 32, 16, 8)
+SEEDS = (0, 1, 2)
+UNTRAINED = {"pruner_trained": True}
+PLAIN = {"pruner_diversity": 0.0}
+TRAINING_FREE = ("uniform", "cls_attention", "visionzip", "vispruner", "divprune", "hawk")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A method, with a pruner or without, at one mean number of tokens.
+
+    Attributes:
+        label (`str`): Its name in tables.
+        method (`str`): Of the registry, or "none".
+        tokens (`int`): Mean over the decoder's layers.
+        pruner (`str`, *optional*): One of [`PRUNERS`]; without it the base's own.
+        fields (`dict`): Settings of the checkpoint or the method.
+        seeds: Of the pruner's training, or of the method's chance.
+        other (`bool`): With the picture of the next scene.
+    """
+
+    label: str
+    method: str
+    tokens: int = TOKENS
+    pruner: str | None = None
+    fields: dict = field(default_factory=dict, hash=False)
+    seeds: tuple[int, ...] = (0,)
+    other: bool = False
+
+    def file(self, level: str, seed: int) -> Path:
+        name = "".join(letter if letter.isalnum() else "_" for letter in self.label)
+        return RESULTS / level / f"{name}-{self.tokens}-{seed}.json"
+
+
+def at_budgets(label: str, method: str, budgets: Iterable[int] = BUDGETS, **options) -> list[Asked]:
+    return [Asked(label, method, tokens, **options) for tokens in budgets]
+
+
+def of_pruner(label: str, pruner: str | None, seeds: tuple[int, ...], fields: dict | None = None) -> list[Asked]:
+    """A module's first cut alone, plain and with the tenth of its budget for diversity."""
+    options = {"pruner": pruner, "seeds": seeds}
+    return [
+        *at_budgets(f"{label}, top-k", "stage_1", **options, fields={**(fields or {}), **PLAIN}),
+        *at_budgets(f"{label}, diversity .1", "stage_1", **options, fields={**(fields or {}), "pruner_diversity": 0.1}),
+    ]
+
+
+UNPRUNED = Asked("unpruned", "none")
+CONTROLS = [
+    *at_budgets("random", "random", seeds=SEEDS),
+    *(asked for name in TRAINING_FREE for asked in at_budgets(name, name)),
+    *at_budgets("training-free first cut", "stage_1"),
+    *of_pruner("random weights", None, SEEDS, UNTRAINED),
+    *at_budgets("oracle: boxes of what is asked", "oracle_boxes"),
+]
+LABELLED = of_pruner("patch labels", "labels", SEEDS)
+CONDITIONS = [UNPRUNED, Asked("unpruned, another picture", "none", other=True), *CONTROLS, *LABELLED]
+
+
+# Settings of trainings, beside those of the file.
+HARD = ("--objective", "hard", "--learning_rate", "1e-3", "--temperature", "0.5")
+PRUNERS: dict[str, tuple[str, ...]] = {
+    "hard": HARD,
+    "soft": ("--objective", "default", "--learning_rate", "1e-3"),
+    "hard, last third": (*HARD, "--temperature", "1.0", "--hard_from", "0.667"),
+}
+TRIALS = [asked for name in PRUNERS for asked in of_pruner(name, name, (0,))]
+METHODS: list[Asked] = []
+PARTS = {
+    "conditions": ("a", CONDITIONS),
+    "trials": ("validation", [UNPRUNED, *TRIALS]),
+    "methods": ("a", METHODS),
+}
+
+
+def train(name: str, seed: int, base: Path, rows: Path, features: Path, runs: Path) -> Path:
+    """The folder of a pruner, trained now where it is not there; its record goes to the results."""
+    folder = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    record = RESULTS / "trainings" / f"{folder.name}.json"
+    if not (folder / "training.json").exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        if name == "labels":
+            command = [HERE / "examples" / "photo_vqa" / "label_pruner.py", "--base", base, "--output", folder]
+            command += ["--features", features / "train", "--seed", seed]
+        else:
+            settings = yaml.safe_load(CONFIG.read_text())
+            settings |= {"model_name_or_path": str(base), "train_data": str(rows / "train.jsonl")}
+            config = runs / f"{folder.name}.yaml"
+            config.write_text(yaml.safe_dump({**settings, "output_dir": str(folder), "seed": seed}))
+            command = ["-m", "learnpruner", "train", config, *PRUNERS[name]]
+        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        subprocess.run([sys.executable, *map(str, command)], check=True, env={**os.environ, **threads})
+    known = json.loads((folder / "training.json").read_text())
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps({**known, "base": base.name}, indent=1) + "\n")
+    return folder
+
+
+def ask(asked: Asked, seed: int, model: Path, features: Path, path: Path, limit: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = ["--model", str(model), "--method", asked.method, "--name", asked.label, "--seed", str(seed)]
+    command += ["--photo", str(features), "--dtype", "bfloat16", "--limit", str(limit), "--output", f"{path}.part"]
+    command += ["--ratio", f"{asked.tokens}/{TOKENS}"] if asked.method != "none" else []
+    command += ["--other-picture"] if asked.other else []
+    command += [part for name, value in asked.fields.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    if accuracy.main([*command, "--threads", str(torch.get_num_threads())]) != 0:
+        raise RuntimeError(f"{asked.label} was not measured; its message stands above.")
+    os.replace(f"{path}.part", path)
+
+
+def level_of(set_: str, fold: int) -> str:
+    return f"photo-{set_}-{fold}"
+
+
+def measure(part: str, base: Path, features: Path, rows: Path, runs: Path, fold: int, limit: int) -> None:
+    set_, wanted = PARTS[part]
+    level = level_of(set_, fold)
+    todo = [(asked, seed) for asked in wanted for seed in asked.seeds]
+    for asked, seed in tqdm(todo, desc=part):
+        path = asked.file(level, seed)
+        if not path.exists():
+            model = train(asked.pruner, seed, base, rows, features, runs) if asked.pruner else base
+            ask(asked, seed, model, features / set_, path, limit)
+
+
+def records(asked: Asked, level: str) -> list[dict]:
+    files = [asked.file(level, seed) for seed in asked.seeds]
+    return [read_result(file) for file in files if file.exists()]
+
+
+def table(part: str, fold: int, reference: Asked | None = None) -> str:
+    """Markdown: a row for each method and budget. The last column is the difference to the unpruned model, or to
+    `reference` at the same budget, with its paired 95 % interval over scenes."""
+    set_, wanted = PARTS[part]
+    level = level_of(set_, fold)
+    unpruned = records(UNPRUNED, level)
+    if not unpruned:
+        return "Not measured."
+    kinds = sorted(unpruned[0]["by_kind"])
+    head = ["budget", "method", "after each cut", "runs", "accuracy", *kinds, "asked objects seen", "minus unpruned"]
+    lines, missing = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
+    for asked in sorted(wanted, key=lambda asked: -asked.tokens):
+        found = records(asked, level)
+        if len(found) < len(asked.seeds):
+            missing.append(f"{asked.label} at {asked.tokens}")
+        if not found:
+            continue
+        cuts = " -> ".join(map(str, found[0]["tokens"]["after_cuts"])) or "none"
+        cells = [str(asked.tokens), asked.label, cuts, str(len(found))]
+        cells += [render_accuracy.spread([one["accuracy"] for one in found])]
+        cells += [render_accuracy.spread([one["by_kind"][kind]["accuracy"] for one in found]) for kind in kinds]
+        seen = [one["tokens"]["objects_seen"][-1] for one in found if one["tokens"]["objects_seen"]]
+        cells.append(render_accuracy.spread(seen) if seen else "")
+        against = unpruned if reference is None else records(replace(reference, tokens=asked.tokens), level)
+        if asked == UNPRUNED or asked.other or not against:
+            cells.append("")
+        else:
+            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(found, against))))
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", f"Percent; {unpruned[0]['n']} questions of the set {set_!r}, fold {fold}; differences in points."]
+    if missing:
+        lines += ["", f"Not measured: {'; '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", type=Path, help="output of examples/photo_vqa/build.py; without it nothing is asked")
+    parser.add_argument("--features", type=Path, help="folder with the features of each set")
+    parser.add_argument("--rows", type=Path, help="output of examples/photo_vqa/pruner_data.py")
+    parser.add_argument("--runs", type=Path, default=Path("runs/photo"), help="folder for the pruners")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--limit", type=positive, default=2500, help="questions")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count())
+    parser.add_argument("--into", type=Path, help="Markdown file with a pair of marks for each part")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    try:
+        for part in arguments.only if arguments.base else []:
+            folders = (arguments.base, arguments.features, arguments.rows, arguments.runs)
+            measure(part, *folders, arguments.fold, arguments.limit)
+        if arguments.into:
+            text = arguments.into.read_text()
+            for part in arguments.only:
+                text = render_accuracy.fill(text, part, table(part, arguments.fold))
+            arguments.into.write_text(text)
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
+        print(f"photo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
