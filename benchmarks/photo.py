@@ -26,6 +26,7 @@ from learnpruner_commands.arguments import Parser, positive
 
 import accuracy
 import render_accuracy
+import selections  # noqa: F401 - its method joins the registry
 from paired import paired_interval
 
 HERE = Path(__file__).parents[1]
@@ -92,13 +93,42 @@ CONDITIONS = [UNPRUNED, Asked("unpruned, another picture", "none", other=True), 
 
 
 # Settings of trainings, beside those of the file.
-HARD = ("--objective", "hard", "--learning_rate", "1e-3", "--temperature", "0.5")
+HARD = ("--objective", "hard")
 PRUNERS: dict[str, tuple[str, ...]] = {
     "hard": HARD,
-    "soft": ("--objective", "default", "--learning_rate", "1e-3"),
-    "hard, last third": (*HARD, "--temperature", "1.0", "--hard_from", "0.667"),
+    "soft": ("--objective", "default", "--temperature", "1.0"),
+    "hard in the last third": (*HARD, "--temperature", "1.0", "--hard_from", "0.667"),
+    "hard, budgets of the default": (*HARD, "--budgets", "0.3333", "0.2222", "0.1111", "0.0556"),
+    "hard, small budgets twice as often": (*HARD, "--budgets", "0.0642", "0.0321", "0.0321", "0.0161", "0.0161"),
+    "hard, no distillation": (*HARD, "--distillation", "0"),
+    "hard, second cut in training": HARD,
+    "hard, presence alone": HARD,
 }
-TRIALS = [asked for name in PRUNERS for asked in of_pruner(name, name, (0,))]
+# How many tokens each cut gets, and where the second falls, with the module of one training.
+STAGES = {
+    "R1:R2 = 3, k = 11": {"pruner_stage_ratio": 3, "pruner_layer": 11},
+    "R1:R2 = 2, k = 11": {"pruner_stage_ratio": 2, "pruner_layer": 11},
+    "R1:R2 = 1.5, k = 11": {"pruner_stage_ratio": 1.5, "pruner_layer": 11},
+    "R1:R2 = 3, k = 18": {"pruner_stage_ratio": 3, "pruner_layer": 18},
+    "R1:R2 = 1.5, k = 18": {"pruner_stage_ratio": 1.5, "pruner_layer": 18},
+}
+SELECTED = [("marginal", weight) for weight in (0.3, 0.5, 0.7)] + [("facility", weight) for weight in (0.2, 0.5)]
+TRIALS = [
+    *(asked for name in PRUNERS for asked in of_pruner(name, name, (0,))),
+    *(
+        asked
+        for name in ("hard", "soft")
+        for selection, weight in SELECTED
+        for asked in at_budgets(
+            f"{name}, {selection} {weight}", "selected", pruner=name, fields={"selection": selection, "weight": weight}
+        )
+    ),
+    *(
+        asked
+        for name, fields in STAGES.items()
+        for asked in at_budgets(f"hard, {name}", "learnpruner", pruner="hard", fields={**PLAIN, **fields})
+    ),
+]
 METHODS: list[Asked] = []
 PARTS = {
     "conditions": ("a", CONDITIONS),
@@ -118,10 +148,14 @@ def train(name: str, seed: int, base: Path, rows: Path, features: Path, runs: Pa
             command += ["--features", features / "train", "--seed", seed]
         else:
             settings = yaml.safe_load(CONFIG.read_text())
-            settings |= {"model_name_or_path": str(base), "train_data": str(rows / "train.jsonl")}
+            data = rows.with_name(f"{rows.name}-presence") if "presence" in name else rows
+            settings |= {"model_name_or_path": str(base), "train_data": str(data / "train.jsonl")}
             config = runs / f"{folder.name}.yaml"
             config.write_text(yaml.safe_dump({**settings, "output_dir": str(folder), "seed": seed}))
-            command = ["-m", "learnpruner", "train", config, *PRUNERS[name]]
+            program = (
+                ["-m", "learnpruner", "train"] if "second cut" not in name else [HERE / "benchmarks" / "second_cut.py"]
+            )
+            command = [*program, config, *PRUNERS[name]]
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         subprocess.run([sys.executable, *map(str, command)], check=True, env={**os.environ, **threads})
     known = json.loads((folder / "training.json").read_text())

@@ -4,13 +4,13 @@ import random
 from types import SimpleNamespace
 
 import pytest
-import selections
 import torch
 from torch.nn import functional as F
 
 from learnpruner import LearnPrunerForConditionalGeneration
 
 import ablations
+import selections
 
 
 def drawn(seed, sizes=(9, 14)):
