@@ -295,7 +295,8 @@ def test_ready_configurations(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # bfloat16 of a GPU is refused on a machine without one.
     model, _, training = parse_arguments(path, ["--bf16", "false", "--use_cpu", "true"])
-    assert model.model_name_or_path.startswith("llava-hf/" if "tiny" not in path.stem else "examples/")
+    kind = path.stem.partition("-")[0]
+    assert model.model_name_or_path.startswith({"tiny": "examples/", "photo": "runs/"}.get(kind, "llava-hf/"))
     assert training.objective == "default"
 
 
