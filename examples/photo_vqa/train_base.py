@@ -49,12 +49,14 @@ LOG_EVERY = 100  # sequences
 SAVE_SECONDS, VALIDATE_SECONDS = 300, 900
 VALIDATION_SCENES = 100
 LOOKUP_SCENES, LOOKUP_EPOCHS = 1500, 8
-# Without them, glibc gives large tensors' memory back after each use; on two cores that took half of the time.
+# Without them, glibc gives large tensors' memory back after each use; on two cores that took half of the time. The
+# last asks for huge pages: with small ones, a run was half as fast after an hour as at its start.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
     "MALLOC_ARENA_MAX": "2",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 
