@@ -82,10 +82,7 @@ def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
     assert results[0]["accuracy"] == sum(right) / 10
     # So that runs can be compared question by question, on what was asked and by what.
     for result in results:
-        assert [row["given"] for row in result["answers"]] == answers
-        assert [(row["index"], row["scene"], row["expected"]) for row in result["answers"]] == list(
-            zip(range(10), data["scene"], data["answer"])
-        )
+        assert result["answers"] == {"scene": data["scene"], "expected": data["answer"], "given": answers}
         assert (
             result["pixels_sha256"]
             == hashlib.sha256(b"".join(b"((192, 192), 'RGB')" + image.tobytes() for image in data["image"])).hexdigest()
@@ -98,15 +95,19 @@ def test_records_are_read_and_old_ones_too(folder, tmp_path):
     result = run(folder, tmp_path, "--method", "random", "--ratio", "1/18", "--limit", 4)
     path = tmp_path / "result.json"
     assert read_result(path) == result
-    # An answer is a line of the file, whatever was given.
-    assert sum(line.startswith('  {"index": ') for line in path.read_text().splitlines()) == 4
+    # Each list is a line of the file, without spaces.
+    lines = [line for line in path.read_text().splitlines() if line.startswith('  "scene":')]
+    assert lines == ['  "scene": [0,0,0,0],']
+    assert list(result["answers"]) == ["scene", "expected", "given"]
     new = ("answers", "pixels_sha256", "code_sha256", "method_revision")
     path.write_text(json.dumps({name: value for name, value in result.items() if name not in new}))
     assert not set(new) & read_result(path).keys()
     for field, value in (
-        ("answers", [{**result["answers"][0], "scene": 0.5}]),
-        ("answers", [{"index": 0, "expected": "two"}]),
-        ("answers", {"0": "two"}),
+        ("answers", {**result["answers"], "scene": [0, 0, 0, 0.5]}),
+        ("answers", {**result["answers"], "given": result["answers"]["given"][:3]}),
+        ("answers", {**result["answers"], "given": "four"}),
+        ("answers", {"scene": [0], "expected": ["two"]}),
+        ("answers", [{"index": 0, "scene": 0, "expected": "two", "given": "two"}]),
         ("pixels_sha256", 5),
         ("code_sha256", ""),
         ("method_revision", 0),
