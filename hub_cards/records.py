@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 TRAINING = "training.json"
 # Methods of benchmarks/accuracy.py that look at the pruner's weights.
-LEARNED = ("learnpruner", "stage_1")
+LEARNED = ("learnpruner", "stage_1", "composed")
 # Ratios of wall clock: unpruned / pruned of the prefill, what that would be if pruning itself cost nothing,
 # unpruned / pruned of a whole answer, and pruner_ratio=1.0 / stock class.
 SPEEDS = ("prefill_speedup", "prefill_ceiling", "end_to_end_speedup", "overhead_at_ratio_one")

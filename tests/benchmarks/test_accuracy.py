@@ -296,6 +296,7 @@ def test_table_and_plot(tmp_path, capsys):
         fake("random", 1 / 18, 1, (6, 6, 5, 4)),
         fake("learnpruner", 1 / 18, 0, (9, 9, 9, 8)),
         fake("random", 1 / 18, 0, (5, 5, 5, 4), level="hard"),
+        fake("random", 1 / 18, 0, (10, 10, 10, 10), scene_seed=7, data="e"),
     )
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- accuracy -->\nold\n<!-- /accuracy -->\nafter\n")
@@ -309,6 +310,11 @@ def test_table_and_plot(tmp_path, capsys):
     assert by_name["standard", "none"][2:7] == ["576.0", "none", "1", "95.0", "100.0"]
     assert by_name["standard", "random"][2:7] == ["32.0", "32", "2", "50.0 (47.5-52.5)", "52.5 (50.0-55.0)"]
     assert by_name["standard", "learnpruner"][5:7] == ["87.5", "92.5"]
+    assert by_name["standard", "random"][-2:] == ["50.0 (50.0-50.0)", "25.0 (25.0-25.0)"]
+    assert "objects seen | boxes kept by cut 1 |" in text
+    assert "minus" not in text
+    # Other scenes of a level are other rows.
+    assert by_name["standard, seed 7", "random"][4:6] == ["1", "100.0"]
     # No unpruned run of the hard scenes was given.
     assert by_name["hard", "random"][6] == "not measured"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -5,9 +5,9 @@ import math
 import random
 
 import numpy as np
-import paired
 import pytest
 
+import paired
 from recorded import accuracy_record
 
 
