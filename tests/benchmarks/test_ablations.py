@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,35 @@ def test_a_claim_is_one_processes_and_ends_with_it(tmp_path):
         assert not theirs
     with ablations.claimed(tmp_path / "x") as mine:
         assert mine
+
+
+def test_a_row_is_asked_as_it_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(asked, "RESULTS", tmp_path)
+    commands = []
+
+    def main(command):
+        commands.append(dict(zip(command[::2], command[1::2], strict=True)))
+        Path(commands[-1]["--output"]).write_text("{}")
+        return 0
+
+    monkeypatch.setattr(ablations.accuracy, "main", main)
+    seven = asked.Scenes("hard", 7)
+    rows = [
+        Asked("divprune, then stage 2", "composed", 16, fields={"first": "divprune"}, scenes=seven),
+        Asked("random weights", "learnpruner", 8, fields={"pruner_trained": True}),
+        Asked("stage 2 alone", "stage_2", cap=18),
+        unpruned(seven),
+    ]
+    for row in rows:
+        ablations.ask(row, 3, Path("model"), 12)
+        assert row.file(3).read_text() == "{}"
+    composed, random, capped, whole = commands
+    assert {"--level": "hard", "--scene-seed": "7", "--ratio": "16/576", "--seed": "3"}.items() <= composed.items()
+    assert (composed["--set"], random["--set"]) == ('first="divprune"', "pruner_trained=true")
+    assert "--scene-seed" not in random
+    assert (capped["--accounting"], capped["--ratio"]) == ("cap", "18/576")
+    assert whole["--method"] == "none"
+    assert "--ratio" not in whole
 
 
 def test_what_differs_has_a_file_of_its_own():
