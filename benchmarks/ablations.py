@@ -255,10 +255,9 @@ def log_table() -> str:
     for training in (DEFAULT, PAPER, THIRD, TENTH):
         paths = [training_record(training, seed) for seed in SEEDS]
         logs = [json.loads(path.read_text())["log"] for path in paths if path.exists()]
-        if logs:
-            steps = [[step for step in log if "grad_norm" in step] for log in logs]
-            flat = [step for log in steps for step in log]
-            kept, ends = [step["keep_rate"] for step in flat], [log[-1]["gate_entropy"] for log in steps]
+        logs = [[step for step in log if "grad_norm" in step] for log in logs]
+        if flat := [step for log in logs for step in log]:  # a training of a few steps logs none
+            kept, ends = [step["keep_rate"] for step in flat], [log[-1]["gate_entropy"] for log in logs]
             cells = [training.name, str(len(logs)), f"{max(step['grad_norm'] for step in flat):.2g}"]
             cells += [f"{max(step['loss'] for step in flat):.2g}", f"{min(kept):.2f} to {max(kept):.2f}"]
             lines.append("| " + " | ".join([*cells, f"{min(ends):.2f} to {max(ends):.2f}"]) + " |")
