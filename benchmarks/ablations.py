@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,74 +27,75 @@ from learnpruner.training.command import RECORD
 from learnpruner_commands.arguments import Parser, positive
 
 import accuracy
+import asked
 import render_accuracy
 import scenes  # found because accuracy.py has looked for it
+from asked import (
+    BEFORE,
+    BUDGETS,
+    CONTROL_SEEDS,
+    DEFAULT,
+    INSIDE,
+    PAPER,
+    SCENES,
+    SEEDS,
+    SHUFFLED,
+    TENTH,
+    THIRD,
+    TOKENS,
+    Asked,
+    Scenes,
+    Training,
+    difference,
+    learned,
+    missing,
+    unpruned,
+)
+from shuffled_pruner import shuffle_pruner
 
 HERE = Path(__file__).parents[1]
 EASY_VQA = HERE / "examples" / "easy_vqa"
-RESULTS = HERE / "benchmarks" / "results" / "ablations"
 CONFIG = HERE / "training" / "configs" / "tiny-llava.yaml"
-SEEDS = (0, 1, 2)
-TOKENS = 576
-# The budget at which methods differ most.
-SMALLEST = 32
+# At which the controls are asked, where the scenes have them.
+CONTROL_BUDGETS = (64, 32, 16, 8)
+RANDOM_WEIGHTS = {"pruner_trained": True}
+NO_DIVERSITY = {"pruner_diversity": 0.0}
 
 
-@dataclass(frozen=True)
-class Training:
-    """Settings of one kind of pruner, beside those of the file."""
+def controls(tokens: int, at: Scenes) -> list[Asked]:
+    """LearnPruner, and what it is without its training."""
 
-    name: str
-    settings: tuple[str, ...] = ()
+    def row(label, training=None, fields=None, seeds=SEEDS):
+        return Asked(label, "learnpruner", tokens, training, fields or {}, scenes=at, seeds=seeds)
 
-
-DEFAULT = Training("default")
-PAPER = Training("paper", ("--objective", "paper", "--pruner_ratio", str(SMALLEST / TOKENS)))
-THIRD = Training("third", ("--data_share", str(1 / 3)))
-TENTH = Training("tenth", ("--data_share", "0.1"))
-# What the small model's configuration says, so that the default setting is asked once for all tables.
-FIELDS = {"pruner_diversity": 0.1, "pruner_stage_ratio": 3, "pruner_layer": 3}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """One row of a table: a method, or a kind of pruner, at one mean number of tokens."""
-
-    label: str
-    method: str
-    tokens: int = SMALLEST
-    training: Training | None = None
-    fields: dict = field(default_factory=dict, hash=False)
-    # Tokens behind the last cut, whatever the mean is, in place of a mean of `tokens`.
-    cap: int | None = None
-    level: str = "standard"
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Of the pruner's training, or of the method's chance; other methods leave nothing to it."""
-        return SEEDS if self.training or self.method == "random" else (0,)
-
-    def file(self, seed: int) -> Path:
-        parts = [self.method, *([self.training.name] if self.training else []), str(self.tokens), str(seed)]
-        parts += [f"{name}={value}" for name, value in self.fields.items() if value != FIELDS[name]]
-        return RESULTS / ("-".join(parts) + ".json")
-
-
-def learned(
-    label: str, training: Training | None = None, method: str = "learnpruner", tokens: int = SMALLEST, **fields
-):
-    return Asked(label, method, tokens, training or DEFAULT, fields)
+    return [
+        row("learnpruner", DEFAULT),
+        row("trained, diversity 0", DEFAULT, NO_DIVERSITY),
+        row("untrained", seeds=(0,)),
+        row("random weights", None, RANDOM_WEIGHTS, CONTROL_SEEDS),
+        row("random weights, diversity 0", None, {**RANDOM_WEIGHTS, **NO_DIVERSITY}, CONTROL_SEEDS),
+        row("shuffled weights", SHUFFLED, None, CONTROL_SEEDS),
+        row("shuffled weights, diversity 0", SHUFFLED, NO_DIVERSITY, CONTROL_SEEDS),
+    ]
 
 
 BOTH = learned("learnpruner")
 TABLES: dict[str, list[Asked]] = {
     "budgets": [
         asked
-        for tokens in (128, 64, 32)
+        for tokens in BUDGETS
         for asked in (
-            *(Asked(m, m, tokens) for m in ("random", "uniform", "cls_attention", "oracle_boxes")),
+            Asked("random", "random", tokens, seeds=SEEDS),
+            *(Asked(m, m, tokens) for m in ("uniform", "cls_attention", "oracle_boxes")),
             learned("learnpruner", tokens=tokens),
         )
+    ],
+    "controls": [
+        asked
+        for at, budgets in SCENES.items()
+        for tokens in CONTROL_BUDGETS
+        if tokens in budgets
+        for asked in controls(tokens, at)
     ],
     "stages": [
         learned("stage 1 alone", method="stage_1"),
@@ -138,12 +138,27 @@ def train_pruner(training: Training, seed: int, base: Path, runs: Path, threads:
         config.write_text(yaml.safe_dump(settings))
         command = [sys.executable, "-m", "learnpruner", "train", str(config), *training.settings]
         subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-    record = RESULTS / "trainings" / f"{training.name}-{seed}.json"
+    record = training_record(training, seed)
     record.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads((folder / RECORD).read_text())
     known["base"] = base.name
     record.write_text(json.dumps(known, indent=1) + "\n")
     return folder
+
+
+def training_record(training: Training, seed: int) -> Path:
+    return asked.RESULTS / "ablations" / "trainings" / f"{training.name}-{seed}.json"
+
+
+def pruner_of(training: Training, seed: int, base: Path, runs: Path, threads: int) -> Path | None:
+    """The folder of a pruner, made now where it is not there; `None` while another process makes it."""
+    with claimed(runs / "locks" / f"{training.name}-{seed}") as mine:
+        if not mine:
+            return None
+        if training.shuffles is None:
+            return train_pruner(training, seed, base, runs, threads)
+        folder, trained = runs / f"{training.name}-{seed}", pruner_of(training.shuffles, 0, base, runs, threads)
+        return folder if folder.exists() or trained is None else shuffle_pruner(trained, seed, folder)
 
 
 def make_scenes(runs: Path) -> Path:
@@ -157,46 +172,96 @@ def make_scenes(runs: Path) -> Path:
     return folder
 
 
-def ask(asked: Asked, seed: int, model: Path, limit: int) -> None:
-    path = asked.file(seed)
+def ask(row: Asked, seed: int, model: Path, limit: int) -> None:
+    path = row.file(seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = ["--model", str(model), "--method", asked.method, "--name", asked.label, "--seed", str(seed)]
-    accounting, tokens = ("mean", asked.tokens) if asked.cap is None else ("cap", asked.cap)
-    command += ["--ratio", f"{tokens}/{TOKENS}", "--accounting", accounting, "--limit", str(limit)]
-    command += ["--level", asked.level, "--output", f"{path}.part"]
-    command += [part for name, value in asked.fields.items() for part in ("--set", f"{name}={value}")]
-    if accuracy.main([*command, "--threads", str(torch.get_num_threads())]) != 0:
-        raise RuntimeError(f"{asked.label} was not measured; its message stands above.")
+    command = ["--model", str(model), "--method", row.method, "--name", row.label, "--seed", str(seed)]
+    if row.method != "none":
+        accounting, tokens = ("mean", row.tokens) if row.cap is None else ("cap", row.cap)
+        command += ["--ratio", f"{tokens}/{TOKENS}", "--accounting", accounting]
+    command += ["--level", row.scenes.level, *(["--scene-seed", str(row.scenes.seed)] if row.scenes.seed else [])]
+    command += [part for name, value in row.fields.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    command += ["--limit", str(limit), "--threads", str(torch.get_num_threads()), "--output", f"{path}.part"]
+    if accuracy.main(command) != 0:
+        raise RuntimeError(f"{row.label} was not measured; its message stands above.")
     os.replace(f"{path}.part", path)
 
 
-def groups_of(name: str, unpruned: dict) -> dict[tuple, list[dict]]:
-    """What has been measured of a table, in its order."""
-    rows = TABLES[name]
-    results = [
-        {**accuracy.read_result(asked.file(seed)), "name": asked.label}
-        for asked in rows
-        for seed in asked.seeds
-        if asked.file(seed).exists()
-    ]
-    groups = render_accuracy.group_runs([unpruned, *results])
-    order = {(asked.label, asked.tokens): place for place, asked in enumerate(rows)}
-    return dict(sorted(groups.items(), key=lambda item: order.get((item[0][1], round(item[0][2])), -1)))
+def measure(rows: list[Asked], base: Path, runs: Path, limit: int, threads: int) -> None:
+    """Asks what has not been asked, the unpruned model first."""
+    whole = [unpruned(scenes) for scenes in dict.fromkeys(row.scenes for row in rows)]
+    todo = [(row, seed) for row in (*whole, *rows) for seed in row.seeds]
+    for row, seed in tqdm(todo, desc="runs"):
+        if row.is_measured(seed):
+            continue
+        with claimed(runs / "locks" / row.file(seed).name) as mine:
+            if not mine or row.is_measured(seed):
+                continue
+            model = pruner_of(row.training, seed, base, runs, threads) if row.training else base
+            if model is not None:
+                ask(row, seed, model, limit)
 
 
-def tables(unpruned: dict) -> dict[str, str]:
+def groups_of(rows: list[Asked]) -> dict[tuple, list[dict]]:
+    """As [`render_accuracy.group_runs`], of what has been measured of the rows, in their order, each with what
+    [`difference`] says of it. The unpruned model comes before the rows of its scenes."""
+    levels = dict.fromkeys(row.scenes for row in rows)
+    rows = [row for at in levels for row in (unpruned(at), *(row for row in rows if row.scenes == at))]
+    results = []
+    for place, row in enumerate(rows):
+        beside = {"place": place, "difference": difference(row)}
+        results += [{**record, **beside} for record in row.records()]
+    groups = render_accuracy.group_runs(results).items()
+    return dict(sorted(groups, key=lambda group: group[1][0]["place"]))
+
+
+def tables() -> dict[str, str]:
     """Markdown of each table, and what of it has not been measured."""
-    found = {}
-    for name, rows in TABLES.items():
-        missing = [
-            f"{asked.label} at {asked.tokens}, seed {seed}"
-            for asked in rows
-            for seed in asked.seeds
-            if not asked.file(seed).exists()
+    return {
+        name: "\n\n".join(filter(None, (render_accuracy.table(groups_of(rows)), missing(rows))))
+        for name, rows in TABLES.items()
+    }
+
+
+def plotted() -> dict[tuple, list[dict]]:
+    """Groups of the plot: LearnPruner, trained and not, between chance, the best other method and no pruning."""
+    budgets = [tokens for tokens in BUDGETS if learned("learnpruner", tokens=tokens).records()]
+    others = {}
+    for name in (name for name in (*BEFORE, *INSIDE) if name != "random"):
+        records = [Asked(name, name, tokens).records() for tokens in budgets]
+        if records and all(records):
+            others[name] = sum(runs[0]["accuracy"] for runs in records)
+    best = sorted(others, key=others.get)[-1:]
+    return groups_of(
+        [
+            row
+            for tokens in BUDGETS
+            for row in (
+                learned("learnpruner", tokens=tokens),
+                Asked("untrained", "learnpruner", tokens),
+                *(Asked(f"{name}, the best other method", name, tokens) for name in best),
+                Asked("random", "random", tokens, seeds=SEEDS),
+            )
         ]
-        note = f"\n\nNot measured: {'; '.join(missing)}." if missing else ""
-        found[name] = render_accuracy.table(groups_of(name, unpruned)) + note
-    return found
+    )
+
+
+def log_table() -> str:
+    """Markdown: how steady the trainings were, from their logs."""
+    lines = [
+        "| pruner | runs | gradient norm, largest | loss, largest | keep rate | gate entropy at the end, bits |",
+        "|---|---|---|---|---|---|",
+    ]
+    for training in (DEFAULT, PAPER, THIRD, TENTH):
+        paths = [training_record(training, seed) for seed in SEEDS]
+        logs = [json.loads(path.read_text())["log"] for path in paths if path.exists()]
+        logs = [[step for step in log if "grad_norm" in step] for log in logs]
+        if flat := [step for log in logs for step in log]:  # a training of a few steps logs none
+            kept, ends = [step["keep_rate"] for step in flat], [log[-1]["gate_entropy"] for log in logs]
+            cells = [training.name, str(len(logs)), f"{max(step['grad_norm'] for step in flat):.2g}"]
+            cells += [f"{max(step['loss'] for step in flat):.2g}", f"{min(kept):.2f} to {max(kept):.2f}"]
+            lines.append("| " + " | ".join([*cells, f"{min(ends):.2f} to {max(ends):.2f}"]) + " |")
+    return "\n".join(lines)
 
 
 def cost_table() -> str:
@@ -205,7 +270,7 @@ def cost_table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for training in (DEFAULT, PAPER, THIRD, TENTH):
-        paths = [RESULTS / "trainings" / f"{training.name}-{seed}.json" for seed in SEEDS]
+        paths = [training_record(training, seed) for seed in SEEDS]
         records = [json.loads(path.read_text()) for path in paths if path.exists()]
         if records:
             minutes = [record["metrics"]["seconds"] / 60 for record in records]
@@ -225,31 +290,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", choices=TABLES, nargs="+", default=list(TABLES), help="tables")
     parser.add_argument("--limit", type=positive, default=2000, help="questions")
     parser.add_argument("--threads", type=positive, default=os.cpu_count())
-    parser.add_argument("--unpruned", type=Path, default=RESULTS.parent / "accuracy" / "standard-none.json")
-    parser.add_argument("--into", type=Path, help="Markdown file with a pair of marks for each table, and for cost")
+    parser.add_argument("--into", type=Path, help="Markdown file with a pair of marks for each table, log and cost")
     parser.add_argument("--plot", type=Path, help="PNG of accuracy against the budget")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     try:
-        wanted = [(asked, seed) for name in arguments.only for asked in TABLES[name] for seed in asked.seeds]
-        for asked, seed in tqdm(wanted if arguments.runs else [], desc="ablations"):
-            if asked.file(seed).exists():
-                continue
-            model = arguments.base
-            if asked.training:
-                with claimed(arguments.runs / "locks" / f"{asked.training.name}-{seed}") as mine:
-                    if not mine:
-                        continue
-                    model = train_pruner(asked.training, seed, arguments.base, arguments.runs, arguments.threads)
-            with claimed(arguments.runs / "locks" / asked.file(seed).name) as mine:
-                if mine and not asked.file(seed).exists():
-                    ask(asked, seed, model, arguments.limit)
-        unpruned = accuracy.read_result(arguments.unpruned) if arguments.into or arguments.plot else None
+        if arguments.runs:
+            rows = [row for name in arguments.only for row in TABLES[name]]
+            measure(rows, arguments.base, arguments.runs, arguments.limit, arguments.threads)
         if arguments.plot:
-            render_accuracy.save_plot(groups_of("budgets", unpruned), arguments.plot)
+            render_accuracy.save_plot(plotted(), arguments.plot)
         if arguments.into:
             text = arguments.into.read_text()
-            for name, table in {**tables(unpruned), "cost": cost_table()}.items():
+            for name, table in {**tables(), "log": log_table(), "cost": cost_table()}.items():
                 text = render_accuracy.fill(text, name, table)
             arguments.into.write_text(text)
     except (ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:

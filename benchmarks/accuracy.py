@@ -207,13 +207,9 @@ def scored(data: Dataset, answers: list[str]) -> dict:
     return {**accuracy(everything), "by_kind": {kind: accuracy(by_kind[kind]) for kind in sorted(by_kind)}}
 
 
-def each_answer(data: Dataset, answers: list[str]) -> list[dict]:
-    """Of each question its number, that of its scene, and what was expected and given."""
-    rows = zip(data["scene"], data["answer"], answers, strict=True)
-    return [
-        {"index": index, "scene": scene, "expected": expected, "given": given}
-        for index, (scene, expected, given) in enumerate(rows)
-    ]
+def each_answer(data: Dataset, answers: list[str]) -> dict[str, list]:
+    """Of each question, in turn, the number of its scene, and what was expected and given."""
+    return {"scene": list(data["scene"]), "expected": list(data["answer"]), "given": answers}
 
 
 def pixels_digest(data: Dataset) -> str:
@@ -267,9 +263,11 @@ def photo_vqa(model: str, features: Path, limit: int, other_picture: bool) -> Be
 
 
 def dump(result: dict) -> str:
-    """JSON, each answer on a line of its own."""
-    rows = ",\n".join(f"  {json.dumps(row)}" for row in result["answers"])
-    return json.dumps({**result, "answers": []}, indent=1).replace('"answers": []', f'"answers": [\n{rows}\n ]') + "\n"
+    """JSON, each of the answers' lists on a line."""
+    lists = {name: json.dumps(values, separators=(",", ":")) for name, values in result["answers"].items()}
+    lines = ",\n".join(f'  "{name}": {values}' for name, values in lists.items())
+    text = json.dumps({**result, "answers": {}}, indent=1)
+    return text.replace('"answers": {}', f'"answers": {{\n{lines}\n }}') + "\n"
 
 
 def read_settings(pairs: list[str], method: str) -> tuple[dict, dict]:

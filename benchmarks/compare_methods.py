@@ -13,62 +13,49 @@ Results: benchmarks/results/methods/.
 
 import json
 import os
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
-import transformers
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
-import learnpruner
 import learnpruner_commands
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.accounting import mean_tokens
 from learnpruner.budget_learnpruner import half_up
-from learnpruner.compare import build_prompt, load_processor
-from learnpruner.compat_learnpruner import CACHE
-from learnpruner.cuts_learnpruner import Cut
 from learnpruner.hub_cards.recorded_counts import MARK, arrows, is_marked, note
-from learnpruner.hub_cards.records import weights_digest
-from learnpruner.methods import METHODS, Method
+from learnpruner.hub_cards.records import relative_accuracy
+from learnpruner.methods import METHODS
 from learnpruner_commands.arguments import Parser, positive
 
 import ablations
-import accuracy
 import render_accuracy
-from ablations import EASY_VQA, TOKENS, Asked
-from scenes import scene_dataset
-from speed_measure import cache_bytes, timed
+from ablations import EASY_VQA
+from asked import (
+    BEFORE,
+    DEFAULT,
+    INSIDE,
+    MISSING,
+    RESULTS,
+    SCENES,
+    SEEDS,
+    TOKENS,
+    Run,
+    Scenes,
+    difference,
+    missing,
+    unpruned,
+)
+from method_costs import measure_cost
 
-RESULTS = Path(__file__).parent / "results" / "methods"
-COST = RESULTS / "cost.json"
-BUDGETS = (192, 128, 64, 32)
-BEFORE = ("random", "uniform", "downsample", "pool", "cls_attention", "visionzip", "divprune", "vispruner", "hawk")
-INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "dart", "transprune")
+COST = RESULTS / "methods" / "cost.json"
+# Training-free methods that are asked with LearnPruner's stage 2 behind them, too.
+WITH_STAGE_2 = ("cls_attention", "divprune", "vispruner")
 # HAWK's own budgets are 40, 20 and 10 % of the tokens (arXiv 2604.07812), its heads weighed on train questions.
 HAWK_SHARES = (0.4, 0.2, 0.1)
-HAWK_WEIGHTS = RESULTS / "hawk_weights.json"
+HAWK_WEIGHTS = RESULTS / "methods" / "hawk_weights.json"
 HAWK_QUESTIONS = 200
-
-
-@dataclass(frozen=True)
-class Run(Asked):
-    """One method at one budget. `tokens` is a mean over the layers, or with `cap` what the last cut leaves."""
-
-    def file(self, seed: int) -> Path:
-        level = "" if self.level == "standard" else f"{self.level}-"
-        plain = self.cap is None and not self.fields and not level
-        if plain and (known := super().file(seed)).exists():
-            return known
-        accounting = "" if self.cap is None else "-cap"
-        return RESULTS / f"{level}{self.method}-{self.tokens}{accounting}-{seed}.json"
 
 
 def reachable(method: str, tokens: int, model: PreTrainedModel) -> bool:
@@ -87,45 +74,39 @@ def paper_tokens(method: str, model: PreTrainedModel) -> int:
     return half_up(mean_tokens(counts, [place.layer for place in places], TOKENS, depth))
 
 
+def runs_at(tokens: int, at: Scenes, model: PreTrainedModel) -> list[Run]:
+    """Every method at one budget, on one set of scenes."""
+    own = [
+        Run("learnpruner", "learnpruner", tokens, DEFAULT, scenes=at, seeds=SEEDS),
+        Run("learnpruner, untrained", "learnpruner", tokens, scenes=at),
+    ]
+    before = [
+        Run(name, name, tokens, scenes=at, seeds=SEEDS if name == "random" else (0,))
+        for name in (*BEFORE, "oracle_boxes")
+    ]
+    composed = [
+        Run(f"{name}, then stage 2", "composed", tokens, fields={"first": name}, scenes=at) for name in WITH_STAGE_2
+    ]
+    inside = [
+        Run(name, name, tokens, scenes=at)
+        if reachable(name, tokens, model)
+        else Run(f"{name}, cap", name, tokens, cap=tokens, scenes=at)
+        for name in INSIDE
+    ]
+    return [*own, *before, *composed, *inside]
+
+
 def runs_of(model: PreTrainedModel) -> list[Run]:
     """Every run of the tables, for the depth of a model."""
-    runs = [
-        Run(name, name, tokens, ablations.DEFAULT if name == "learnpruner" else None)
-        for tokens in BUDGETS
-        for name in (*BEFORE, "oracle_boxes", "learnpruner")
-    ]
-    runs += [
-        Run(name, name, tokens) if reachable(name, tokens, model) else Run(f"{name}, cap", name, tokens, cap=tokens)
-        for name in INSIDE
-        for tokens in BUDGETS
-    ]
+    runs = [run for at, budgets in SCENES.items() for tokens in budgets for run in runs_at(tokens, at, model)]
     # What others leave behind their last cut, for those who compare caps.
-    runs.append(Run("learnpruner, cap", "learnpruner", 64, ablations.DEFAULT, cap=64))
-    # Where the best are close, on scenes of more and smaller objects.
-    runs += [
-        Run(name, name, 32, ablations.DEFAULT if name == "learnpruner" else None, level="hard")
-        for name in ("visionzip", "divprune", "vispruner", "learnpruner")
-    ]
+    runs.append(Run("learnpruner, cap", "learnpruner", 64, DEFAULT, cap=64, seeds=SEEDS))
     weights = {"head_weights": os.path.relpath(HAWK_WEIGHTS)}
     runs += [
         Run("hawk, heads calibrated, its paper's budgets", "hawk", round(share * TOKENS), fields=weights)
         for share in HAWK_SHARES
     ]
     return [*runs, Run("transprune, its paper's schedule", "transprune", paper_tokens("transprune", model))]
-
-
-def measure(runs: list[Run], model: Path, folder: Path, limit: int, threads: int) -> None:
-    if any(run.fields for run in runs) and not HAWK_WEIGHTS.exists():
-        calibrate_hawk(model, folder)
-    todo = [(run, seed) for run in runs for seed in run.seeds]
-    for run, seed in tqdm(todo, desc="methods"):
-        if run.file(seed).exists():
-            continue
-        with ablations.claimed(folder / "locks" / run.file(seed).name) as mine:
-            if not mine or run.file(seed).exists():
-                continue
-            pruned = ablations.train_pruner(run.training, seed, model, folder, threads) if run.training else model
-            ablations.ask(run, seed, pruned, limit)
 
 
 def calibrate_hawk(model: Path, folder: Path) -> None:
@@ -135,159 +116,48 @@ def calibrate_hawk(model: Path, folder: Path) -> None:
         raise RuntimeError("HAWK's heads were not calibrated; the message stands above.")
 
 
-@contextmanager
-def timed_selection(cuts: tuple[Cut, ...], device: torch.device) -> Iterator[tuple[tuple[Cut, ...], list[float]]]:
-    """The cuts, and the seconds that their scores, selections and merges take, and what watching does."""
-    seconds = []
-
-    def clocked(function):
-        def run(*arguments):
-            spent, result = timed(lambda: function(*arguments), device)
-            seconds.append(spent)
-            return result
-
-        return run
-
-    class TimedScore:
-        def __init__(self, score):
-            self.score, self.select = score, clocked(score.select)
-
-        def __call__(self, seen):
-            return clocked(self.score)(seen)
-
-        @contextmanager
-        def watch(self, seen):
-            # What it does before and after the layer; its hooks in between take down what they see, no more.
-            inner = self.score.watch(seen)
-            clocked(inner.__enter__)()
-            yield
-            clocked(inner.__exit__)(None, None, None)
-
-    shared = {id(cut.score): TimedScore(cut.score) for cut in cuts}
-    yield (
-        tuple(
-            replace(cut, score=shared[id(cut.score)], merge=None if cut.merge is None else clocked(cut.merge))
-            for cut in cuts
-        ),
-        seconds,
-    )
-
-
-@torch.no_grad()
-def measure_cost(runs: list[Run], model_path: Path, batch_size: int, repeats: int) -> dict:
-    """Prefill of one batch with each method, in turn with the unpruned model: medians."""
-    model = LearnPrunerForConditionalGeneration.from_pretrained(model_path).eval()
-    processor = load_processor(str(model_path))
-    data = scene_dataset("test", batch_size, per_scene=1)
-    rows = list(data)
-    inputs = processor(
-        images=[row["image"] for row in rows],
-        text=[build_prompt(processor, row["question"]) for row in rows],
-        padding=True,
-        return_tensors="pt",
-    ).to(model.device)
-
-    def prefill(schedule) -> tuple[float, int]:
-        call = partial(model, **inputs, schedule=schedule, logits_to_keep=1, use_cache=True)
-        seconds, outputs = timed(call, model.device)
-        return seconds, cache_bytes(outputs[CACHE])
-
-    unique = {(run.method, run.tokens, run.cap): run for run in runs}
-    found = []
-    for run in tqdm(unique.values(), desc="cost"):
-        accounting = "mean" if run.cap is None else "cap"
-        method = METHODS[run.method](run.tokens / TOKENS, accounting=accounting, **run.fields)
-        method: Method = accuracy.for_batch(method, 0, rows, list(range(batch_size)))
-        prefill(()), prefill(method)
-        stock, pruned, selection = [], [], []
-        for _ in range(repeats):
-            (seconds, whole), (other, held) = prefill(()), prefill(method)
-            stock.append(seconds)
-            pruned.append(other)
-            with timed_selection(method.cuts(model.model), model.device) as (cuts, spent):
-                prefill(cuts)
-            selection.append(sum(spent))
-        found.append(
-            {
-                "method": run.method,
-                "tokens": run.tokens,
-                "accounting": method.accounting,
-                "after_cuts": [cut.keep(TOKENS) for cut in method.cuts(model.model)],
-                "prefill_ms": 1000 * statistics.median(pruned),
-                "prefill_speedup": statistics.median(one / other for one, other in zip(stock, pruned)),
-                "selection_ms": 1000 * statistics.median(selection),
-                "kv_bytes": held // batch_size,
-                "kv_bytes_unpruned": whole // batch_size,
-            }
-        )
-    return {
-        "model": model_path.name,
-        "base_sha256": weights_digest(model),
-        "batch_size": batch_size,
-        "repeats": repeats,
-        "threads": torch.get_num_threads(),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {
-            "learnpruner": learnpruner.__version__,
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
-        },
-        "costs": found,
-    }
-
-
-def read_unpruned() -> dict[str, dict]:
-    """Level of the scenes -> what `make accuracy` has of the unpruned model."""
-    folder = RESULTS.parent / "accuracy"
-    return {level: accuracy.read_result(folder / f"{level}-none.json") for level in ("standard", "hard")}
-
-
-def table(runs: list[Run], unpruned: dict[str, dict], costs: dict | None) -> str:
+def table(runs: list[Run], costs: dict | None) -> str:
     """Markdown: a row for each method at each budget, the best first; what has not been measured is named, and rows
-    whose cuts are not those that the method makes today are marked.
-
-    Args:
-        unpruned: Level of the scenes -> the unpruned run.
-    """
-    cost = {(c["method"], c["tokens"], c["accounting"]): c for c in (costs or {"costs": []})["costs"]}
-    kinds = sorted(unpruned["standard"]["by_kind"])
-    head = ["scenes", "budget", "method", "mean tokens", "left at the end", "after each cut", "runs", "RelAcc", *kinds]
-    head += ["prefill, ms", "x stock", "selection, ms", "KV, kB"]
-    lines, missing = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)], []
+    whose cuts are not those that the method makes today are marked."""
+    spread = render_accuracy.spread
+    spent = {
+        (cost["method"], cost["tokens"], cost["accounting"], cost.get("variant", "")): cost
+        for cost in (costs or {}).get("costs", ())
+    }
+    levels = list(dict.fromkeys(run.scenes for run in runs))
+    whole = {at: record for at in levels for record in unpruned(at).records()}
+    kinds = sorted({kind for record in whole.values() for kind in record["by_kind"]})
+    head = ["scenes", "budget", "method", "mean tokens", "left at the end", "after each cut", "runs", "accuracy"]
+    head += [render_accuracy.DIFFERENCE, "RelAcc", *kinds, "prefill, ms", "x stock", "selection, ms", "KV, kB"]
     rows, shown = [], []
     for run in runs:
-        files = [run.file(seed) for seed in run.seeds if run.file(seed).exists()]
-        missing += [
-            f"{run.label} at {run.tokens} ({run.level}), seed {s}" for s in run.seeds if not run.file(s).exists()
-        ]
-        if not files:
+        results = run.records()
+        if not results:
             continue
-        results = [accuracy.read_result(file) for file in files]
-        relative = [accuracy.relative_accuracy(result, unpruned[run.level]) for result in results]
-        tokens = results[0]["tokens"]
-        spent = cost.get((run.method, run.tokens, "mean" if run.cap is None else "cap"))
-        # The cost of other counts is not this row's. Until version 0.2 the counts were not recorded.
-        if spent and spent.get("after_cuts", tokens["after_cuts"]) != tokens["after_cuts"]:
-            spent = None
-        cells = [run.level, str(run.tokens), run.label, f"{tokens['mean']:.0f}", str(tokens["after_cuts"][-1])]
         shown += results
-        cells.append(arrows(tokens["after_cuts"]) + (f" {MARK}" if any(map(is_marked, results)) else ""))
-        cells += [str(len(results)), render_accuracy.spread(relative)]
-        cells += [render_accuracy.spread([r["by_kind"][kind]["accuracy"] for r in results]) for kind in kinds]
+        base, tokens = whole.get(run.scenes), results[0]["tokens"]
+        relative = [relative_accuracy(result, base) if base else None for result in results]
+        mark = f" {MARK}" if any(map(is_marked, results)) else ""
+        cells = [str(run.scenes), str(run.tokens), run.label, f"{tokens['mean']:.0f}", str(tokens["after_cuts"][-1])]
+        cells += [arrows(tokens["after_cuts"]) + mark, str(len(results))]
+        cells += [spread([result["accuracy"] for result in results]), difference(run), spread(relative)]
+        cells += [spread([result["by_kind"][kind]["accuracy"] for result in results]) for kind in kinds]
+        cost = spent.get(run.costs_as)
+        # The cost of other counts is not this row's. Until version 0.2 the counts were not recorded.
+        if cost and cost.get("after_cuts", tokens["after_cuts"]) != tokens["after_cuts"]:
+            cost = None
         names = ("prefill_ms", "prefill_speedup", "selection_ms")
-        cells += [f"{spent[name]:.3g}" for name in names] if spent else [render_accuracy.MISSING] * 3
-        cells.append(f"{spent['kv_bytes'] / 1e3:.0f}" if spent else render_accuracy.MISSING)
-        order = (run.level != "standard", -run.tokens, run.cap is not None, -sum(relative) / len(relative))
-        rows.append((order, cells))
+        cells += [f"{cost[name]:.3g}" for name in names] if cost else [MISSING] * 3
+        cells.append(f"{cost['kv_bytes'] / 1e3:.0f}" if cost else MISSING)
+        right = sum(result["accuracy"] for result in results) / len(results)
+        rows.append(((levels.index(run.scenes), -run.tokens, run.cap is not None, -right), cells))
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cells) + " |" for _, cells in sorted(rows)]
     if costs:
         what = f"{costs['threads']} CPU thread(s)" if costs["device"] == "cpu" else costs["device"]
         lines += ["", f"Cost: batch {costs['batch_size']}, {what}, {costs['dtype']}, median of {costs['repeats']}."]
-    if explained := note(shown):
-        lines += ["", explained]
-    if missing:
-        lines += ["", f"Not measured: {'; '.join(missing)}."]
+    for sentence in filter(None, (note(shown), missing(runs))):
+        lines += ["", sentence]
     return "\n".join(lines)
 
 
@@ -308,17 +178,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.pruned)
         runs = [run for run in runs_of(model) if not arguments.only or run.method in arguments.only]
-        RESULTS.mkdir(parents=True, exist_ok=True)
+        COST.parent.mkdir(parents=True, exist_ok=True)
         if arguments.runs:
-            measure(runs, arguments.base, arguments.runs, arguments.limit, arguments.threads)
-        if arguments.cost and not HAWK_WEIGHTS.exists() and any(run.fields for run in runs):
+            if not HAWK_WEIGHTS.exists() and any("head_weights" in run.fields for run in runs):
+                calibrate_hawk(arguments.base, arguments.runs)
+            ablations.measure(runs, arguments.base, arguments.runs, arguments.limit, arguments.threads)
+        if arguments.cost and not HAWK_WEIGHTS.exists() and any("head_weights" in run.fields for run in runs):
             raise ValueError(f"{HAWK_WEIGHTS} is not there yet: measure accuracy first, with --runs.")
         if arguments.cost:
             costs = measure_cost(runs, arguments.pruned, arguments.batch_size, arguments.repeats)
             COST.write_text(json.dumps(costs, indent=1) + "\n")
         if arguments.into:
             costs = json.loads(COST.read_text()) if COST.exists() else None
-            text = table(runs, read_unpruned(), costs)
+            text = table(runs, costs)
             arguments.into.write_text(render_accuracy.fill(arguments.into.read_text(), "methods", text))
     except (ImportError, OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:
         print(f"compare_methods: {error}", file=sys.stderr)

@@ -17,25 +17,32 @@ from learnpruner.hub_cards.recorded_counts import MARK, arrows, is_marked, note
 from learnpruner.hub_cards.records import read_result, relative_accuracy
 from learnpruner_commands.arguments import Parser
 
-MISSING = "not measured"
+from asked import MISSING, STANDARD, Scenes
+
+DIFFERENCE = "minus learnpruner"
+# Of the points of two methods at one budget: their places on the axis are so many times apart.
+BESIDE = 1.06
+MARKERS = "osD^vP*X"
+# Wrong answers at which the plot has a line, in percent.
+WRONG = (1, 2, 5, 10, 20, 50, 100)
 
 
 def group_runs(results: list[dict]) -> dict[tuple, list[dict]]:
-    """Runs that differ by their seed alone, by (level, name, mean tokens); each has `relative_accuracy`, or `None`
+    """Runs that differ by their seed alone, by (scenes, name, mean tokens); each has `relative_accuracy`, or `None`
     where the unpruned run is not among them.
     """
     unpruned = {(r["base_sha256"], r["level"], r["data"]): r for r in results if r["method"] == "none"}
     if len({r["base_sha256"] for r in results}) > 1:
         raise ValueError("The files are of several base models: render one model's at a time.")
     groups = defaultdict(list)
-    for result in sorted(results, key=lambda r: (r["level"] != "standard", -r["tokens"]["mean"], r["name"])):
+    for result in sorted(results, key=lambda r: (Scenes.of(r) != STANDARD, -r["tokens"]["mean"], r["name"])):
         base = unpruned.get((result["base_sha256"], result["level"], result["data"]))
         relative = relative_accuracy(result, base) if base else None
-        groups[result["level"], result["name"], result["tokens"]["mean"]].append(
+        groups[str(Scenes.of(result)), result["name"], result["tokens"]["mean"]].append(
             {**result, "relative_accuracy": relative}
         )
-    for (level, name, mean), runs in groups.items():
-        what = f"runs of {name} on {level} scenes at {mean:.1f} tokens"
+    for (scenes, name, mean), runs in groups.items():
+        what = f"runs of {name} on {scenes} scenes at {mean:.1f} tokens"
         if len({(run["data"], run["method"]) for run in runs}) > 1:
             raise ValueError(f"The {what} are of several sets of questions, or of several methods: render one's.")
         if len({run["seed"] for run in runs}) < len(runs):
@@ -53,13 +60,13 @@ def spread(values: list[float | None]) -> str:
 
 
 def _left(run: dict) -> tuple[float, float]:
-    """Foreground recall after the first cut, and objects of which any token is left after the last."""
-    return run["tokens"]["foreground_recall"][0], run["tokens"]["objects_seen"][-1]
+    """Objects of which any token is left after the last cut, and foreground recall after the first."""
+    return run["tokens"]["objects_seen"][-1], run["tokens"]["foreground_recall"][0]
 
 
 def table(groups: dict[tuple, list[dict]]) -> str:
     """Markdown, in percent. "Boxes kept" is foreground recall: the share of the patches in objects' boxes. Rows whose
-    cuts are not those that the method makes today are marked."""
+    cuts are not those that the method makes today are marked. Runs may bring their row's `difference`."""
     kinds = sorted({kind for runs in groups.values() for run in runs for kind in run["by_kind"]})
     head = [
         "scenes",
@@ -70,15 +77,20 @@ def table(groups: dict[tuple, list[dict]]) -> str:
         "accuracy",
         "RelAcc",
         *kinds,
-        "boxes kept by cut 1",
         "objects seen",
+        "boxes kept by cut 1",
     ]
+    compared = any("difference" in run for runs in groups.values() for run in runs)
+    if compared:
+        head.insert(head.index("RelAcc"), DIFFERENCE)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for (level, name, mean), runs in groups.items():
+    for (scenes, name, mean), runs in groups.items():
         cuts = arrows(runs[0]["tokens"]["after_cuts"]) or "none"
         mark = f" {MARK}" if any(map(is_marked, runs)) else ""
-        cells = [level, name, f"{mean:.1f}", f"{cuts}{mark}", str(len(runs))]
-        cells += [spread([run[name] for run in runs]) for name in ("accuracy", "relative_accuracy")]
+        cells = [scenes, name, f"{mean:.1f}", f"{cuts}{mark}", str(len(runs))]
+        cells.append(spread([run["accuracy"] for run in runs]))
+        cells += [runs[0]["difference"]] if compared else []
+        cells.append(spread([run["relative_accuracy"] for run in runs]))
         cells += [spread([run["by_kind"][kind]["accuracy"] for run in runs]) for kind in kinds]
         for values in ([], []) if cuts == "none" else zip(*(_left(run) for run in runs)):
             cells.append(spread(values) if values else "")
@@ -92,40 +104,46 @@ def table(groups: dict[tuple, list[dict]]) -> str:
 
 
 def save_plot(groups: dict[tuple, list[dict]], path: Path) -> None:
-    """Accuracy against mean tokens, a panel for each level, a line for each method. Points whose cuts are not those
-    that the method makes today are marked, and a caption says what changed."""
+    """Wrong answers against mean tokens, both on log axes, so that methods that are nearly always right are told apart:
+    a panel for each set of scenes, a line for each method. Error bars are the lowest and highest run, and each method
+    stands a little beside the others. Points whose cuts are not those that the method makes today are marked, and a
+    caption says what changed."""
     from matplotlib import pyplot
 
-    levels = list(dict.fromkeys(level for level, _, _ in groups))
-    figure, axes = pyplot.subplots(1, len(levels), figsize=(5.5 * len(levels), 4), sharey=True, squeeze=False)
-    for axis, level in zip(axes[0], levels):
-        methods = dict.fromkeys(method for place, method, _ in groups if place == level)
+    panels = list(dict.fromkeys(scenes for scenes, _, _ in groups))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(6.5 * len(panels), 5), sharey=True, squeeze=False)
+    for axis, panel in zip(axes[0], panels):
+        methods = list(dict.fromkeys(method for place, method, _ in groups if place == panel))
+        drawn = [method for method in methods if method != "none"]
         for method in methods:
             points = sorted(
-                (mean, [100 * run["accuracy"] for run in runs], any(map(is_marked, runs)))
+                (mean, [100 - 100 * run["accuracy"] for run in runs], any(map(is_marked, runs)))
                 for (place, name, mean), runs in groups.items()
-                if (place, name) == (level, method)
+                if (place, name) == (panel, method)
             )
             if method == "none":
                 axis.axhline(sum(points[0][1]) / len(points[0][1]), color="black", linestyle=":", label="unpruned")
                 continue
+            number = drawn.index(method)
+            places = [mean * BESIDE ** (number - (len(drawn) - 1) / 2) for mean, _, _ in points]
             means = [sum(values) / len(values) for _, values, _ in points]
             low = [mean - min(values) for mean, (_, values, _) in zip(means, points)]
             high = [max(values) - mean for mean, (_, values, _) in zip(means, points)]
-            line = axis.errorbar(
-                [x for x, _, _ in points], means, yerr=[low, high], marker="o", capsize=3, label=method
-            )
-            for mean, (x, _, marked) in zip(means, points):
+            marker = MARKERS[number % len(MARKERS)]
+            line = axis.errorbar(places, means, yerr=[low, high], marker=marker, markersize=5, capsize=3, label=method)
+            for x, mean, (_, _, marked) in zip(places, means, points):
                 if marked:
                     mark_point(axis, x, mean, line.lines[0].get_color())
-        axis.set(title=f"{level} scenes", xlabel="vision tokens, mean over the decoder's layers", xscale="log")
-        ticks = sorted({round(mean) for place, _, mean in groups if place == level})
+        axis.set(title=f"{panel} scenes", xlabel="vision tokens, mean over the decoder's layers", xscale="log")
+        axis.set_yscale("log", nonpositive="clip")
+        ticks = sorted({round(mean) for place, _, mean in groups if place == panel})
         axis.set_xticks(ticks, ticks)
+        axis.set_yticks(WRONG, WRONG)
         axis.set_xlim(0.7 * min(round(mean) for _, _, mean in groups), 1.2 * max(mean for _, _, mean in groups))
         axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0][0].set_ylabel("exact-match accuracy, %")
+    axes[0][0].set_ylabel("wrong answers, % (exact match)")
     figure.tight_layout()
     explain_marks(figure, [run for runs in groups.values() for run in runs])
     figure.savefig(path, dpi=110, bbox_inches="tight")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 
 from learnpruner.configuration_learnpruner import LearnPrunerLlavaConfig, check_pruner_field
-from learnpruner.methods import METHODS
+from learnpruner.methods import METHODS, Method
 
 from .records import is_speed
 
@@ -44,19 +44,23 @@ def _cuts_of_today(record: Mapping) -> tuple[list[int], tuple[int, ...]] | None:
         return None
     # Before results had an accounting, stage_2 kept what LearnPruner's second cut keeps.
     of_second_cut = method == "stage_2" and "accounting" not in record
-    # The file of HAWK's heads is on the machine that measured; counts do not depend on it.
-    settings = {name: value for name, value in record.get("settings", {}).items() if name != "head_weights"}
     try:
         model = SimpleNamespace(config=_configuration(record.get("fields", {}), tokens["cut_layers"], depth))
-        built = METHODS["learnpruner" if of_second_cut else method](
-            record["ratio"], accounting=record.get("accounting", "mean"), **({} if is_speed(record) else settings)
-        )
+        built = _build(record, "learnpruner" if of_second_cut else method)
         places = built.places(model)
         counts = built.keep_counts(places, depth, tokens["image"])
     except (TypeError, ValueError):
         return None
     start = int(of_second_cut)
     return [place.layer for place in places[start:]], counts[start:]
+
+
+def _build(record: Mapping, name: str) -> Method:
+    """Today's method, with the settings of the record."""
+    # The file of HAWK's heads is on the machine that measured; counts do not depend on it.
+    settings = {} if is_speed(record) else record.get("settings", {})
+    settings = {name: value for name, value in settings.items() if name != "head_weights"}
+    return METHODS[name](record["ratio"], accounting=record.get("accounting", "mean"), **settings)
 
 
 def _configuration(fields: Mapping, layers: list[int], depth: int) -> SimpleNamespace:
@@ -99,11 +103,15 @@ def _has_other_layers(record: Mapping) -> bool:
 
 
 def _revisions(record: Mapping) -> tuple[int, int]:
-    """Of the method's class: when it was measured, and today's. Records that do not say it are of the first."""
+    """Of the method: when it was measured, and today's. Records that do not say it are of the first; so are both where
+    today's method does not take the record's settings."""
     method = _method_of(record)
     if method not in METHODS or not record["tokens"]["after_cuts"]:
         return 1, 1
-    return record.get("method_revision", 1), METHODS[method].revision
+    try:
+        return record.get("method_revision", 1), _build(record, method).revision
+    except (TypeError, ValueError):
+        return 1, 1
 
 
 def is_marked(record: Mapping) -> bool:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 TRAINING = "training.json"
 # Methods of benchmarks/accuracy.py that look at the pruner's weights.
-LEARNED = ("learnpruner", "stage_1")
+LEARNED = ("learnpruner", "stage_1", "composed")
 # Ratios of wall clock: unpruned / pruned of the prefill, what that would be if pruning itself cost nothing,
 # unpruned / pruned of a whole answer, and pruner_ratio=1.0 / stock class.
 SPEEDS = ("prefill_speedup", "prefill_ceiling", "end_to_end_speedup", "overhead_at_ratio_one")
@@ -55,9 +55,15 @@ def _is_line(value) -> bool:
     return isinstance(value, str) and value.isprintable() and value.strip() != "" and "|" not in value
 
 
-def _is_answer(value) -> bool:
-    # Their types are exact: a truth value is no index.
-    return isinstance(value, dict) and {name: type(held) for name, held in value.items()} == ANSWER_FIELDS
+def _are_answers(value) -> bool:
+    if not isinstance(value, dict) or value.keys() != ANSWER_COLUMNS.keys():
+        return False
+    # Types are exact: a truth value is no number.
+    of_type = (
+        isinstance(column, list) and all(type(held) is ANSWER_COLUMNS[name] for held in column)
+        for name, column in value.items()
+    )
+    return all(of_type) and len(set(map(len, value.values()))) == 1
 
 
 LINE = Kind("a line of text", _is_line)
@@ -80,11 +86,9 @@ SETTING = Kind(
     "a number, a line of text, a list of numbers, or null",
     lambda value: value is None or PLAIN.holds(value) or (isinstance(value, list) and all(map(_is_number, value))),
 )
-ANSWER_FIELDS = {"index": int, "scene": int, "expected": str, "given": str}
-ANSWERS = Kind(
-    "a list with index, scene, expected and given of each answer",
-    lambda value: isinstance(value, list) and all(map(_is_answer, value)),
-)
+# A value for each question, in turn.
+ANSWER_COLUMNS = {"scene": int, "expected": str, "given": str}
+ANSWERS = Kind("three lists of one length, scene, expected and given", _are_answers)
 # Stands for every name of a mapping. A name that ends in ? may be missing.
 EACH = ""
 WEIGHTS = {"base_sha256": DIGEST, "pruner_sha256": DIGEST}

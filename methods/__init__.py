@@ -44,6 +44,7 @@ METHODS = Registry(
     learnpruner=LearnPruner,
     stage_1=LearnedStage,
     stage_2=TextStage,
+    composed=Composed,
 )
 
-__all__ = ["METHODS", "Composed", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]
+__all__ = ["METHODS", "Method", "Place", *(cls.__name__ for cls in METHODS.values())]

@@ -15,15 +15,24 @@ class Composed(Method):
     VisionZip's with LearnPruner's stage 2. `Composed()` is LearnPruner.
 
     Args:
-        first ([`Method`]): One that cuts before the decoder alone.
-        second ([`Method`]): One that cuts inside it alone. Ratio and accounting of the two are not looked at.
+        first ([`Method`] or `str`): One that cuts before the decoder alone, or its name in `METHODS`.
+        second ([`Method`] or `str`): One that cuts inside it alone. Ratio and accounting of the two are not looked at.
         stage_ratio (`float`, *optional*): Tokens that the first cut leaves, in proportion to those that the next does.
             Defaults to the model's `pruner_stage_ratio`.
     """
 
-    first: Method = field(default_factory=LearnedStage)
-    second: Method = field(default_factory=TextStage)
+    first: Method | str = field(default_factory=LearnedStage)
+    second: Method | str = field(default_factory=TextStage)
     stage_ratio: float | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.first, self.second = _method(self.first), _method(self.second)
+
+    @property
+    def revision(self) -> int:
+        """Changes with that of either part."""
+        return self.first.revision + self.second.revision - 1
 
     def check(self, model: nn.Module) -> None:
         self.first.check(model)
@@ -39,3 +48,13 @@ class Composed(Method):
             )
         stage_ratio = model.config.pruner_stage_ratio if self.stage_ratio is None else self.stage_ratio
         return (replace(first[0], weight=stage_ratio * second[0].weight), *second)
+
+
+def _method(part: Method | str) -> Method:
+    from . import METHODS  # it lists Composed, too
+
+    if isinstance(part, str) and part in METHODS:
+        return METHODS[part]()
+    if not isinstance(part, Method):
+        raise ValueError(f"Composed takes methods or their names, {', '.join(METHODS)}; got {part!r}.")
+    return part

@@ -82,10 +82,7 @@ def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
     assert results[0]["accuracy"] == sum(right) / 10
     # So that runs can be compared question by question, on what was asked and by what.
     for result in results:
-        assert [row["given"] for row in result["answers"]] == answers
-        assert [(row["index"], row["scene"], row["expected"]) for row in result["answers"]] == list(
-            zip(range(10), data["scene"], data["answer"])
-        )
+        assert result["answers"] == {"scene": data["scene"], "expected": data["answer"], "given": answers}
         assert (
             result["pixels_sha256"]
             == hashlib.sha256(b"".join(b"((192, 192), 'RGB')" + image.tobytes() for image in data["image"])).hexdigest()
@@ -98,15 +95,19 @@ def test_records_are_read_and_old_ones_too(folder, tmp_path):
     result = run(folder, tmp_path, "--method", "random", "--ratio", "1/18", "--limit", 4)
     path = tmp_path / "result.json"
     assert read_result(path) == result
-    # An answer is a line of the file, whatever was given.
-    assert sum(line.startswith('  {"index": ') for line in path.read_text().splitlines()) == 4
+    # Each list is a line of the file, without spaces.
+    lines = [line for line in path.read_text().splitlines() if line.startswith('  "scene":')]
+    assert lines == ['  "scene": [0,0,0,0],']
+    assert list(result["answers"]) == ["scene", "expected", "given"]
     new = ("answers", "pixels_sha256", "code_sha256", "method_revision")
     path.write_text(json.dumps({name: value for name, value in result.items() if name not in new}))
     assert not set(new) & read_result(path).keys()
     for field, value in (
-        ("answers", [{**result["answers"][0], "scene": 0.5}]),
-        ("answers", [{"index": 0, "expected": "two"}]),
-        ("answers", {"0": "two"}),
+        ("answers", {**result["answers"], "scene": [0, 0, 0, 0.5]}),
+        ("answers", {**result["answers"], "given": result["answers"]["given"][:3]}),
+        ("answers", {**result["answers"], "given": "four"}),
+        ("answers", {"scene": [0], "expected": ["two"]}),
+        ("answers", [{"index": 0, "scene": 0, "expected": "two", "given": "two"}]),
         ("pixels_sha256", 5),
         ("code_sha256", ""),
         ("method_revision", 0),
@@ -295,6 +296,7 @@ def test_table_and_plot(tmp_path, capsys):
         fake("random", 1 / 18, 1, (6, 6, 5, 4)),
         fake("learnpruner", 1 / 18, 0, (9, 9, 9, 8)),
         fake("random", 1 / 18, 0, (5, 5, 5, 4), level="hard"),
+        fake("random", 1 / 18, 0, (10, 10, 10, 10), scene_seed=7, data="e"),
     )
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- accuracy -->\nold\n<!-- /accuracy -->\nafter\n")
@@ -308,6 +310,11 @@ def test_table_and_plot(tmp_path, capsys):
     assert by_name["standard", "none"][2:7] == ["576.0", "none", "1", "95.0", "100.0"]
     assert by_name["standard", "random"][2:7] == ["32.0", "32", "2", "50.0 (47.5-52.5)", "52.5 (50.0-55.0)"]
     assert by_name["standard", "learnpruner"][5:7] == ["87.5", "92.5"]
+    assert by_name["standard", "random"][-2:] == ["50.0 (50.0-50.0)", "25.0 (25.0-25.0)"]
+    assert "objects seen | boxes kept by cut 1 |" in text
+    assert "minus" not in text
+    # Other scenes of a level are other rows.
+    assert by_name["standard, seed 7", "random"][4:6] == ["1", "100.0"]
     # No unpruned run of the hard scenes was given.
     assert by_name["hard", "random"][6] == "not measured"
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """Plots mark what was measured with other counts than today's formula gives, and say below what changed."""
 
 import copy
+from itertools import pairwise
 
 import matplotlib
 import pytest
@@ -48,13 +49,41 @@ def accuracy_of(name, counts, mean):
 def test_accuracy(drawn, tmp_path):
     old = accuracy_of("old", [47, 23], 35.0)
     today = accuracy_of("today", list(counts_of_today(old)), 32.0)
-    for runs, points in (([old, today], [((35.0, 50.0), MARK)]), ([today], [])):
+    # Half of the answers are wrong; the first of two methods stands a little to the left.
+    place = 35.0 / render_accuracy.BESIDE**0.5
+    for runs, points in (([old, today], [((pytest.approx(place), 50.0), MARK)]), ([today], [])):
         groups = render_accuracy.group_runs(copy.deepcopy(runs))
         render_accuracy.save_plot(groups, tmp_path / "plot.png")
         assert marked_points(drawn[-1]) == points
         assert caption(drawn[-1]) == note(runs)
         assert (tmp_path / "plot.png").stat().st_size > 1000
     assert "in place of 47 -> 23" in caption(drawn[0])
+
+
+def test_methods_can_be_told_apart(drawn, tmp_path):
+    """On log axes, the error bars of one budget beside one another."""
+    runs = []
+    for name, right in (("learnpruner", 0.99), ("vispruner", 0.98), ("random", 0.5)):
+        for budget in (32, 64):
+            for seed in (0, 1):
+                made = accuracy_of(name, [budget], float(budget))
+                runs.append({**made, "seed": seed, "accuracy": right - 0.005 * seed, "pruner_sha256": None})
+    whole = {**accuracy_of("none", [], 576.0), "method": "none", "accuracy": 0.995}
+    for run in runs:
+        run["method"] = run["name"]
+    render_accuracy.save_plot(render_accuracy.group_runs([whole, *runs]), tmp_path / "plot.png")
+    (axis,) = drawn[-1].axes
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    assert {text.get_text() for text in axis.get_legend().get_texts()} == {"unpruned", *(r["name"] for r in runs)}
+    lines = {bars.get_label(): bars for bars in axis.containers}
+    assert list(lines["learnpruner"].lines[0].get_ydata()) == pytest.approx([1.25, 1.25])
+    (unpruned,) = (line for line in axis.lines if line.get_label() == "unpruned")
+    assert list(unpruned.get_ydata()) == pytest.approx([0.5, 0.5])
+    for number, budget in enumerate((32, 64)):
+        places = sorted(bars.lines[0].get_xdata()[number] for bars in lines.values())
+        assert all(right / left > 1.05 for left, right in pairwise(places))
+        assert max(abs(place / budget - 1) for place in places) < 0.07
+    assert len({bars.lines[0].get_marker() for bars in lines.values()}) == 3
 
 
 def speed_of(counts, mean, ratio, seconds):

@@ -13,10 +13,8 @@ from recorded import accuracy_record
 
 def run_of(given, scenes, method="random", seed=0, **changes):
     """A record whose answers are right where `given` is true."""
-    answers = [
-        {"index": index, "scene": scene, "expected": "two", "given": "2" if right else "red"}
-        for index, (right, scene) in enumerate(zip(given, scenes, strict=True))
-    ]
+    said = ["2" if right else "red" for right in given]
+    answers = {"scene": list(scenes), "expected": ["two"] * len(said), "given": said}
     made = accuracy_record(method, "b", None, 0.5, {"color": 0.5}, [2], 2.0, 0.1)
     return {**made, "seed": seed, "answers": answers, "pixels_sha256": "e" * 64, **changes}
 
@@ -82,7 +80,7 @@ def test_a_pair_is_of_the_same_questions():
         ({"pixels_sha256": "f" * 64}, "not asked the same"),
         ({"data": "f"}, "A paired interval compares .* differ in data"),
         ({"base_sha256": "f"}, "differ in base_sha256"),
-        ({"answers": first["answers"][::-1]}, "not asked the same"),
+        ({"answers": {name: held[::-1] for name, held in first["answers"].items()}}, "not asked the same"),
     ):
         with pytest.raises(ValueError, match=says):
             paired.paired_interval([first], [run_of(other, scenes, **change)])
@@ -107,7 +105,7 @@ def test_the_command(tmp_path, capsys):
     paths[0].write_text(json.dumps(old))
     assert paired.main([str(paths[0]), "--against", str(paths[0])]) == 2
     assert "random recorded no answers" in capsys.readouterr().err
-    answer = {"index": 0, "scene": True, "expected": "two", "given": "2"}
-    paths[0].write_text(json.dumps({**old, "answers": [answer]}))
+    answers = {"scene": [True], "expected": ["two"], "given": ["2"]}
+    paths[0].write_text(json.dumps({**old, "answers": answers}))
     assert paired.main([str(paths[0]), "--against", str(paths[0])]) == 2
-    assert "answers is [{'expected': 'two'" in capsys.readouterr().err
+    assert "answers is {'expected': ['two']" in capsys.readouterr().err

@@ -21,10 +21,8 @@ def record_of(asked, seed, share):
     rng = random.Random(7)
     rank = [rng.random() for _ in SCENES]
     right = [value < share for value in rank]
-    answers = [
-        {"index": index, "scene": scene, "expected": "cow", "given": "cow" if hit else "pig"}
-        for index, (scene, hit) in enumerate(zip(SCENES, right))
-    ]
+    given = ["cow" if hit else "pig" for hit in right]
+    answers = {"scene": SCENES, "expected": ["cow"] * len(SCENES), "given": given}
     exact = sum(right) / len(right)
     kinds = dict.fromkeys(KINDS, exact)
     cuts = [] if asked.method == "none" else [asked.tokens]

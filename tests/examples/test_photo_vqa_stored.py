@@ -104,4 +104,4 @@ def test_a_record_of_stored_scenes(checkpoint, folder, tmp_path):
     assert oracle["tokens"]["after_cuts"] == [32]
     # The boxes of one question hold fewer patches than 32, or a good part of them.
     assert oracle["tokens"]["objects_seen"] == [1.0]
-    assert [answer["scene"] for answer in oracle["answers"]] == data["scene"]
+    assert oracle["answers"]["scene"] == data["scene"]

@@ -132,6 +132,10 @@ def test_another_selection_is_marked(revision):
     same = record("random", [32], [0], 8, 1 / 18)
     assert not is_marked(same)
     assert not is_marked({**record("another", [32], [0], 8, 1 / 18), "method_revision": 2})
+    composed = record("composed", [48, 16], [0, 2], 4, 1 / 18, settings={"first": "vispruner"}, **said)
+    assert is_marked(composed) == (revision != METHODS["vispruner"].revision)
+    # From strangers.
+    assert not is_marked({**composed, "settings": {"first": {"of": "no method"}}})
 
 
 @pytest.mark.parametrize(("depth", "measured", "today"), [(32, [2, 6, 15], [3, 7, 16]), (8, [1, 2, 4], [1, 2, 4])])

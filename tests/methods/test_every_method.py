@@ -246,12 +246,13 @@ def test_composition_of_the_two_stages_is_learnpruner(fields):
     inputs = build_inputs("llava", samples_of("mixed", "llava"))
     own = pruned(**inputs, pruner_ratio=0.3)
     composed = [] if fields.get("pruner_layer") == LAYERS else [Composed(ratio=0.3)]
+    composed += [METHODS["composed"](0.3, first="stage_1", second="stage_2")] if composed else []
     for method in (*composed, METHODS["learnpruner"](ratio=0.3)):
         other = pruned(**inputs, schedule=method)
         assert torch.equal(own.logits, other.logits)
 
 
-@pytest.mark.parametrize("first", [name for name in METHODS if name not in (*INSIDE, "learnpruner")])
+@pytest.mark.parametrize("first", [name for name in METHODS if name not in (*INSIDE, "learnpruner", "composed")])
 @pytest.mark.parametrize("second", INSIDE)
 def test_any_first_cut_with_any_second(first, second):
     stock, pruned = tiny_pair("llava")
@@ -274,6 +275,16 @@ def test_any_first_cut_with_any_second(first, second):
 def test_unknown_names_list_the_known():
     with pytest.raises(KeyError, match=r"fastvv.*fastv.*random"):
         METHODS["fastvv"]
+    for part in ("fastvv", 5, {"first": "fastv"}):
+        with pytest.raises(ValueError, match=r"names, random, .*composed; got"):
+            Composed(first=part)
+
+
+def test_the_revision_of_a_composed_method_is_that_of_its_parts(monkeypatch):
+    assert Composed().revision == 1
+    assert Composed(first="vispruner").revision == METHODS["vispruner"].revision
+    monkeypatch.setattr(METHODS["stage_2"], "revision", 3)
+    assert Composed(first="vispruner").revision == METHODS["vispruner"].revision + 2
 
 
 @pytest.mark.parametrize("name", sorted(NEEDS_CLS))
