@@ -209,7 +209,7 @@ def scored(data: Dataset, answers: list[str]) -> dict:
 
 def each_answer(data: Dataset, answers: list[str]) -> dict[str, list]:
     """Of each question, in turn, the number of its scene, and what was expected and given."""
-    return {"scene": list(data["scene"]), "expected": list(data["answer"]), "given": answers}
+    return {"scene": list(data["scene"]), "expected": list(data["answer"]), "given": list(answers)}
 
 
 def pixels_digest(data: Dataset) -> str:
