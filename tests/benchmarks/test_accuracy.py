@@ -100,13 +100,14 @@ def test_records_are_read_and_old_ones_too(folder, tmp_path):
     assert read_result(path) == result
     # An answer is a line of the file, whatever was given.
     assert sum(line.startswith('  {"index": ') for line in path.read_text().splitlines()) == 4
-    new = ("answers", "pixels_sha256", "code_sha256", "method_revision")
+    new = ("answers", "scene_seed", "pixels_sha256", "code_sha256", "method_revision")
     path.write_text(json.dumps({name: value for name, value in result.items() if name not in new}))
     assert not set(new) & read_result(path).keys()
     for field, value in (
         ("answers", [{**result["answers"][0], "scene": 0.5}]),
         ("answers", [{"index": 0, "expected": "two"}]),
         ("answers", {"0": "two"}),
+        ("scene_seed", "0"),
         ("pixels_sha256", 5),
         ("code_sha256", ""),
         ("method_revision", 0),
@@ -121,7 +122,7 @@ def test_digests_are_of_pixels_and_of_code():
     assert accuracy.pixels_digest(data) != accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2, seed=1))
     assert accuracy.pixels_digest(data) == accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2))
     names = [file.name for file in accuracy.code_files()]
-    assert {"plan_learnpruner.py", "vispruner.py", "accuracy.py", "scenes.py"} <= set(names)
+    assert {"plan_learnpruner.py", "vispruner.py", "accuracy.py", "scenes.py", "grounds.py"} <= set(names)
     assert not any(name.startswith("test") for name in names)
 
 
