@@ -30,9 +30,9 @@ COLORS = {
     "lilac": (205, 175, 255),
     "white": (255, 255, 255),
 }
-LIGHT = (0.25, 0.45)  # how much of a photograph is left; the rest is white
-PIECES = (3, 6)
-PIECE_SIDES = (10, 26)  # pixels
+LIGHT = (0.2, 0.4)  # how much of a photograph is left; the rest is white
+PIECES = (3, 5)
+PIECE_SIDES = (8, 18)  # pixels
 GAP = 3  # pixels between an object's box and a piece
 NOISE = 6  # of 255, at most
 

@@ -43,7 +43,7 @@ GRIDS = {"standard": (GRID, GRID), "hard": (GRID, GRID), "wide": (2, 4)}
 KINDS = ("color", "shape", "presence", "count")
 # Cluttered scenes: how objects are scaled; and in pixels, their longer side at least, what lies at least between two
 # boxes, and what lies at most between those that are put close together.
-SCALES, LEAST, APART, CLOSE = (0.6, 1.7), 11, 3, 8
+SCALES, LEAST, APART, CLOSE = (0.7, 1.5), 11, 4, 8
 
 
 @dataclass(frozen=True)
