@@ -57,7 +57,7 @@ from learnpruner_commands.arguments import Parser, positive, ratio
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "easy_vqa"))
 from scenes import OBJECTS, scene_dataset
 
-PHOTO_VQA = Path(__file__).parents[1] / "examples" / "photo_vqa"
+EASY_VQA, PHOTO_VQA = (Path(__file__).parents[1] / "examples" / name for name in ("easy_vqa", "photo_vqa"))
 PER_SCENE = 4
 PRUNER_FIELDS = ("pruner_layer", "pruner_stage_ratio", "pruner_diversity", "pruner_query")
 # What --set takes. The last tells a new pruner that it is trained: its random weights choose, as a control.
@@ -220,7 +220,7 @@ def pixels_digest(data: Dataset) -> str:
     return digest.hexdigest()
 
 
-def code_files(scenes: Sequence[Path] = (Path(sys.modules[scene_dataset.__module__].__file__),)) -> list[Path]:
+def code_files(scenes: Sequence[Path] = (EASY_VQA / "scenes.py", EASY_VQA / "grounds.py")) -> list[Path]:
     """The code that takes part: the models', the methods', this file and what composes the `scenes`."""
     folders = (Path(learnpruner.__file__).parent, Path(learnpruner.methods.__file__).parent)
     files = [file for folder in folders for file in sorted(folder.glob("*.py"))]
@@ -247,9 +247,11 @@ class Bench(NamedTuple):
     prepare: Callable[[PreTrainedModel], None] = lambda model: None
 
 
-def easy_vqa(model: str, level: str, limit: int, trust_remote_code: bool) -> Bench:
-    data = scene_dataset("test", math.ceil(limit / PER_SCENE), level=level, per_scene=PER_SCENE).select(range(limit))
-    return Bench(data, load_processor(model, trust_remote_code), level, pixels_digest(data), code_files())
+def easy_vqa(model: str, split: str, level: str, seed: int, limit: int, trust_remote_code: bool) -> Bench:
+    count = math.ceil(limit / PER_SCENE)
+    data = scene_dataset(split, count, level=level, seed=seed, per_scene=PER_SCENE).select(range(limit))
+    name = level if split == "test" else f"{level}-{split}"
+    return Bench(data, load_processor(model, trust_remote_code), name, pixels_digest(data), code_files())
 
 
 def photo_vqa(model: str, features: Path, limit: int, other_picture: bool) -> Bench:
@@ -303,6 +305,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=positive, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=0, help="of what the method leaves to chance")
     parser.add_argument("--level", choices=OBJECTS, default="standard")
+    parser.add_argument("--scene-seed", type=int, default=0, help="of the level's scenes: another one, other scenes")
+    parser.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="validation: cluttered scenes that choices are made on",
+    )
     parser.add_argument("--photo", type=Path, metavar="FOLDER", help="of photo_vqa/features.py, in place of --level")
     parser.add_argument(
         "--other-picture", action="store_true", help="ask about each scene with the next one's, a control"
@@ -328,6 +337,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     if (arguments.ratio is None) != (arguments.method == "none"):
         parser.error("--method none takes no --ratio, and every other method needs one")
+    if arguments.photo and (arguments.scene_seed or arguments.split != "test"):
+        parser.error("--photo takes no --scene-seed and no --split: what was asked is stored in its folder")
     torch.set_num_threads(arguments.threads)
     try:
         if arguments.output.is_dir():
@@ -342,7 +353,14 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.photo:
             bench = photo_vqa(arguments.model, arguments.photo, arguments.limit, arguments.other_picture)
         else:
-            bench = easy_vqa(arguments.model, arguments.level, arguments.limit, arguments.trust_remote_code)
+            bench = easy_vqa(
+                arguments.model,
+                arguments.split,
+                arguments.level,
+                arguments.scene_seed,
+                arguments.limit,
+                arguments.trust_remote_code,
+            )
         data = bench.data
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
         options = {"dtype": arguments.dtype} if arguments.dtype else {}
@@ -360,6 +378,7 @@ def main(argv: list[str] | None = None) -> int:
             **({} if method is None else {"method_revision": method.revision}),
             "seed": arguments.seed,
             "level": bench.level,
+            "scene_seed": arguments.scene_seed,
             # A folder's path says something of this machine only; the digest says which weights it held.
             "model": Path(arguments.model).resolve().name if Path(arguments.model).is_dir() else arguments.model,
             "model_revision": commit_of(arguments.model),

@@ -108,7 +108,8 @@ ACCURACY_FIELDS = {
     "tokens": {"image": COUNT, "after_cuts": COUNTS, "mean": AMOUNT},
     "fields?": {EACH: PLAIN},
     "relative_accuracy?": AMOUNT,
-    # Until version 0.2 these were not recorded.
+    # Until version 0.2 these were not recorded, and scenes were of seed 0.
+    "scene_seed?": WHOLE,
     "answers?": ANSWERS,
     "pixels_sha256?": LINE,
     "code_sha256?": LINE,

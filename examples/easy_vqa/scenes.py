@@ -2,19 +2,23 @@
 
 The package's images show one shape each. Here some of them stand in a 3 x 3 grid (192 x 192 pixels: at a patch of 8,
 the 576 vision tokens of LLaVA-1.5), on plain ground elsewhere, and the questions are the package's own kinds asked of
-the whole scene. Train scenes are made of train images alone, test scenes of test images.
+the whole scene. Train scenes are made of train images alone, test scenes of test images. In scenes of the level
+"cluttered" they stand anywhere, scaled, on photographs and among pieces that no question asks about (grounds.py).
 
     python examples/easy_vqa/scenes.py --output runs/scenes
 
 writes train scenes as any other data would come to `learnpruner train`: pictures, and JSON Lines with image, question,
-answer and boxes, one question a scene, of both levels; `eval.jsonl` has other scenes than `train.jsonl`.
+answer and boxes, one question a scene, of the standard and the hard level, or of those that `--levels` names;
+`eval.jsonl` has other scenes than `train.jsonl`.
 """
 
 import json
+import math
 import random
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,15 +30,20 @@ from tqdm import tqdm
 
 from learnpruner_commands.arguments import Parser, positive
 
+import grounds
+
 CELL, GRID = 64, 3
 SIDE = CELL * GRID
 SHAPES = ("circle", "rectangle", "triangle")
 COLORS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-# Objects of a scene: the standard set; a harder one of more objects and of the smaller half of the shapes; and one of
-# another size and shape, for models that take images as they are.
-OBJECTS = {"standard": (2, 4), "hard": (4, 6), "wide": (2, 4)}
+# Objects of a scene: the standard set; a harder one of more objects and of the smaller half of the shapes; one of
+# another size and shape, for models that take images as they are; and one on photographs.
+OBJECTS = {"standard": (2, 4), "hard": (4, 6), "wide": (2, 4), "cluttered": (3, 5)}
 GRIDS = {"standard": (GRID, GRID), "hard": (GRID, GRID), "wide": (2, 4)}
 KINDS = ("color", "shape", "presence", "count")
+# Cluttered scenes: how objects are scaled; and in pixels, their longer side at least, what lies at least between two
+# boxes, and what lies at most between those that are put close together.
+SCALES, LEAST, APART, CLOSE = (0.7, 1.5), 11, 4, 8
 
 
 @dataclass(frozen=True)
@@ -166,6 +175,50 @@ def make_scene(
     return Scene(scene, tuple(chosen), tuple(boxes))
 
 
+def _cut_out(source: Source, scale: float) -> tuple[Picture.Image, tuple[int, int, int]]:
+    """The object alone, scaled: its mask, which reaches all four edges, and its color."""
+    pixels = np.asarray(_tile(source.path)).astype(int)
+    apart = np.abs(pixels - source.ground).sum(-1)
+    color = pixels[np.unravel_index(apart.argmax(), apart.shape)]  # others are of edges, mixed with ground
+    mask = Picture.fromarray((255 * apart / apart.max()).astype(np.uint8)).crop(source.box)
+    scale = max(scale, LEAST / max(mask.size))
+    mask = mask.resize([round(edge * scale) for edge in mask.size], Picture.Resampling.BICUBIC)
+    mask = mask.crop(mask.point(lambda value: 255 * (value >= 128)).getbbox())
+    return mask, tuple(color.tolist())
+
+
+def _place(rng: random.Random, size: tuple[int, int], boxes: list[tuple[int, int, int, int]]) -> tuple | None:
+    """A box of this size, close to one of `boxes` or anywhere, `APART` pixels from each; `None` where none fits."""
+    for _ in range(100):
+        area = (0, 0, SIDE, SIDE)
+        if boxes and rng.random() < 0.5:
+            other, reach = rng.choice(boxes), [edge + CLOSE for edge in size]
+            area = [max(0, other[axis] - reach[axis]) for axis in (0, 1)]
+            area += [min(SIDE, other[axis + 2] + reach[axis]) for axis in (0, 1)]
+        corner = tuple(rng.randint(area[axis], area[axis + 2] - size[axis]) for axis in (0, 1))
+        box = _moved((0, 0, *size), corner)
+        if grounds.free(box, boxes, APART):
+            return box
+    return None
+
+
+def make_cluttered_scene(rng: random.Random, images: tuple[Source, ...], split: str) -> Scene:
+    """Puts objects of four colors, in sizes of their own, anywhere on a ground of a split. None hides another."""
+    palette = rng.sample(COLORS, 4)
+    drawn = rng.sample([source for source in images if source.color in palette], rng.randint(*OBJECTS["cluttered"]))
+    cut_outs = [_cut_out(source, math.exp(rng.uniform(*map(math.log, SCALES)))) for source in drawn]
+    boxes = []
+    for mask, _ in cut_outs:
+        boxes.append(_place(rng, mask.size, boxes))
+        if boxes[-1] is None:
+            return make_cluttered_scene(rng, images, split)
+    scene = grounds.draw_ground(rng, split, SIDE)
+    grounds.draw_pieces(rng, scene, boxes)
+    for (mask, color), box in zip(cut_outs, boxes):
+        scene.paste(color, box[:2], mask)
+    return Scene(grounds.add_noise(rng, scene), tuple(drawn), tuple(boxes))
+
+
 def _extent(source: Source, axis: int) -> int:
     return source.box[axis + 2] - source.box[axis]
 
@@ -175,7 +228,11 @@ def _moved(box: tuple[int, int, int, int], by: tuple[int, int]) -> tuple[int, in
 
 
 def ask(
-    rng: random.Random, scene: Scene, kind: str, counts: tuple[str, ...] = ("all", "shape", "color")
+    rng: random.Random,
+    scene: Scene,
+    kind: str,
+    counts: tuple[str, ...] = ("all", "shape", "color"),
+    balanced: bool = False,
 ) -> tuple[str, str] | None:
     """One question of a kind and its answer, or `None` where the scene allows none of it.
 
@@ -183,6 +240,9 @@ def ask(
     - presence: of a shape, a color, or both; as often yes as no where the scene allows both, and a "no" of both names
       what is there apart.
     - count: of one of `counts`: all shapes, one shape, or one color.
+
+    `balanced`: presence is asked of what allows the answer that was drawn, and each count that the scene has is as
+    likely as another.
     """
     shapes = Counter(source.shape for source in scene.objects)
     colors = Counter(source.color for source in scene.objects)
@@ -202,14 +262,13 @@ def ask(
     if kind == "presence":
         pairs = {(source.color, source.shape) for source in scene.objects}
         wanted = rng.random() < 0.5
-        named = rng.choice(("shape", "color", "both"))
-        if named == "shape":
-            things = [shape for shape in SHAPES if (shape in shapes) == wanted]
-        elif named == "color":
-            things = [f"{color} shape" for color in COLORS if (color in colors) == wanted]
-        else:
-            apart = [(color, shape) for color in COLORS if color in colors for shape in SHAPES if shape in shapes]
-            things = [" ".join(pair) for pair in apart if (pair in pairs) == wanted]
+        apart = [(color, shape) for color in COLORS if color in colors for shape in SHAPES if shape in shapes]
+        all_things = (
+            [shape for shape in SHAPES if (shape in shapes) == wanted],
+            [f"{color} shape" for color in COLORS if (color in colors) == wanted],
+            [" ".join(pair) for pair in apart if (pair in pairs) == wanted],
+        )
+        things = rng.choice([things for things in all_things if things or not balanced])
         if not things:
             return None
         form = rng.choice(("is there a {}?", "does the image contain a {}?", "is a {} present?"))
@@ -218,11 +277,12 @@ def ask(
         named = rng.choice(counts)
         if named == "all":
             return "how many shapes are there?", str(len(scene.objects))
-        if named == "shape":
-            shape = rng.choice(SHAPES)
-            return f"how many {shape}s are there?", str(shapes[shape])
-        color = rng.choice(COLORS)
-        return f"how many {color} shapes are there?", str(colors[color])
+        names, found, form = (SHAPES, shapes, "{}s") if named == "shape" else (COLORS, colors, "{} shapes")
+        if balanced:
+            wanted = rng.choice(sorted({found[name] for name in names}))
+            names = [name for name in names if found[name] == wanted]
+        name = rng.choice(names)
+        return f"how many {form.format(name)} are there?", str(found[name])
     raise ValueError(f"The kinds of questions are {KINDS}, got {kind!r}.")
 
 
@@ -239,16 +299,20 @@ def scene_at(
     if level not in OBJECTS:
         raise ValueError(f"The level is one of {sorted(OBJECTS)}, got {level!r}.")
     rng = random.Random(f"{split} {level} {seed} {number}")
-    images = sources(split)
-    if level == "hard":
-        middle = sorted(source.area for source in images)[len(images) // 2]
-        images = tuple(source for source in images if source.area <= middle)
-    scene = make_scene(rng, images, OBJECTS[level], grid=GRIDS[level])
+    cluttered = level == "cluttered"
+    if cluttered:
+        scene = make_cluttered_scene(rng, sources("test" if split == "test" else "train"), split)
+    else:
+        images = sources(split)
+        if level == "hard":
+            middle = sorted(source.area for source in images)[len(images) // 2]
+            images = tuple(source for source in images if source.area <= middle)
+        scene = make_scene(rng, images, OBJECTS[level], grid=GRIDS[level])
     asked, turn = [], number
     while len(asked) < per_scene:
         kind = KINDS[turn % len(KINDS)]
         turn += 1
-        question = ask(rng, scene, kind, counts=("shape", "color"))
+        question = ask(rng, scene, kind, counts=("shape", "color"), balanced=cluttered)
         if question is not None:
             asked.append((kind, *question))
     return scene, asked
@@ -258,9 +322,10 @@ def scene_dataset(split: str, scenes: int, *, level: str = "standard", seed: int
     """A data set with one row for each question.
 
     Args:
-        split (`str`): `"train"` or `"test"`: of which images the scenes are made.
+        split (`str`): `"train"` or `"test"`: of which images the scenes are made. Cluttered scenes also have the split
+            `"validation"`, to make choices on: train images on grounds of its own.
         scenes (`int`): How many scenes.
-        level (`str`): `"standard"`, `"hard"` or `"wide"`.
+        level (`str`): `"standard"`, `"hard"`, `"wide"` or `"cluttered"`.
         seed (`int`): Another seed, other scenes.
         per_scene (`int`): Questions of each scene.
 
@@ -286,17 +351,18 @@ def scene_dataset(split: str, scenes: int, *, level: str = "standard", seed: int
     return Dataset.from_list(list(rows()), features=features)
 
 
-def write_questions(path: Path, questions: int, seed: int) -> None:
-    """Writes about train scenes, half standard, half hard, one question each: `path`, and pictures in a folder beside
+def write_questions(path: Path, questions: int, seed: int, levels: Sequence[str] = ("standard", "hard")) -> None:
+    """Writes about train scenes, as many of each level, one question each: `path`, and pictures in a folder beside
     it."""
     pictures = path.parent / path.stem
     pictures.mkdir(parents=True, exist_ok=True)
-    halves = [questions - questions // 2, questions // 2]
+    # The first levels take what is left over.
+    parts = [len(range(number, questions, len(levels))) for number in range(len(levels))]
     rows = concatenate_datasets(
         [
-            scene_dataset("train", half, level=level, seed=seed, per_scene=1)
-            for half, level in zip(halves, ("standard", "hard"))
-            if half
+            scene_dataset("train", part, level=level, seed=seed, per_scene=1)
+            for part, level in zip(parts, levels)
+            if part
         ]
     )
     lines = []
@@ -312,11 +378,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--questions", type=positive, default=960, help="to train on")
     parser.add_argument("--held-out", type=positive, default=192, help="to choose a checkpoint by")
+    parser.add_argument("--levels", nargs="+", choices=OBJECTS, default=["standard", "hard"], help="equal shares")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:
-        write_questions(arguments.output / "train.jsonl", arguments.questions, arguments.seed)
-        write_questions(arguments.output / "eval.jsonl", arguments.held_out, arguments.seed + 1)
+        write_questions(arguments.output / "train.jsonl", arguments.questions, arguments.seed, arguments.levels)
+        write_questions(arguments.output / "eval.jsonl", arguments.held_out, arguments.seed + 1, arguments.levels)
     except (ImportError, OSError) as error:
         print(f"scenes: {error}", file=sys.stderr)
         return 2

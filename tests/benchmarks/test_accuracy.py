@@ -99,7 +99,7 @@ def test_records_are_read_and_old_ones_too(folder, tmp_path):
     lines = [line for line in path.read_text().splitlines() if line.startswith('  "scene":')]
     assert lines == ['  "scene": [0,0,0,0],']
     assert list(result["answers"]) == ["scene", "expected", "given"]
-    new = ("answers", "pixels_sha256", "code_sha256", "method_revision")
+    new = ("answers", "scene_seed", "pixels_sha256", "code_sha256", "method_revision")
     path.write_text(json.dumps({name: value for name, value in result.items() if name not in new}))
     assert not set(new) & read_result(path).keys()
     for field, value in (
@@ -108,6 +108,7 @@ def test_records_are_read_and_old_ones_too(folder, tmp_path):
         ("answers", {**result["answers"], "given": "four"}),
         ("answers", {"scene": [0], "expected": ["two"]}),
         ("answers", [{"index": 0, "scene": 0, "expected": "two", "given": "two"}]),
+        ("scene_seed", "0"),
         ("pixels_sha256", 5),
         ("code_sha256", ""),
         ("method_revision", 0),
@@ -117,12 +118,30 @@ def test_records_are_read_and_old_ones_too(folder, tmp_path):
             read_result(path)
 
 
+def test_scenes_of_another_seed_and_of_validation(folder, tmp_path, monkeypatch):
+    """They are recorded as such, so that no table takes them for the test scenes of seed 0."""
+    asked = []
+
+    def made(split, *args, **settings):
+        asked.append((split, settings["level"], settings["seed"]))
+        return scene_dataset("test", *args, **settings | {"level": "standard"})
+
+    monkeypatch.setattr(accuracy, "scene_dataset", made)
+    first = run(folder, tmp_path, "--method", "none", "--limit", 2)
+    other = run(folder, tmp_path, "--method", "none", "--limit", 2, "--scene-seed", 5)
+    chosen = run(folder, tmp_path, "--method", "none", "--limit", 2, "--level", "cluttered", "--split", "validation")
+    assert asked == [("test", "standard", 0), ("test", "standard", 5), ("validation", "cluttered", 0)]
+    assert [result["scene_seed"] for result in (first, other, chosen)] == [0, 5, 0]
+    assert [result["level"] for result in (first, other, chosen)] == ["standard", "standard", "cluttered-validation"]
+    assert first["pixels_sha256"] != other["pixels_sha256"]
+
+
 def test_digests_are_of_pixels_and_of_code():
     data = scene_dataset("test", 2, per_scene=2)
     assert accuracy.pixels_digest(data) != accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2, seed=1))
     assert accuracy.pixels_digest(data) == accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2))
     names = [file.name for file in accuracy.code_files()]
-    assert {"plan_learnpruner.py", "vispruner.py", "accuracy.py", "scenes.py"} <= set(names)
+    assert {"plan_learnpruner.py", "vispruner.py", "accuracy.py", "scenes.py", "grounds.py"} <= set(names)
     assert not any(name.startswith("test") for name in names)
 
 
@@ -348,6 +367,8 @@ def test_table_and_plot(tmp_path, capsys):
         (["--method", "guess", "--ratio", "0.5"], "learnpruner"),
         (["--method", "none", "--level", "easy"], "hard"),
         (["--method", "none", "--limit", "0"], "--limit"),
+        (["--method", "none", "--photo", "features", "--scene-seed", "1"], "--scene-seed"),
+        (["--method", "none", "--photo", "features", "--split", "validation"], "--split"),
         (["--method", "none", "--set", "pruner_depth=3"], "pruner_layer"),
         (["--method", "none", "--set", "pruner_layer"], "pruner_layer=2"),
     ],
