@@ -15,7 +15,7 @@ from typing import NamedTuple
 from learnpruner_commands.arguments import Parser
 
 import render_accuracy
-from accuracy import PHOTO_VQA
+from benches import PHOTO_VQA
 from paired import paired_interval
 from photo import CONDITIONS, LABELLED, RESULTS, TRAINING_FREE, UNPRUNED, Asked, level_of, records
 

@@ -35,6 +35,7 @@ from learnpruner.training.trl import rank_by_prompt
 from learnpruner_commands.arguments import Parser, positive, ratio
 
 import accuracy
+import benches
 from render_accuracy import fill
 from scenes import scene_dataset  # found because accuracy.py has looked for it
 
@@ -129,7 +130,7 @@ def train_with_sft(steps: int, questions: int, learning_rate: float, ratio: floa
     batch, learning rate and precision."""
     base = MODELS / "tiny-llava"
     processor = load_processor(str(base))
-    asked = scene_dataset("test", math.ceil(questions / accuracy.PER_SCENE), level="hard", per_scene=accuracy.PER_SCENE)
+    asked = scene_dataset("test", math.ceil(questions / benches.PER_SCENE), level="hard", per_scene=benches.PER_SCENE)
     asked = asked.select(range(questions))
     rows = as_messages(scene_dataset("train", BATCH * steps, level="hard", per_scene=1))
     before, after, logs, seconds = [], [], [], 0.0

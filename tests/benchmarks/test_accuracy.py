@@ -13,6 +13,7 @@ from learnpruner.hub_cards.records import code_digest, read_result
 from learnpruner.methods import METHODS
 
 import accuracy
+import benches
 import render_accuracy
 import tiny_llava
 import tiny_qwen2_vl
@@ -87,7 +88,7 @@ def test_each_method_keeps_its_budget(method, folder, tmp_path, monkeypatch):
             result["pixels_sha256"]
             == hashlib.sha256(b"".join(b"((192, 192), 'RGB')" + image.tobytes() for image in data["image"])).hexdigest()
         )
-        assert result["code_sha256"] == code_digest(accuracy.code_files())
+        assert result["code_sha256"] == code_digest(benches.code_files())
         assert result.get("method_revision") == (None if method == "none" else METHODS[method].revision)
 
 
@@ -126,7 +127,7 @@ def test_scenes_of_another_seed_and_of_validation(folder, tmp_path, monkeypatch)
         asked.append((split, settings["level"], settings["seed"]))
         return scene_dataset("test", *args, **settings | {"level": "standard"})
 
-    monkeypatch.setattr(accuracy, "scene_dataset", made)
+    monkeypatch.setattr(benches, "scene_dataset", made)
     first = run(folder, tmp_path, "--method", "none", "--limit", 2)
     other = run(folder, tmp_path, "--method", "none", "--limit", 2, "--scene-seed", 5)
     chosen = run(folder, tmp_path, "--method", "none", "--limit", 2, "--level", "cluttered", "--split", "validation")
@@ -138,9 +139,9 @@ def test_scenes_of_another_seed_and_of_validation(folder, tmp_path, monkeypatch)
 
 def test_digests_are_of_pixels_and_of_code():
     data = scene_dataset("test", 2, per_scene=2)
-    assert accuracy.pixels_digest(data) != accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2, seed=1))
-    assert accuracy.pixels_digest(data) == accuracy.pixels_digest(scene_dataset("test", 2, per_scene=2))
-    names = [file.name for file in accuracy.code_files()]
+    assert benches.pixels_digest(data) != benches.pixels_digest(scene_dataset("test", 2, per_scene=2, seed=1))
+    assert benches.pixels_digest(data) == benches.pixels_digest(scene_dataset("test", 2, per_scene=2))
+    names = [file.name for file in benches.code_files()]
     assert {"plan_learnpruner.py", "vispruner.py", "accuracy.py", "scenes.py", "grounds.py"} <= set(names)
     assert not any(name.startswith("test") for name in names)
 
