@@ -17,19 +17,24 @@ from tqdm import tqdm
 from transformers import LlavaProcessor
 
 from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.methods.baselines import box_scores
 from learnpruner_commands.arguments import Parser, positive
 
 from features import LAYER, Features
+from photo_scenes import GRID, PATCH
 
-COVERED = 0.5
+# So many patches of a scene are labelled: those that known boxes would keep.
+LABELLED = 32
 SCENES, EPOCHS, BATCH, LEARNING_RATE = 900, 8, 8, 1e-3
 
 
 def labels_of(features: Features, number: int) -> torch.Tensor:
-    """Which patches an object that is asked about covers by half, `(patches,)` float32."""
-    scene = features.scene(number)
-    asked = [place for place, thing in enumerate(scene.objects) if thing.asked]
-    return (torch.from_numpy(scene.coverage[asked]).amax(0).flatten() >= COVERED).float()
+    """Which patches known boxes of all asked objects would keep, `(patches,)` float32: each object's from its middle
+    outwards, objects in turn. More of a large object would be of no use."""
+    middles = PATCH * (torch.arange(GRID) + 0.5)
+    y, x = (part.flatten() for part in torch.meshgrid(middles, middles, indexing="ij"))
+    scores = box_scores(x, y, [thing.box for thing in features.scene(number).objects if thing.asked])
+    return torch.zeros(GRID**2).index_fill(0, scores.topk(LABELLED).indices, 1.0)
 
 
 def fit(model, features: Features, scenes: int, epochs: int, seed: int) -> list[float]:

@@ -41,13 +41,17 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_labels_are_the_asked_objects(folder):
-    features = Features(folder)
-    labels = label_pruner.labels_of(features, 3).view(24, 24)
-    scene = scene_of(3)
-    for thing, cover in zip(scene.objects, scene.coverage):
-        assert (labels[torch.from_numpy(cover) >= 0.5] == float(thing.asked)).all()
-    assert labels.sum() < 200
+def test_labels_are_the_middles_of_asked_objects(folder):
+    labels = label_pruner.labels_of(Features(folder), 3).view(24, 24).bool()
+    assert labels.sum() == label_pruner.LABELLED
+    for thing, cover in zip(scene_of(3).objects, torch.from_numpy(scene_of(3).coverage)):
+        here = labels & (cover > 0)
+        assert bool(here.any()) == thing.asked
+        if thing.asked:
+            column, row = (int(place // 14) for place in thing.center)
+            assert labels[row, column]
+            # Objects take turns.
+            assert here.sum() in (label_pruner.LABELLED // 3, label_pruner.LABELLED // 3 + 1)
 
 
 def test_a_module_that_is_told_finds_them(joined, renamed, folder, tmp_path):
@@ -65,7 +69,9 @@ def test_a_module_that_is_told_finds_them(joined, renamed, folder, tmp_path):
         seen = model.get_encoder("image").encoder.layer[LAYER](Features(folder).layer(0).float()[None])[0, 1:]
         scores = model.model.pruner(seen)
     labels = label_pruner.labels_of(Features(folder), 0).bool()
-    assert scores[labels].median() > scores[~labels].quantile(0.9)
+    asked = [place for place, thing in enumerate(scene_of(0).objects) if thing.asked]
+    others = torch.from_numpy(scene_of(0).coverage[asked]).amax(0).flatten() == 0
+    assert scores[labels].median() > scores[others].quantile(0.95)
 
 
 def test_the_probe_names_what_features_tell(joined, folder, tmp_path, monkeypatch):
