@@ -1,7 +1,7 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """Trains the photo model: DINOv2-S and SmolLM2 stay frozen, the projector and low-rank additions are learned.
 
-    python examples/photo_vqa/train_base.py --packages FOLDER --features FOLDER --output FOLDER --sequences 6000
+    python examples/photo_vqa/train_base.py --packages FOLDER --features FOLDER --output FOLDER --sequences 2400
 
 --features holds the folders `train` and `validation` of features.py. A sequence is one image with all its questions.
 In half of the sequences each question sees the image and itself; in the others they are one conversation. All 576
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--features", type=Path, required=True, help="folder with `train` and `validation`")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--sequences", type=positive, default=6000)
+    parser.add_argument("--sequences", type=positive, default=2400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=positive, default=2, help="sequences at a time")
     parser.add_argument("--max-minutes", type=positive, help="stop after so long; the same command goes on")
