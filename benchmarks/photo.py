@@ -113,7 +113,9 @@ STAGES = {
     "R1:R2 = 1.5, k = 18": {"pruner_stage_ratio": 1.5, "pruner_layer": 18},
 }
 SELECTED = [("marginal", weight) for weight in (0.3, 0.5, 0.7)] + [("facility", weight) for weight in (0.2, 0.5)]
+RIVALS = ("cls_attention", "vispruner", "divprune", "training-free first cut")
 TRIALS = [
+    *(asked for asked in CONTROLS if asked.label in RIVALS),
     *(asked for name in PRUNERS for asked in of_pruner(name, name, (0,))),
     *(
         asked
