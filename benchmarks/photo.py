@@ -16,18 +16,20 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import yaml
 from tqdm import tqdm
 
 from learnpruner.hub_cards.records import read_result
+from learnpruner.methods import METHODS as REGISTRY
 from learnpruner_commands.arguments import Parser, positive
 
 import accuracy
 import render_accuracy
-import selections  # noqa: F401 - its method joins the registry
 from paired import paired_interval
+from selections import Selected
 
 HERE = Path(__file__).parents[1]
 RESULTS = HERE / "benchmarks" / "results" / "photo"
@@ -173,7 +175,10 @@ def ask(asked: Asked, seed: int, model: Path, features: Path, path: Path, limit:
     command += ["--ratio", f"{asked.tokens}/{TOKENS}"] if asked.method != "none" else []
     command += ["--other-picture"] if asked.other else []
     command += [part for name, value in asked.fields.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    if accuracy.main([*command, "--threads", str(torch.get_num_threads())]) != 0:
+    # A trial's selection is no method of the registry.
+    with patch.dict(REGISTRY, selected=Selected):
+        status = accuracy.main([*command, "--threads", str(torch.get_num_threads())])
+    if status != 0:
         raise RuntimeError(f"{asked.label} was not measured; its message stands above.")
     os.replace(f"{path}.part", path)
 

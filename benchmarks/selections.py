@@ -1,4 +1,4 @@
-"""Selections that were tried behind a first cut's scores, as methods that benchmarks/accuracy.py asks by name.
+"""Selections that were tried behind a first cut's scores, as a method that benchmarks/photo.py asks.
 
 `marginal` takes tokens one by one, the best of relevance minus likeness to those taken (maximal marginal relevance;
 Carbonell and Goldstein, 1998); `facility` those that stand best for all tokens, the relevant ones first (facility
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from learnpruner.cuts_learnpruner import EncodedImages, LearnedScore
-from learnpruner.methods import METHODS, Method, Place
+from learnpruner.methods import Method, Place
 from learnpruner.methods.cls_attention import ClsScore
 from learnpruner.methods.images import cls_layers
 from learnpruner.scores_learnpruner import rank, top_k_with_diversity
@@ -110,6 +110,3 @@ class Selected(Method):
         if self.by == "cls":
             return (Place(0, 1, SelectedClass(self.selection, self.weight), watched=(-1,)),)
         return (Place(0, 1, SelectedLearned(0.0, self.selection, self.weight)),)
-
-
-METHODS["selected"] = Selected

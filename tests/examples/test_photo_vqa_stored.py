@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from learnpruner import LearnPrunerForConditionalGeneration
+from learnpruner.compare import build_prompt, load_processor
 from learnpruner.methods import METHODS
 
 import accuracy
@@ -72,9 +73,9 @@ def test_logits_are_those_of_pictures(checkpoint, folder, name):
     data = stored.StoredQuestions(stored.Features(folder))
     rows = [data[number] for number in range(0, len(data), 3)]
     processor = stored.StoredProcessor.from_pretrained(checkpoint)
-    text = [accuracy.build_prompt(processor, row["question"]) for row in rows]
+    text = [build_prompt(processor, row["question"]) for row in rows]
     model = LearnPrunerForConditionalGeneration.from_pretrained(checkpoint).eval()
-    usual = accuracy.load_processor(str(checkpoint))
+    usual = load_processor(str(checkpoint))
     seen = usual(images=[pictures()[row["scene"]] for row in rows], text=text, padding=True, return_tensors="pt")
     given = processor(images=[row["image"] for row in rows], text=text, padding=True, return_tensors="pt")
     assert torch.equal(seen["input_ids"], given["input_ids"])
