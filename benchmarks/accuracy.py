@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(arguments.seed)  # a stock base gets a fresh pruner
         options = {"dtype": arguments.dtype} if arguments.dtype else {}
         model = LearnPrunerForConditionalGeneration.from_pretrained(arguments.model, **options, **fields_of_model)
-        # torch copies the weights of a frozen head for each row of a batch (CPU, bfloat16): four times as long.
+        # torch copies the weights of a frozen head for each row of a batch (CPU, bfloat16), which is slow.
         model.eval().requires_grad_(True)
         if method is not None:
             method.cuts(model.model)  # says what the model lacks, before any work

@@ -3,10 +3,11 @@
     python benchmarks/photo.py --base CHECKPOINT --features FOLDER --rows FOLDER --runs runs/photo --only conditions
     python benchmarks/photo.py --into examples/photo_vqa/RESULTS.md        # the tables alone
 
-Parts: `conditions` is what the bench must show before it may judge, `trials` are pruners among which a setting is
-chosen, on the set "validation", `methods` is the comparison, on the set "a". CHECKPOINT is that of build.py; the folder
-of features holds those of features.py, one folder a set; that of rows is pruner_data.py's. What is there already is not
-done again, so that a killed study goes on. Records: benchmarks/results/photo/.
+Parts: `conditions` is what the bench must show before it may judge, on the set "a", `trials` are pruners among which a
+setting is chosen, on the set "validation". CHECKPOINT is that of build.py; the folder of features holds those of
+features.py, one folder a set; that of rows is pruner_data.py's, and beside it stands one of the same name and
+`-presence`, made with `--kinds presence`. What is there already is not done again, so that a killed study goes on.
+Records: benchmarks/results/photo/.
 """
 
 import json
@@ -14,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
@@ -129,15 +130,22 @@ TRIALS = [
     ),
     *(
         asked
+        for selection, weight in SELECTED
+        for asked in at_budgets(
+            f"cls_attention, {selection} {weight}",
+            "selected",
+            fields={"by": "cls", "selection": selection, "weight": weight},
+        )
+    ),
+    *(
+        asked
         for name, fields in STAGES.items()
         for asked in at_budgets(f"hard, {name}", "learnpruner", pruner="hard", fields={**PLAIN, **fields})
     ),
 ]
-METHODS: list[Asked] = []
 PARTS = {
     "conditions": ("a", CONDITIONS),
     "trials": ("validation", [UNPRUNED, *TRIALS]),
-    "methods": ("a", METHODS),
 }
 
 
@@ -203,9 +211,9 @@ def records(asked: Asked, level: str) -> list[dict]:
     return [read_result(file) for file in files if file.exists()]
 
 
-def table(part: str, fold: int, reference: Asked | None = None) -> str:
-    """Markdown: a row for each method and budget. The last column is the difference to the unpruned model, or to
-    `reference` at the same budget, with its paired 95 % interval over scenes."""
+def table(part: str, fold: int) -> str:
+    """Markdown: a row for each method and budget. The last column is the difference to the unpruned model, with its
+    paired 95 % interval over scenes."""
     set_, wanted = PARTS[part]
     level = level_of(set_, fold)
     unpruned = records(UNPRUNED, level)
@@ -226,11 +234,10 @@ def table(part: str, fold: int, reference: Asked | None = None) -> str:
         cells += [render_accuracy.spread([one["by_kind"][kind]["accuracy"] for one in found]) for kind in kinds]
         seen = [one["tokens"]["objects_seen"][-1] for one in found if one["tokens"]["objects_seen"]]
         cells.append(render_accuracy.spread(seen) if seen else "")
-        against = unpruned if reference is None else records(replace(reference, tokens=asked.tokens), level)
-        if asked == UNPRUNED or asked.other or not against:
+        if asked == UNPRUNED or asked.other:
             cells.append("")
         else:
-            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(found, against))))
+            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * v for v in paired_interval(found, unpruned))))
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Percent; {unpruned[0]['n']} questions of the set {set_!r}, fold {fold}; differences in points."]
     if missing:

@@ -16,7 +16,7 @@ from learnpruner.cuts_learnpruner import EncodedImages, LearnedScore
 from learnpruner.methods import Method, Place
 from learnpruner.methods.cls_attention import ClsScore
 from learnpruner.methods.images import cls_layers
-from learnpruner.scores_learnpruner import rank, top_k_with_diversity
+from learnpruner.scores_learnpruner import rank
 
 
 def relevance(scores: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
@@ -62,30 +62,24 @@ def select_facility(scores: torch.Tensor, images: EncodedImages, counts: list[in
     return chosen
 
 
-def select_diverse(scores: torch.Tensor, images: EncodedImages, counts: list[int], weight: float) -> torch.Tensor:
-    """Top-k, and the share `weight` of the budget for diversity."""
-    return top_k_with_diversity(scores, images.present, counts, images.features, weight)
+SELECTIONS = {"marginal": select_marginal, "facility": select_facility}
 
 
-SELECTIONS = {"marginal": select_marginal, "facility": select_facility, "diversity": select_diverse}
-
-
-@dataclass(unsafe_hash=True)
-class SelectedLearned(LearnedScore):
-    selection: str
-    weight: float
-
+class Selects:
     def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
         return SELECTIONS[self.selection](scores, images, counts, self.weight)
 
 
 @dataclass(unsafe_hash=True)
-class SelectedClass(ClsScore):
+class SelectedLearned(Selects, LearnedScore):
     selection: str
     weight: float
 
-    def select(self, scores: torch.Tensor, images: EncodedImages, counts: list[int]) -> torch.Tensor:
-        return SELECTIONS[self.selection](scores, images, counts, self.weight)
+
+@dataclass(unsafe_hash=True)
+class SelectedClass(Selects, ClsScore):
+    selection: str
+    weight: float
 
 
 @dataclass(unsafe_hash=True)

@@ -3,7 +3,7 @@
 
     python examples/photo_vqa/build.py --packages FOLDER --trained RUN --output FOLDER
 
-Needs the packages onnx and gguf. The output, 680 MB, opens with `LlavaForConditionalGeneration.from_pretrained`.
+Needs the packages onnx and gguf. The output, about 630 MB, opens with `LlavaForConditionalGeneration.from_pretrained`.
 """
 
 import json

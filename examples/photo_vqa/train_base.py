@@ -50,7 +50,7 @@ SAVE_SECONDS, VALIDATE_SECONDS = 300, 900
 VALIDATION_SCENES = 100
 LOOKUP_SCENES, LOOKUP_EPOCHS = 1500, 8
 # Without them, glibc gives large tensors' memory back after each use; on two cores that took half of the time. The
-# last asks for huge pages: with small ones, a run was half as fast after an hour as at its start.
+# last asks for huge pages: with small ones, a long run slows down.
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
