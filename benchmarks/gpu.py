@@ -142,7 +142,7 @@ def record_of(part: Part, file: Path, limit: float, about: dict, environment: di
     return {
         "part": part.name,
         "outcome": outcome,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 2),
         "limit_seconds": round(max(limit, 0), 1),
         "command": " ".join(part.command),
         "stderr": [] if outcome == "passed" else lines,
