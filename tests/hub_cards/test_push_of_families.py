@@ -54,7 +54,10 @@ print("RESULTS" + json.dumps([answer_of(name, Path(folder) / name) for name in n
     "cases",
     [
         pytest.param((("llava", torch.float32), ("qwen2_vl", torch.float32)), marks=pytest.mark.core),
-        (("llava", torch.bfloat16), ("llava_next", torch.float32), ("qwen2_5_vl", torch.float32)),
+        pytest.param(
+            (("llava", torch.bfloat16), ("llava_next", torch.float32), ("qwen2_5_vl", torch.float32)),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["core", "others"],
 )

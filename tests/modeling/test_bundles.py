@@ -72,7 +72,7 @@ def survivors(kept_mask):
     return [kept.nonzero().tolist() for kept in kept_mask]
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
 def test_two_versions_and_the_package(family, tmp_path):
     _, model = tiny_pair(family)
     one, other = tmp_path / "one", tmp_path / "other"

@@ -157,10 +157,6 @@ def assert_no_more_graphs(family, counts, steps):
             assert ours[0] == 0, (place, theirs, ours)
 
 
-def test_graphs_of_a_few_image_counts():
-    assert_no_more_graphs("llava", (1, 2, 3), 4)
-
-
 @pytest.mark.slow
 @TWO
 def test_graphs_of_four_image_counts_and_eight_steps(family):

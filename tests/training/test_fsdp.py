@@ -79,6 +79,7 @@ def test_shared_layers(folder):
     } == {"rng_state_0.pth", "rng_state_1.pth"}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on(folder):
     """With momentum, so that the optimizer has something to lose."""
     adam = ("--optim", "adamw_torch", "--learning_rate", "1e-3", "--eval_data", str(folder / "data.json"))

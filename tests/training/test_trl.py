@@ -129,10 +129,18 @@ def trainer_of(kind, model, rows, folder, family, **settings):
     )
 
 
+# What a trainer does with a model is asked of one family in all forms, what the others do differently in one of each.
+OTHERS = [family for family in FAMILIES if family != "llava"]
+
+
 # With `None` checkpoints are not reentrant.
-@pytest.mark.parametrize("reentrant", [None, True])
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "lora", "reentrant"),
+    [
+        *(("llava", lora, reentrant) for lora in (False, True) for reentrant in (None, True)),
+        *((family, lora, reentrant) for family in OTHERS for lora, reentrant in ((False, None), (True, True))),
+    ],
+)
 def test_sft_trains_the_pruner(family, lora, reentrant, tmp_path):
     """By the trainer's defaults, gradient checkpointing among them, and to its budget."""
     model = pruned(family) if lora else pruned(family).train_pruner_only()
@@ -179,7 +187,7 @@ def accuracy_of(model, prompts, answers):
     return (outputs.logits[:, -new - 1 : -1].argmax(-1) == answers).float().mean().item()
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_vl", marks=pytest.mark.slow)])
 def test_sft_trains_the_pruner_to_some_use(family, tmp_path):
     """To find the tokens that the unpruned model's own answers come from."""
     model = pruned(family, pruner_trained=True)
@@ -202,8 +210,13 @@ def test_sft_trains_the_pruner_to_some_use(family, tmp_path):
 PAIRS = {"chosen": "w7 w8", "rejected": "w9 w10 w11"}
 
 
-@pytest.mark.parametrize("reference", ["lora", "lora and pruner", "ref_model"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "reference"),
+    [
+        *(("llava", reference) for reference in ("lora", "lora and pruner", "ref_model")),
+        *((family, "lora and pruner") for family in OTHERS),
+    ],
+)
 def test_dpo_begins_at_a_log_ratio_of_0(family, reference, tmp_path):
     """With a frozen pruner policy and reference cut alike; one that trains with the adapters gates in both."""
     model = pruned(family, frozen=True, pruner_trained=True)
@@ -266,12 +279,17 @@ def test_dpo_ranks_by_the_prompt_where_it_is_asked_to(family, hooked, tmp_path, 
 
 
 # Largest |scored - sampled| log-probability of a token.
+BY_THE_PROMPT = (True, True, 0, 1e-4)
+
+
 @pytest.mark.parametrize(
-    ("frozen", "hooked", "least", "most"),
-    [(True, True, 0, 1e-4), (True, False, 1e-2, 20), (False, True, 1e-2, 20)],
-    ids=["by the prompt", "by all text", "in training"],
+    ("family", "frozen", "hooked", "least", "most"),
+    [
+        pytest.param("llava", True, False, 1e-2, 20, id="by all text"),
+        pytest.param("llava", False, True, 1e-2, 20, id="in training"),
+        *(pytest.param(family, *BY_THE_PROMPT, id=f"by the prompt, {family}") for family in FAMILIES),
+    ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_grpo_scores_what_it_sampled(family, frozen, hooked, least, most, tmp_path):
     trainer = trainer_of(
         "GRPO",

@@ -264,11 +264,18 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     return F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
+SMOOTHING, OWN_LOSS = {"label_smoothing_factor": 0.1}, {"compute_loss_func": own_loss}
+
+
 @pytest.mark.parametrize(
-    "option", [{"label_smoothing_factor": 0.1}, {"compute_loss_func": own_loss}], ids=["smoothing", "own_loss"]
+    ("family", "lora", "option"),
+    [
+        *((family, False, SMOOTHING) for family in FAMILIES),
+        *((family, True, OWN_LOSS) for family in FAMILIES),
+        ("llava", True, SMOOTHING),
+        ("llava", False, OWN_LOSS),
+    ],
 )
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
 def test_the_plain_trainer_takes_the_labels_away(family, lora, option, tmp_path):
     model = trained(family)
     wrapped = model
