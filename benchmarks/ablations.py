@@ -15,8 +15,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -51,6 +49,7 @@ from asked import (
     missing,
     unpruned,
 )
+from claims import claimed
 from shuffled_pruner import shuffle_pruner
 
 HERE = Path(__file__).parents[1]
@@ -110,19 +109,6 @@ TABLES: dict[str, list[Asked]] = {
     "R1:R2": [learned(f"R1:R2 = {ratio}", pruner_stage_ratio=ratio) for ratio in (1, 2, 3, 4)],
     "k": [learned(f"k = {layer}", pruner_layer=layer) for layer in range(2, 8)],
 }
-
-
-@contextmanager
-def claimed(lock: Path) -> Iterator[bool]:
-    """Whether this is the process that works on what `lock` stands for. The claim ends with the process."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def train_pruner(training: Training, seed: int, base: Path, runs: Path, threads: int) -> Path:

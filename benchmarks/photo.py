@@ -6,8 +6,8 @@
 Parts: `conditions` is what the bench must show before it may judge, on the set "a", `trials` are pruners among which a
 setting is chosen, on the set "validation". CHECKPOINT is that of build.py; the folder of features holds those of
 features.py, one folder a set; that of rows is pruner_data.py's, and beside it stands one of the same name and
-`-presence`, made with `--kinds presence`. What is there already is not done again, so that a killed study goes on.
-Records: benchmarks/results/photo/.
+`-presence`, made with `--kinds presence`. What is there already is not done again, so that a killed study goes on, and
+several processes may share the work: each takes what no other has begun. Records: benchmarks/results/photo/.
 """
 
 import json
@@ -29,6 +29,7 @@ from learnpruner_commands.arguments import Parser, positive
 
 import accuracy
 import render_accuracy
+from claims import claimed
 from paired import paired_interval
 from selections import Selected
 
@@ -36,11 +37,35 @@ HERE = Path(__file__).parents[1]
 RESULTS = HERE / "benchmarks" / "results" / "photo"
 CONFIG = HERE / "training" / "configs" / "photo-llava.yaml"
 TOKENS = 576
-BUDGETS = (64, 32, 16, 8)
+# Where conditions are judged and settings are chosen.
+JUDGED = (32, 16)
 SEEDS = (0, 1, 2)
 UNTRAINED = {"pruner_trained": True}
 PLAIN = {"pruner_diversity": 0.0}
 TRAINING_FREE = ("uniform", "cls_attention", "visionzip", "vispruner", "divprune", "hawk")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One kind of pruner.
+
+    Attributes:
+        name (`str`): In tables.
+        settings (`tuple[str, ...]`): Of its training, beside those of the file.
+        presence (`bool`): On questions of that kind alone.
+        second_cut (`bool`): The second cut takes part (benchmarks/second_cut.py).
+        labels (`bool`): By patch labels (examples/photo_vqa/label_pruner.py), in place of the model's own answers.
+    """
+
+    name: str
+    settings: tuple[str, ...] = ()
+    presence: bool = False
+    second_cut: bool = False
+    labels: bool = False
+
+    @property
+    def slug(self) -> str:
+        return self.name.replace(", ", "-").replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -51,7 +76,7 @@ class Asked:
         label (`str`): Its name in tables.
         method (`str`): Of the registry, or "none".
         tokens (`int`): Mean over the decoder's layers.
-        pruner (`str`, *optional*): One of [`PRUNERS`]; without it the base's own.
+        pruner (`Training`, *optional*): Without it the base's own, which is new.
         fields (`dict`): Settings of the checkpoint or the method.
         seeds: Of the pruner's training, or of the method's chance.
         other (`bool`): With the picture of the next scene.
@@ -60,7 +85,7 @@ class Asked:
     label: str
     method: str
     tokens: int = TOKENS
-    pruner: str | None = None
+    pruner: Training | None = None
     fields: dict = field(default_factory=dict, hash=False)
     seeds: tuple[int, ...] = (0,)
     other: bool = False
@@ -70,11 +95,11 @@ class Asked:
         return RESULTS / level / f"{name}-{self.tokens}-{seed}.json"
 
 
-def at_budgets(label: str, method: str, budgets: Iterable[int] = BUDGETS, **options) -> list[Asked]:
+def at_budgets(label: str, method: str, budgets: Iterable[int] = JUDGED, **options) -> list[Asked]:
     return [Asked(label, method, tokens, **options) for tokens in budgets]
 
 
-def of_pruner(label: str, pruner: str | None, seeds: tuple[int, ...], fields: dict | None = None) -> list[Asked]:
+def of_pruner(label: str, pruner: Training | None, seeds: tuple[int, ...], fields: dict | None = None) -> list[Asked]:
     """A module's first cut alone, plain and with the tenth of its budget for diversity."""
     options = {"pruner": pruner, "seeds": seeds}
     return [
@@ -85,28 +110,33 @@ def of_pruner(label: str, pruner: str | None, seeds: tuple[int, ...], fields: di
 
 UNPRUNED = Asked("unpruned", "none")
 CONTROLS = [
-    *at_budgets("random", "random", seeds=SEEDS),
+    *at_budgets("random", "random", (64, *JUDGED), seeds=SEEDS),
     *(asked for name in TRAINING_FREE for asked in at_budgets(name, name)),
     *at_budgets("training-free first cut", "stage_1"),
     *of_pruner("random weights", None, SEEDS, UNTRAINED),
     *at_budgets("oracle: boxes of what is asked", "oracle_boxes"),
 ]
-LABELLED = of_pruner("patch labels", "labels", SEEDS)
+LABELS = Training("labels", labels=True)
+LABELLED = of_pruner("patch labels", LABELS, SEEDS)
 CONDITIONS = [UNPRUNED, Asked("unpruned, another picture", "none", other=True), *CONTROLS, *LABELLED]
 
-
-# Settings of trainings, beside those of the file.
-HARD = ("--objective", "hard")
-PRUNERS: dict[str, tuple[str, ...]] = {
-    "hard": HARD,
-    "soft": ("--objective", "default", "--temperature", "1.0"),
-    "hard in the last third": (*HARD, "--temperature", "1.0", "--hard_from", "0.667"),
-    "hard, budgets of the default": (*HARD, "--budgets", "0.3333", "0.2222", "0.1111", "0.0556"),
-    "hard, small budgets twice as often": (*HARD, "--budgets", "0.0642", "0.0321", "0.0321", "0.0161", "0.0161"),
-    "hard, no distillation": (*HARD, "--distillation", "0"),
-    "hard, second cut in training": HARD,
-    "hard, presence alone": HARD,
-}
+OBJECTIVE = ("--objective", "hard")
+SOFT_START = ("--temperature", "1.0")
+HARD = Training("hard", OBJECTIVE)
+SOFT = Training("soft", ("--objective", "default", *SOFT_START))
+PRUNERS = (
+    HARD,
+    SOFT,
+    Training("hard in the last third", (*OBJECTIVE, *SOFT_START, "--hard_from", "0.667")),
+    Training("hard, budgets of the default", (*OBJECTIVE, "--budgets", "0.3333", "0.2222", "0.1111", "0.0556")),
+    Training(
+        "hard, small budgets twice as often",
+        (*OBJECTIVE, "--budgets", "0.0642", "0.0321", "0.0321", "0.0161", "0.0161"),
+    ),
+    Training("hard, no distillation", (*OBJECTIVE, "--distillation", "0")),
+    Training("hard, second cut in training", OBJECTIVE, second_cut=True),
+    Training("hard, presence alone", OBJECTIVE, presence=True),
+)
 # How many tokens each cut gets, and where the second falls, with the module of one training.
 STAGES = {
     "R1:R2 = 3, k = 11": {"pruner_stage_ratio": 3, "pruner_layer": 11},
@@ -119,13 +149,16 @@ SELECTED = [("marginal", weight) for weight in (0.3, 0.5, 0.7)] + [("facility", 
 RIVALS = ("cls_attention", "vispruner", "divprune", "training-free first cut")
 TRIALS = [
     *(asked for asked in CONTROLS if asked.label in RIVALS),
-    *(asked for name in PRUNERS for asked in of_pruner(name, name, (0,))),
+    *(asked for pruner in PRUNERS for asked in of_pruner(pruner.name, pruner, (0,))),
     *(
         asked
-        for name in ("hard", "soft")
+        for pruner in (HARD, SOFT)
         for selection, weight in SELECTED
         for asked in at_budgets(
-            f"{name}, {selection} {weight}", "selected", pruner=name, fields={"selection": selection, "weight": weight}
+            f"{pruner.name}, {selection} {weight}",
+            "selected",
+            pruner=pruner,
+            fields={"selection": selection, "weight": weight},
         )
     ),
     *(
@@ -140,7 +173,7 @@ TRIALS = [
     *(
         asked
         for name, fields in STAGES.items()
-        for asked in at_budgets(f"hard, {name}", "learnpruner", pruner="hard", fields={**PLAIN, **fields})
+        for asked in at_budgets(f"hard, {name}", "learnpruner", pruner=HARD, fields={**PLAIN, **fields})
     ),
 ]
 PARTS = {
@@ -149,31 +182,35 @@ PARTS = {
 }
 
 
-def train(name: str, seed: int, base: Path, rows: Path, features: Path, runs: Path) -> Path:
+def train(training: Training, seed: int, base: Path, rows: Path, features: Path, runs: Path) -> Path:
     """The folder of a pruner, trained now where it is not there; its record goes to the results."""
-    folder = runs / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+    folder = runs / f"{training.slug}-{seed}"
     record = RESULTS / "trainings" / f"{folder.name}.json"
     if not (folder / "training.json").exists():
         runs.mkdir(parents=True, exist_ok=True)
-        if name == "labels":
+        if training.labels:
             command = [HERE / "examples" / "photo_vqa" / "label_pruner.py", "--base", base, "--output", folder]
             command += ["--features", features / "train", "--seed", seed]
         else:
             settings = yaml.safe_load(CONFIG.read_text())
-            data = rows.with_name(f"{rows.name}-presence") if "presence" in name else rows
+            data = rows.with_name(f"{rows.name}-presence") if training.presence else rows
             settings |= {"model_name_or_path": str(base), "train_data": str(data / "train.jsonl")}
             config = runs / f"{folder.name}.yaml"
             config.write_text(yaml.safe_dump({**settings, "output_dir": str(folder), "seed": seed}))
-            program = (
-                ["-m", "learnpruner", "train"] if "second cut" not in name else [HERE / "benchmarks" / "second_cut.py"]
-            )
-            command = [*program, config, *PRUNERS[name]]
+            program = [HERE / "benchmarks" / "second_cut.py"] if training.second_cut else ["-m", "learnpruner", "train"]
+            command = [*program, config, *training.settings]
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         subprocess.run([sys.executable, *map(str, command)], check=True, env={**os.environ, **threads})
     known = json.loads((folder / "training.json").read_text())
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text(json.dumps({**known, "base": base.name}, indent=1) + "\n")
     return folder
+
+
+def pruner_of(training: Training, seed: int, base: Path, rows: Path, features: Path, runs: Path) -> Path | None:
+    """The folder of a pruner; `None` while another process trains it, which then asks it, too."""
+    with claimed(runs / "locks" / f"{training.slug}-{seed}") as mine:
+        return train(training, seed, base, rows, features, runs) if mine else None
 
 
 def ask(asked: Asked, seed: int, model: Path, features: Path, path: Path, limit: int) -> None:
@@ -201,9 +238,12 @@ def measure(part: str, base: Path, features: Path, rows: Path, runs: Path, fold:
     todo = [(asked, seed) for asked in wanted for seed in asked.seeds]
     for asked, seed in tqdm(todo, desc=part):
         path = asked.file(level, seed)
-        if not path.exists():
-            model = train(asked.pruner, seed, base, rows, features, runs) if asked.pruner else base
-            ask(asked, seed, model, features / set_, path, limit)
+        with claimed(runs / "locks" / level / path.name) as mine:
+            if not mine or path.exists():
+                continue
+            model = pruner_of(asked.pruner, seed, base, rows, features, runs) if asked.pruner else base
+            if model is not None:
+                ask(asked, seed, model, features / set_, path, limit)
 
 
 def records(asked: Asked, level: str) -> list[dict]:

@@ -11,6 +11,7 @@ import ablations
 import asked
 import tiny_llava
 from asked import SEEDS, Asked, Training, unpruned
+from claims import claimed
 
 MARKS = "\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in (*ablations.TABLES, "log", "cost"))
 
@@ -97,10 +98,10 @@ def test_study(base, tmp_path, capsys):
 
 
 def test_a_claim_is_one_processes_and_ends_with_it(tmp_path):
-    with ablations.claimed(tmp_path / "x") as mine, ablations.claimed(tmp_path / "x") as theirs:
+    with claimed(tmp_path / "x") as mine, claimed(tmp_path / "x") as theirs:
         assert mine
         assert not theirs
-    with ablations.claimed(tmp_path / "x") as mine:
+    with claimed(tmp_path / "x") as mine:
         assert mine
 
 

@@ -36,7 +36,7 @@ def shares(asked):
     """A bench that meets every condition."""
     if asked.other:
         return 0.25
-    if asked.method in ("none", "oracle_boxes") or asked.pruner == "labels":
+    if asked.method in ("none", "oracle_boxes") or asked.pruner == photo.LABELS:
         return 0.9
     return 0.7 if asked.tokens == 64 else 0.5
 
@@ -97,12 +97,12 @@ def test_what_the_bench_must_show(results, label, tokens, share, named):
 def test_a_verdict_needs_every_record(results):
     write(results)
     next(asked for asked in CONDITIONS if asked.method == "divprune").file(LEVEL, 0).unlink()
-    with pytest.raises(ValueError, match="divprune at 64 was not measured"):
+    with pytest.raises(ValueError, match="divprune at 32 was not measured"):
         photo_conditions.judge(LEVEL)
 
 
 def test_the_study_goes_on(results, tmp_path, monkeypatch):
-    rows = [UNPRUNED, Asked("random", "random", 32, seeds=(0, 1)), Asked("labels", "stage_1", 32, pruner="labels")]
+    rows = [UNPRUNED, Asked("random", "random", 32, seeds=(0, 1)), Asked("labels", "stage_1", 32, pruner=photo.LABELS)]
     monkeypatch.setattr(photo, "PARTS", {"trials": ("validation", rows)})
     trained, asked = [], []
 
@@ -114,8 +114,9 @@ def test_the_study_goes_on(results, tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(photo.accuracy, "main", ask)
-    monkeypatch.setattr(photo, "train", lambda name, seed, *_: trained.append((name, seed)) or "pruner")
+    monkeypatch.setattr(photo, "train", lambda training, seed, *_: trained.append((training.name, seed)) or "pruner")
     arguments = ["--base", "base", "--features", str(tmp_path), "--rows", "rows", "--only", "trials"]
+    arguments += ["--runs", str(tmp_path / "runs")]
     assert photo.main(arguments) == 0
     assert trained == [("labels", 0)]
     assert asked == [
@@ -142,4 +143,4 @@ def test_the_table_shows_paired_differences(results):
     assert cells[3] == "3"
     assert cells[-1].startswith(f"{100 * (pruned - whole):+.1f} (")
     next(asked for asked in CONDITIONS if asked.method == "hawk").file(LEVEL, 0).unlink()
-    assert "Not measured: hawk at 64." in photo.table("conditions", 0)
+    assert "Not measured: hawk at 32." in photo.table("conditions", 0)
