@@ -13,8 +13,8 @@ TOKENS ?= 32
 PY ?= .venv/bin/python
 INSTALLED = $(if $(filter .venv/bin/python,$(PY)),.venv/installed)
 
-# Two processes of one thread each: the tests are many and small.
-WORKERS ?= -n 2 --dist worksteal
+# Processes of one thread each: the tests are many and small, and some wait.
+WORKERS ?= -n 3 --dist worksteal
 
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE

@@ -198,7 +198,7 @@ def test_an_image_is_encoded_once_on_models_of_native_resolution(qwen):
         assert (plain[name] - shared[name]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("level", "tokens"), [("standard", 576), ("wide", 512)])
+@pytest.mark.parametrize(("level", "tokens"), [pytest.param("standard", 576, marks=pytest.mark.slow), ("wide", 512)])
 def test_models_of_native_resolution(level, tokens, qwen, tmp_path):
     """A ratio is of each image's own tokens, and foreground lies where the image says."""
     for method in ("none", "random", "uniform", "oracle_boxes", "learnpruner"):

@@ -171,7 +171,10 @@ def test_a_trained_run_is_loaded_by_the_trainer(folder, monkeypatch):
     assert all(torch.equal(value, found[name.removeprefix("model.pruner.")]) for name, value in expected.items())
 
 
-@pytest.mark.parametrize(("objective", "ratios"), [("default", ["1", "0.3", "0.2", "0.1"]), ("paper", ["1", "0.3"])])
+@pytest.mark.parametrize(
+    ("objective", "ratios"),
+    [("default", ["1", "0.3", "0.2", "0.1"]), pytest.param("paper", ["1", "0.3"], marks=pytest.mark.slow)],
+)
 def test_the_end_says_where_how_good_and_what_next(objective, ratios, folder, capsys):
     """With evaluation data and no strategy it evaluates at the end, at each budget, and unpruned."""
     command = ["train", str(folder / "config.yaml"), "--eval_data", str(folder / "data.json"), "--pruner_ratio", "0.3"]
