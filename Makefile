@@ -19,7 +19,7 @@ WORKERS ?= -n 3 --dist worksteal
 # Threads that wait asleep: beside another busy process, spinning ones make small models many times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo space accuracy accuracy-qwen ablations methods speed gpu-proof gpu-speed gpu-results trl bundle-lines test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
+.PHONY: demo space accuracy accuracy-qwen ablations methods speed gpu-proof gpu-speed gpu-results trl shipped-code bundle-lines test test-floor test-newest test-newest-core test-slow test-at test-matrix newest lock raise quality style clean
 
 demo: .venv/installed
 	.venv/bin/python examples/easy_vqa/demo.py
@@ -212,4 +212,4 @@ lock: .venv-lock/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-newest .venv-lock demo_output
+	rm -rf .venv .venv-at .venv-floor .venv-newest .venv-lock demo_output

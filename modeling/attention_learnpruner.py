@@ -14,9 +14,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .compat_learnpruner import eager_attention
+from .compat_learnpruner import ALL_ATTENTION_FUNCTIONS, eager_attention
 
 # What padding and a gate of 0 add to a logit: its exponential is 0, and it fits float16.
 HIDDEN = -1000.0

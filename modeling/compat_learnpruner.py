@@ -1,8 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The names of transformers that this package depends on, in one place.
 
-What can be asked of a stock class is asked. What cannot (private hooks, the range of releases) is named here, so that a
-rename costs at most one line.
+What can be asked of a stock class is asked. What cannot (private hooks, internal modules, the range of releases) is
+named here, so that a rename costs at most one line. The other files take what they need of internal modules from here.
 """
 
 import sys
@@ -14,8 +14,13 @@ from typing import get_args
 import torch
 import transformers
 from torch import nn
-from transformers import GenerationMixin, LlamaModel
+from transformers import GenerationMixin, LlamaModel, conversion_mapping
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.peft import maybe_load_adapters
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, logging
 
 logger = logging.get_logger(__name__)

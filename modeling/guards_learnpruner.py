@@ -5,11 +5,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
-from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils import is_torchdynamo_exporting
 
-from .compat_learnpruner import CACHE
+from .compat_learnpruner import CACHE, DynamicLayer, find_packed_sequence_indices
 from .cuts_learnpruner import Cut, LearnedScore
 from .keys_learnpruner import EDITED_CACHE, PrunedCache, PrunedCacheLayer
 

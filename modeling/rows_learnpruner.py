@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import Cache
-from transformers.masking_utils import create_causal_mask
 
 from .attention_learnpruner import GATED, GATES, HARD, RUN, Note, install_probe, log_gates, reach_keywords
-from .compat_learnpruner import CACHE, DEEPSTACK_FEATURES, DEEPSTACK_WHERE, installed_names
+from .compat_learnpruner import CACHE, DEEPSTACK_FEATURES, DEEPSTACK_WHERE, create_causal_mask, installed_names
 from .cuts_learnpruner import Cut, DecoderState, watching
 from .guards_learnpruner import refuse_prepared_mask
 from .keys_learnpruner import LOST_CACHE, PrunedCache, PrunedCacheLayer
@@ -257,17 +256,17 @@ def enter(decoder: nn.Module, args: tuple, arguments: dict) -> tuple[tuple, dict
 
 def _gate(decoder: nn.Module, call: PruningCall, mask: torch.Tensor | None, device: torch.device) -> dict:
     """What the layers are given in training: the whole prompt, and gates."""
-    for layer in (layer for layer in decoder.layers if layer.gradient_checkpointing):
-        checkpoint = layer._gradient_checkpointing_func
-        if not isinstance(checkpoint, partial) or checkpoint.func is not reach_keywords:
-            layer._gradient_checkpointing_func = partial(reach_keywords, checkpoint)
     gates = log_gates(call.plan.gates.to(device), None if mask is None else mask.to(device))
+    for layer in (layer for layer in decoder.layers if layer.gradient_checkpointing):
+        layer._gradient_checkpointing_func = partial(reach_keywords, layer._gradient_checkpointing_func)
     return {GATES: gates, GATED: call, HARD: None if call.plan.hard is None else call.plan.hard.to(device)}
 
 
 def leave(decoder: nn.Module, args: tuple, arguments: dict, outputs) -> None:
     """Behind the text model: checks that every hook was passed and every cut made, and puts the rows back."""
     run, gating = arguments.get(RUN), arguments.get(GATED)
+    for layer in (layer for layer in decoder.layers if gating is not None and layer.gradient_checkpointing):
+        layer._gradient_checkpointing_func = layer._gradient_checkpointing_func.args[0]
     if outputs is not None and gating is not None and gating.gated < decoder.config.num_hidden_layers:
         raise RuntimeError(
             "The pruner is to be trained, and a layer's attention did not ask transformers for its function, so that "

@@ -438,3 +438,10 @@ def image_states(outputs):
     if "image_outputs" in outputs:
         return torch.cat(list(outputs.image_outputs.pooler_output))
     return outputs.image_hidden_states.flatten(0, -2)
+
+
+def with_checkpointing(model, reentrant):
+    """The model, its layers' activations recomputed in the backward pass."""
+    name = "activation_checkpointing_enable"  # up to 5.22 the other
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+    return model

@@ -11,6 +11,7 @@ from functools import wraps
 import pytest
 import torch
 from transformers import DynamicCache
+from transformers.utils import logging
 
 from learnpruner.compat_learnpruner import CACHE, CACHE_NAMES, RECORDS
 from learnpruner.keys_learnpruner import LOST_CACHE
@@ -390,3 +391,8 @@ def test_a_release_with_another_name_is_named_at_import(where):
     assert run.returncode == 0, run.stderr[-2000:]
     assert "refused: LlavaModel.forward takes none of ('cache', 'past_key_values')" in run.stdout
     assert "pip install -U learnpruner" in run.stdout
+
+
+def test_what_transformers_announces_in_its_log_fails_a_test():
+    with pytest.raises(AssertionError, match="deprecates something the project uses: `x` is deprecated"):
+        logging.get_logger("transformers.models.llava").warning("`x` is deprecated")

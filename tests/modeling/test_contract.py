@@ -8,6 +8,8 @@ import threading
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from learnpruner import Cut, LearnedScore, PrunedCache, TextAttention
 from learnpruner.compat_learnpruner import CACHE
@@ -24,10 +26,12 @@ from tiny_models import (
     VOCAB,
     build_inputs,
     image_states,
+    labelled,
     pixels_of,
     positions,
     samples_of,
     tiny_pair,
+    with_checkpointing,
     with_videos,
 )
 
@@ -190,19 +194,97 @@ def test_any_schedule_of_cuts(family, layers):
     )
 
 
+def state_of(model):
+    """Every attribute of every module, but for Qwen's `rope_deltas`, which are the stock class's and of the last
+    prompt."""
+    attributes = {
+        (place, name): value
+        for place, module in model.named_modules()
+        for name, value in vars(module).items()
+        if name != "rope_deltas"
+    }
+    return attributes | {("", name): value for name, value in model.config.to_dict().items()}
+
+
+def assert_unchanged(model, before):
+    after = state_of(model)
+    assert after.keys() == before.keys()
+    changed = [name for name, value in after.items() if value is not before[name] and value != before[name]]
+    assert changed == []
+
+
 @ONE_OF_EACH
 def test_no_state_between_calls(family):
-    """But for Qwen's `rope_deltas`, which are the stock class's, and of the last prompt."""
     _, pruned = tiny_pair(family)
     inputs = build_inputs(family, samples_of("mixed", family))
     first = pruned(**inputs)  # also lets transformers install the hooks by which the vision tower captures outputs
-    before = {name: set(vars(module)) for name, module in pruned.named_modules()}
+    before = state_of(pruned)
     pruned.generate(**inputs, max_new_tokens=3, num_beams=2, pruner_ratio=0.2)
     with pytest.raises(ValueError, match="pruner_ratio"):
         pruned(**inputs, pruner_ratio=7.0)
-    assert {name: set(vars(module)) for name, module in pruned.named_modules()} == before
+    assert_unchanged(pruned, before)
     pruned(**build_inputs(family, [[2, (32, 32), 9]], seed=1))
     assert torch.equal(pruned(**inputs).logits, first.logits)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@ONE_OF_EACH
+def test_no_state_behind_a_step_of_training(family, reentrant):
+    """But that the pruner counts as trained."""
+    _, pruned = tiny_pair(family, pruner_trained=True)
+    with_checkpointing(pruned.train_pruner_only(), reentrant)
+    inputs = labelled(family, samples_of("mixed", family))
+    with torch.enable_grad():
+        pruned(**inputs).loss.backward()  # also lets transformers install its hooks
+        before = state_of(pruned)
+        pruned(**inputs).loss.backward()
+    assert_unchanged(pruned, before)
+    layers = pruned.model.language_model.layers
+    assert len({layer._gradient_checkpointing_func for layer in layers}) == 1
+    assert all(layer._gradient_checkpointing_func.func is checkpoint for layer in layers)
+
+
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+@ONE_OF_EACH
+def test_arguments_that_nobody_here_knows_reach_the_attention(family, ratio, monkeypatch):
+    """As they do in the stock model, which hands them on; its `generate` refuses them, in its own words."""
+    seen, sdpa = [], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def spy(module, *args, **kwargs):
+        seen.append((type(module).__name__, {name: kwargs.get(name) for name in ("made_up", "num_items_in_batch")}))
+        return sdpa(module, *args, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", spy)
+    inputs, given = build_inputs(family, samples_of("mixed", family)), {"made_up": 3, "num_items_in_batch": 5}
+    reached = []
+    for model in tiny_pair(family):
+        seen.clear()
+        model(**inputs, **given, **({"pruner_ratio": ratio} if type(model) is PRUNED[family] else {}))
+        reached.append([entry for entry in seen if "Vision" not in entry[0] and "CLIP" not in entry[0]])
+        with pytest.raises(ValueError, match=r"not used by the model: \['made_up'\]"):
+            model.generate(**inputs, made_up=3, max_new_tokens=1)
+    stock, pruned = reached
+    assert stock == pruned
+    assert [values for _, values in stock] == [given] * LAYERS
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=["greedy", "beams", "no cache"])
+@ONE_OF_EACH
+def test_a_generate_reads_its_prompt_and_makes_its_schedule_once(family, options, monkeypatch):
+    _, pruned = tiny_pair(family)
+    made, kind = [], type(pruned.model)
+
+    def counted(method):
+        def count(*args, **kwargs):
+            made.append(method.__name__)
+            return method(*args, **kwargs)
+
+        return count
+
+    for name in ("read_prompt", "pruner_schedule"):
+        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
+    pruned.generate(**build_inputs(family, samples_of("mixed", family)), max_new_tokens=5, min_new_tokens=5, **options)
+    assert sorted(made) == ["pruner_schedule", "read_prompt"]
 
 
 @ONE_OF_EACH

@@ -19,7 +19,17 @@ from learnpruner.attention_learnpruner import gated_attention, log_gates
 from learnpruner.compat_learnpruner import CACHE
 from learnpruner.cuts_learnpruner import Cut, LearnedScore
 
-from tiny_models import FAMILIES, LAYERS, build_inputs, labelled, samples_of, tiny_pair, vision_tower, with_videos
+from tiny_models import (
+    FAMILIES,
+    LAYERS,
+    build_inputs,
+    labelled,
+    samples_of,
+    tiny_pair,
+    vision_tower,
+    with_checkpointing,
+    with_videos,
+)
 
 pytestmark = pytest.mark.core
 TWO = pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
@@ -337,11 +347,6 @@ def test_dropout(attention):
     error = (draws.mean(0) - expected) / (draws.std(0) / len(draws) ** 0.5).clamp_min(1e-6)
     assert error.abs().max() < 5
     assert error.square().mean() < 1.3
-
-
-def with_checkpointing(model, reentrant):
-    name = "activation_checkpointing_enable"  # up to 5.22 the other
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
 
 
 def gradients(model, inputs):

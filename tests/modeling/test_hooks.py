@@ -22,7 +22,17 @@ from learnpruner.compat_learnpruner import CACHE
 from learnpruner.model_learnpruner import SCHEDULES
 from learnpruner.rows_learnpruner import install_hooks
 
-from tiny_models import FAMILIES, LAYERS, PRUNED, STOCK, build_inputs, samples_of, tiny_config, tiny_pair
+from tiny_models import (
+    FAMILIES,
+    LAYERS,
+    PRUNED,
+    STOCK,
+    build_inputs,
+    samples_of,
+    tiny_config,
+    tiny_pair,
+    with_checkpointing,
+)
 
 pytestmark = pytest.mark.core
 NEW = {"max_new_tokens": 4, "do_sample": False}
@@ -65,9 +75,7 @@ def test_gradient_checkpointing(family, reentrant, use_cache):
     inputs = build_inputs(family, samples_of("padded", family))
     expected = gradients(model, inputs, use_cache=False)
     assert len(expected[0].kept_mask) == 2
-    # Renamed in 5.24.
-    name = "activation_checkpointing_enable"
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+    with_checkpointing(model, reentrant)
     runs = []
     model.model.language_model.layers[1].mlp.register_forward_pre_hook(lambda *args: runs.append(args))
     found = gradients(model, inputs, use_cache=use_cache)
@@ -442,8 +450,7 @@ def test_a_cache_under_gradient_checkpointing_is_ignored_as_in_stock(family):
     model = trained_without_pruner(family)
     inputs = build_inputs(family, samples_of("one", family))
     expected = gradients(model, inputs, use_cache=False)
-    name = "activation_checkpointing_enable"
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")({"use_reentrant": False})
+    with_checkpointing(model, reentrant=False)
     cache = DynamicCache()
     assert_same_training(expected, gradients(model, inputs, **{CACHE: cache}))
     assert cache.get_seq_length() == 0

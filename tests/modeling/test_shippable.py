@@ -40,6 +40,21 @@ def test_import_rules(path):
     check_imports(path)
 
 
+# Auto classes' tables are data, whose file brings no torch; geometry that a family shares with the stock class.
+OWN_MODULES = ("transformers.utils", "transformers.models.auto.modeling_auto", "transformers.models.llava_next.")
+
+
+def test_internal_modules_of_transformers_are_named_once():
+    found = {}
+    for path in SHIPPABLE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and not node.level and node.module.startswith("transformers."):
+                found.setdefault(path.name, set()).add(node.module)
+    assert found.pop("compat_learnpruner.py") > {"transformers.cache_utils", "transformers.masking_utils"}
+    for name, modules in found.items():
+        assert all(module.startswith(OWN_MODULES) for module in modules), (name, modules)
+
+
 def test_relative_imports_do_not_turn_in_a_circle():
     imports = {path.stem: set(get_relative_imports(path)) for path in SHIPPABLE}
     while imports:

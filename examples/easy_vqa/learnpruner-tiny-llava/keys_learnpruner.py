@@ -3,8 +3,8 @@
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from .compat_learnpruner import DynamicLayer
 from .plan_learnpruner import PruningCall
 
 

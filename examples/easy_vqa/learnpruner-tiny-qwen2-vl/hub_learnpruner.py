@@ -11,14 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, logging
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
-from transformers.integrations.peft import maybe_load_adapters
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
-from .compat_learnpruner import check_transformers
+from .compat_learnpruner import GradientCheckpointingLayer, check_transformers, conversion_mapping, maybe_load_adapters
 
 logger = logging.get_logger(__name__)
 
@@ -99,10 +95,10 @@ class HubMixin:
         # model of a subclass newly initialised.
         for kind in (cls, cls.model_class):
             names = (kind.__bases__[-1].__name__, cls.config_class.base_model_type)
-            mapping = next(filter(None, map(get_checkpoint_conversion_mapping, names)), [])
+            mapping = next(filter(None, map(conversion_mapping.get_checkpoint_conversion_mapping, names)), [])
             # Qwen's takes all that was not in `model` at first for the language model's, so an adapter's pruner, too.
-            mapping.append(WeightRenaming(r"^model\.language_model\.pruner\.", PRUNER))
-            register_checkpoint_conversion_mapping(kind.__name__, mapping, overwrite=True)
+            mapping.append(conversion_mapping.WeightRenaming(r"^model\.language_model\.pruner\.", PRUNER))
+            conversion_mapping.register_checkpoint_conversion_mapping(kind.__name__, mapping, overwrite=True)
 
     def post_init(self):
         super().post_init()
