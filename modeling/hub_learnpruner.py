@@ -102,9 +102,9 @@ class HubMixin:
 
     def post_init(self):
         super().post_init()
-        self._follow_base_model_field()
+        self.follow_base_model_field()
 
-    def _follow_base_model_field(self) -> None:
+    def follow_base_model_field(self) -> None:
         keys = () if self.config.base_model_name_or_path is None else self.state_dict()
         # What Trainer compares with when it resumes from a pruner-only checkpoint.
         self._keys_to_ignore_on_save = {key for key in keys if not key.startswith(PRUNER)}
@@ -151,7 +151,7 @@ class HubMixin:
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
             model._check_loaded(path, info, stock)
         found = base is None and path is not None and stock and kwargs.get("variant") is None
-        model.base = Base.of(model, *(cls._name_base(path, place) if found else ()))
+        model.base = Base.of(model, *(cls.name_base(path, place) if found else ()))
         if adapter is not None:
             model.load_adapter(adapter, kwargs.get("adapter_name"), adapter_kwargs=place | of_adapter)
         return (model, info) if with_info else model
@@ -168,7 +168,7 @@ class HubMixin:
         files = find_weights(path, kwargs.get("variant"), place)
         kwargs = {name: value for name, value in kwargs.items() if name not in OF_ONE_REPOSITORY}
         try:
-            base, revision = cls._name_base(base, {**place, "revision": revision, "subfolder": ""})
+            base, revision = cls.name_base(base, {**place, "revision": revision, "subfolder": ""})
             kwargs["revision"] = revision or "main"
             model, info = super().from_pretrained(base, *model_args, config=config, output_loading_info=True, **kwargs)
         except OSError as error:
@@ -191,7 +191,7 @@ class HubMixin:
         return model, info
 
     @staticmethod
-    def _name_base(path, place: dict) -> tuple[str | None, str | None]:
+    def name_base(path, place: dict) -> tuple[str | None, str | None]:
         """What a pruner-only checkpoint will name: a folder, found from anywhere, or a Hub id at its revision."""
         if os.path.isdir(path):
             return os.path.abspath(os.path.join(path, place.get("subfolder", ""))), None
@@ -223,7 +223,7 @@ class HubMixin:
         self._freeze_base()
         if self.base.name is not None and not self.base.changed(self):
             self.config.base_model_name_or_path, self.config.base_model_revision = self.base.name, self.base.revision
-            self._follow_base_model_field()
+            self.follow_base_model_field()
         elif self.config.base_model_name_or_path is None:
             logger.warning("Checkpoints will hold all weights: it has no stock base, or no longer has its weights.")
         return self.train()
@@ -279,9 +279,9 @@ class HubMixin:
             vars(self.config).pop("quantization_config", None)
         else:
             self.config.base_model_name_or_path = self.config.base_model_revision = None
-        self._follow_base_model_field()
+        self.follow_base_model_field()
         try:
             return super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config = config
-            self._follow_base_model_field()
+            self.follow_base_model_field()

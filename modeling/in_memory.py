@@ -55,7 +55,7 @@ def checkpoint_of(model: PreTrainedModel) -> tuple[str | None, str | None]:
     if not path:
         return None, None
     try:
-        files, name = find_weights(path, None, here), HubMixin._name_base(path, here)
+        files, name = find_weights(path, None, here), HubMixin.name_base(path, here)
     except OSError:  # moved, or of another format: what cannot be read cannot be compared
         return None, None
     tensors = {key: tensor for key, tensor in model.state_dict().items() if tensor.is_floating_point()}

@@ -76,5 +76,5 @@ def leave_base(model: HubMixin) -> tuple[str | None, str | None]:
     named = config.base_model_name_or_path, config.base_model_revision
     model.base = replace(base, name=None, revision=None)
     config.base_model_name_or_path = config.base_model_revision = None
-    model._follow_base_model_field()
+    model.follow_base_model_field()
     return (base.name, base.revision) if named[0] is None else named
