@@ -150,6 +150,7 @@ class HubMixin:
                 adapter, kwargs["adapter_kwargs"] = None, of_adapter
             model, info = super().from_pretrained(path, *model_args, config=config, output_loading_info=True, **kwargs)
             model._check_loaded(path, info, stock)
+            model.config.pruner_trained |= any(name.startswith(PRUNER) for name in kwargs.get("state_dict") or ())
         found = base is None and path is not None and stock and kwargs.get("variant") is None
         model.base = Base.of(model, *(cls.name_base(path, place) if found else ()))
         if adapter is not None:

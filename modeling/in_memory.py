@@ -4,8 +4,10 @@
 from copy import deepcopy
 from dataclasses import fields as fields_of
 from itertools import chain
+from types import MethodType
 
 import torch
+from accelerate.hooks import add_hook_to_module
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
@@ -23,6 +25,11 @@ def share(model: PreTrainedModel, cls: type[HubMixin], fields: dict) -> HubMixin
         )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("from_base takes a model that is in memory, and this one is offloaded: use from_pretrained.")
+    for part in map(vars, (model, model.model)):
+        if "forward" in part and ("_old_forward" not in part or "_original_forward" in part):
+            raise ValueError(
+                "The stock model's forward was replaced (Accelerator.prepare does so): use from_base first."
+            )
     known = {each.name for each in fields_of(config_class)} - {each.name for each in fields_of(type(model.config))}
     if unknown := sorted(fields.keys() - known):
         raise TypeError(f"{unknown} are no fields of the pruner, which has {sorted(known)}.")
@@ -42,6 +49,10 @@ def share(model: PreTrainedModel, cls: type[HubMixin], fields: dict) -> HubMixin
     pruner = pruned.model.pruner.to_empty(device=tower.device)
     pruned.initialize_weights()
     pruner.float().train(model.training)
+    for part in (pruned, pruned.model):
+        if "_old_forward" in vars(part):  # what accelerate's hook runs was the stock class's
+            part._old_forward = MethodType(type(part).forward, part)
+            add_hook_to_module(part, part._hf_hook)
     if name is None:
         name, revision = checkpoint_of(model)
     pruned.base = Base.of(pruned, name, revision)

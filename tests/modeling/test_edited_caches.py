@@ -37,6 +37,11 @@ def replace_layer(number):
     return edit
 
 
+def replace_values(cache, other):
+    cache.layers[1].values = cache.layers[1].values.flip(2)
+    return cache
+
+
 def move(where):
     """Edits the list of layers."""
 
@@ -59,6 +64,7 @@ EDITS = {
     "key appended": on_states(lambda states: torch.cat([states, states[:, :, -1:]], dim=2)),
     "rows flipped": on_states(lambda states: states.flip(0)),
     "rows repeated": on_states(lambda states: states.repeat(2, 1, 1, 1)),
+    "values replaced": replace_values,
     "first layer replaced": replace_layer(0),
     "a layer replaced": replace_layer(2),
     "layers reversed": move(lambda layers, other: layers.reverse()),

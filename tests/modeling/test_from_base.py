@@ -2,12 +2,24 @@
 
 import pytest
 import torch
+from accelerate import Accelerator, dispatch_model
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from learnpruner import LearnPrunerForConditionalGeneration as Pruned
 
-from tiny_models import FAMILIES, PRUNED, STOCK, build_inputs, samples_of, tiny_config, tiny_pair
+from tiny_models import (
+    FAMILIES,
+    NO_PLACEHOLDERS,
+    PRUNED,
+    STOCK,
+    build_inputs,
+    labelled,
+    samples_of,
+    tiny_config,
+    tiny_pair,
+)
 
 pytestmark = pytest.mark.core
 
@@ -119,3 +131,52 @@ def test_what_is_refused(family):
         empty = STOCK[family](tiny_config(family))
     with pytest.raises(ValueError, match="from_pretrained"):
         Pruned.from_base(empty)
+
+
+def placed(family):
+    """A stock model that accelerate has placed by a map, on one device here, and one that it has not."""
+    stock, plain = (tiny_pair(family)[0] for _ in range(2))
+    parts = {name: "cpu" for name, _ in stock.model.named_children()}
+    if family == "llava_next":
+        parts["image_newline"] = "cpu"
+    device_map = {f"model.{name}": device for name, device in parts.items()} | {"lm_head": "cpu"}
+    return dispatch_model(stock, device_map, main_device="cpu", force_hooks=True), plain
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_stock_model_with_hooks_of_accelerate(family, whole):
+    """As from a `device_map`, on several devices."""
+    stock, plain = placed(family)
+    if whole:
+        stock = dispatch_model(tiny_pair(family)[0], {"": "cpu"}, main_device="cpu", force_hooks=True)
+    before = stock(**build_inputs(family, samples_of("one", family))).logits
+    model, expected = (Pruned.from_base(one, pruner_ratio=0.3, pruner_trained=True) for one in (stock, plain))
+    expected.model.pruner.load_state_dict(model.model.pruner.state_dict())
+    assert model._hf_hook is not None
+    inputs = labelled(family, samples_of("mixed", family))
+    found, right = model(**inputs), expected(**inputs)
+    assert torch.equal(found.logits, right.logits)
+    assert torch.equal(found.loss, right.loss)
+    assert all(map(torch.equal, found.kept_mask, right.kept_mask))
+    prompt = build_inputs(family, samples_of("mixed", family))
+    new = {"max_new_tokens": 4, "do_sample": False, "pruner_ratio": 0.2, **NO_PLACEHOLDERS}
+    assert torch.equal(model.generate(**prompt, **new), expected.generate(**prompt, **new))
+    with torch.enable_grad():
+        model.train_pruner_only()(**inputs).loss.backward()
+    assert all(parameter.grad.any() for parameter in model.model.pruner.parameters())
+    # The stock model is as it was.
+    assert torch.equal(stock(**build_inputs(family, samples_of("one", family))).logits, before)
+
+
+def test_a_forward_that_others_replaced_is_refused():
+    stock = tiny_pair("llava")[0]
+    try:
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model(stock)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="use from_base first"):
+        Pruned.from_base(stock)
+    stock = tiny_pair("llava")[0]
+    stock.model.forward = stock.model.forward
+    with pytest.raises(ValueError, match="use from_base first"):
+        Pruned.from_base(stock)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from copy import deepcopy
 from functools import partial
 from types import SimpleNamespace
 
@@ -124,6 +125,9 @@ def test_weights_in_memory(saved):
             with torch.no_grad():
                 assert torch.equal(model.eval()(**saved.inputs).logits, saved.logits)
             assert model.config.base_model_name_or_path is None
+            untrained = deepcopy(saved.model.config)
+            untrained.pruner_trained = False
+            assert load(None, config=untrained, state_dict=saved.model.state_dict()).config.pruner_trained
         without = {name: value for name, value in saved.model.state_dict().items() if "pruner" not in name}
         with pytest.raises(RuntimeError, match=r"model\.pruner"):
             load(None, config=saved.model.config, state_dict=without)

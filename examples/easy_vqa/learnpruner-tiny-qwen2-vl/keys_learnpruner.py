@@ -24,13 +24,13 @@ class PrunedCacheLayer(DynamicLayer):
         self.history = ()  # for each pruned prompt, how many cuts came before this layer
         # What the cut right before this layer decided, each (batch, sequence), in the caller's coordinates.
         self.kept_mask = self.vision_scores = None
-        self.own = None  # the keys as this class left them
+        self.own = None, None  # the keys and values as this class left them
 
     @classmethod
     def from_dynamic(cls, layer: DynamicLayer) -> "PrunedCacheLayer":
         pruned = cls()
         pruned.__dict__.update(layer.__dict__)
-        pruned.own = pruned.keys
+        pruned.own = pruned.keys, pruned.values
         return pruned
 
     @property
@@ -73,7 +73,7 @@ class PrunedCacheLayer(DynamicLayer):
 
     def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         states = super().update(*args, **kwargs)
-        self.own = self.keys
+        self.own = self.keys, self.values
         return states
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -84,7 +84,7 @@ class PrunedCacheLayer(DynamicLayer):
                 "removed. Run the prompt again with a fresh cache instead."
             )
         super().crop(tokens_to_remove)
-        self.own = self.keys
+        self.own = self.keys, self.values
 
     def reset(self) -> None:
         self.__init__()
@@ -102,7 +102,7 @@ class PrunedCacheLayer(DynamicLayer):
         self._select(lambda tensor: tensor[indices])
 
     def _select(self, select) -> None:
-        self.own = self.keys
+        self.own = self.keys, self.values
         for name in ("prefix_valid", "head_valid", "kept_mask", "vision_scores"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else select(tensor))
@@ -121,8 +121,9 @@ class PrunedCache(DynamicCache):
         return cache
 
     def check_edits(self) -> None:
-        """Raises `ValueError` where others replaced layers or their keys: which tokens they are is not known then."""
-        if self.layers != self.own_layers or any(layer.keys is not layer.own for layer in self.layers):
+        """Raises `ValueError` where others replaced layers, keys or values: which tokens they are is not known then."""
+        states = (pair for layer in self.layers for pair in zip((layer.keys, layer.values), layer.own))
+        if self.layers != self.own_layers or any(held is not own for held, own in states):
             raise ValueError(EDITED_CACHE)
 
     @property
