@@ -1,8 +1,8 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
 """The names of transformers that this package depends on, in one place.
 
-What can be asked of a stock class is asked. What cannot (private hooks, internal modules, the range of releases) is
-named here, so that a rename costs at most one line. The other files take what they need of internal modules from here.
+What can be asked of a stock class is asked. The rest (private hooks, internal modules, the range of releases) is named
+here, from where the other files take it, so that a rename costs at most one line.
 """
 
 import sys
@@ -42,10 +42,8 @@ GENERATE_STEPS = (
 )
 
 # `model_type` of the text models whose layers the hooks were tested on, against a masked stock model.
-TEXT_MODELS = (
-    *("gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"),
-    *("qwen2_5_vl_text", "qwen2_vl_text"),
-)
+QWEN_TEXT_MODELS = ("qwen2_5_vl_text", "qwen2_vl_text")
+TEXT_MODELS = ("gemma", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", *QWEN_TEXT_MODELS)
 
 # What the stock loop of a text model with DeepStack (Qwen3-VL) adds to rows behind its first layers, 5.20 to 5.24.
 DEEPSTACK_WHERE, DEEPSTACK_FEATURES = "visual_pos_masks", "deepstack_visual_embeds"

@@ -226,6 +226,9 @@ class PrunedModelMixin:
             self.gradients.wanted = any(parameter.requires_grad for parameter in parameters)
         if self.gradients.wanted and parameters[0].is_meta:
             raise ValueError("The pruner is offloaded and cannot be trained: model.model.pruner.requires_grad_(False).")
+        plain = all(type(layer) is nn.Linear for layer in (self.pruner.hidden, self.pruner.output))
+        if self.gradients.wanted and not plain and not self.config.pruner_trained:
+            raise ValueError("Adapters on an untrained pruner do not open again: use modules_to_save=['pruner'].")
         return self.gradients.wanted
 
     def _replicate_for_data_parallel(self):

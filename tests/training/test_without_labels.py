@@ -158,7 +158,7 @@ def test_a_cache_of_a_gated_prompt_is_not_made():
 @pytest.mark.parametrize("lora", ["modules_to_save", "of its own layers"])
 def test_a_reference_with_gradients(family, lora):
     """As the policy, whose pruner is trained or frozen, in front of it or behind."""
-    _, model = tiny_pair(family)
+    _, model = tiny_pair(family, pruner_trained=True)
     options = {"target_modules": r".*language_model.*q_proj", "modules_to_save": ["pruner"]}
     if lora != "modules_to_save":
         options = {"target_modules": r".*(q_proj|pruner\.hidden)"}
@@ -174,6 +174,16 @@ def test_a_reference_with_gradients(family, lora):
         reference = policy(**inputs)
     assert reference.kept_mask
     assert torch.equal(found.logits, reference.logits)
+
+
+@TWO
+@pytest.mark.parametrize("targets", ["all-linear", r".*pruner\.output"])
+def test_adapters_on_the_layers_of_an_untrained_pruner_are_refused(family, targets):
+    """They would be trained over random weights, which are not saved."""
+    _, model = tiny_pair(family, pruner_trained=False)
+    inputs = build_inputs(family, samples_of("padded", family))
+    with pytest.raises(ValueError, match="modules_to_save"):
+        get_peft_model(model, LoraConfig(target_modules=targets)).train()(**inputs)
 
 
 @TWO
