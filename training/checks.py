@@ -3,6 +3,7 @@
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
 
 
@@ -18,22 +19,40 @@ def check_precision(text_model: nn.Module, args: TrainingArguments) -> None:
 
 class GradientCheck(TrainerCallback):
     """Stops a training whose optimizer step would find no gradient of the pruner: raises `RuntimeError`, which names
-    the cause."""
+    the cause. `came` says whether any step's was more than zeros, in this process: `()` bool, or None before a step."""
 
     def __init__(self, pruner: nn.Module):
         self.pruner = pruner
+        self.came: torch.Tensor | None = None
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.pruner.parameters() if parameter.requires_grad]
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.came = None
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self._trained():
             raise RuntimeError("The pruner would get no gradient: it was frozen after the trainer was made.")
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        gradients = [parameter.grad for parameter in self._trained()]
         # A batch that gates nothing gives zeros.
-        if any(parameter.grad is None for parameter in self._trained()):
+        if any(gradient is None for gradient in gradients):
             raise RuntimeError(
                 "The pruner, or a part of it, got no gradient: the loss does not come from what the model returned "
                 "with gradients enabled. Look at the compute_loss of the trainer's class."
             )
+        # No wait for the device: it is read when a checkpoint is saved. Of a shared gradient this process has a part.
+        own = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+        came = torch.stack([gradient.any() for gradient in own]).any()
+        self.came = came if self.came is None else self.came | came
+
+
+def check_learned(learned: bool) -> None:
+    """Raises `RuntimeError` where no step of a whole run brought the pruner a gradient."""
+    if not learned:
+        raise RuntimeError(
+            "The run is over, and nothing was trained: in no step did the pruner get a gradient, since no sample had "
+            "an image of which a cut would drop tokens. Look at how many images train_dataset has, and how large."
+        )

@@ -29,7 +29,7 @@ from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scores_learnpruner import top_k
 
 from .arguments import PrunerTrainingArguments
-from .checks import GradientCheck, check_precision
+from .checks import GradientCheck, check_learned, check_precision
 from .fsdp import ShardedCheckpoints
 from .objectives import ArgmaxGate, HardTopKGate, TopKGate, budget_loss, with_gate
 from .runs import RunRecord, last_checkpoint, leave_base, read_run
@@ -75,7 +75,8 @@ class PrunerTrainer(ShardedCheckpoints):
             public repository where `hub_private_repo` is set.
         `OSError`: with `push_to_hub`, without a token that may write.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
-        `RuntimeError`: before an optimizer step for which the pruner got no gradient.
+        `RuntimeError`: before an optimizer step for which the pruner got no gradient, and at the end of a run of which
+            no step had anything to cut.
     """
 
     def __init__(
@@ -136,7 +137,9 @@ class PrunerTrainer(ShardedCheckpoints):
         self._pruned = pruned
         self._seconds = 0.0
         self.add_callback(RunRecord(self))
-        self.add_callback(GradientCheck(pruned.model.pruner))
+        self._gradients = GradientCheck(pruned.model.pruner)
+        self._learned = False  # in an earlier start of the run
+        self.add_callback(self._gradients)
         self._recorded: list[torch.Tensor] = []
         self._images_in_step: torch.Tensor | None = None
         # Foreground tokens kept by the first cut, and all of them, of each batch.
@@ -169,18 +172,22 @@ class PrunerTrainer(ShardedCheckpoints):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
-        self._seconds = 0.0
+        self._seconds, self._learned = 0.0, False
         self._start = time.perf_counter()
         state = None
         if resume_from_checkpoint:
-            self._seconds = read_run(Path(resume_from_checkpoint), self.run_settings())["seconds"]
+            before = read_run(Path(resume_from_checkpoint), self.run_settings())
+            # Checkpoints of earlier versions do not say whether it learned.
+            self._seconds, self._learned = before["seconds"], before.get("learned", True)
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
         if state is not None and state.global_step >= state.max_steps:
+            check_learned(self._learned)
             output = self._load_finished(resume_from_checkpoint, state)
         else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            check_learned(self.learned())
         output.metrics["seconds"] = round(self.seconds(), 1)
         output.metrics["trained_parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         output.metrics["peak_memory_bytes"] = peak_memory(self.args.device)
@@ -305,6 +312,13 @@ class PrunerTrainer(ShardedCheckpoints):
     def seconds(self) -> float:
         """Of training, in all starts of the run."""
         return self._seconds + time.perf_counter() - self._start
+
+    def learned(self) -> bool:
+        """Whether the pruner got a gradient in the run so far; all processes must call it."""
+        came = torch.zeros((), device=self.args.device)
+        if self._gradients.came is not None:
+            came += self._gradients.came
+        return self._learned or bool(self.accelerator.reduce(came, reduction="sum"))
 
     def get_batch_samples(self, *args, **kwargs):
         samples, items = super().get_batch_samples(*args, **kwargs)
