@@ -221,7 +221,7 @@ class PrunerTrainer(ShardedCheckpoints):
         """`accuracy` on the evaluation data, unpruned ("1"), at each of the budgets, and at the configuration's ratio;
         by the ratio as text. Empty where the data have no answers."""
         config, found = self._pruned.config, {}
-        own, budgets = config.pruner_ratio, self.args.budgets if self.args.objective == "default" else []
+        own, budgets = config.pruner_ratio, [] if self.args.objective == "paper" else self.args.budgets
         # A ratio written 0.1111 is the budget 1/9.
         ratios = {f"{ratio:.4g}": ratio for ratio in sorted({1.0, own, *budgets}, reverse=True)}
         try:

@@ -175,6 +175,7 @@ def test_a_trained_run_is_loaded_by_the_trainer(folder, monkeypatch):
     ("objective", "ratios"),
     [
         ("default", ["1", "0.3", "0.2", "0.1"]),
+        pytest.param("hard", ["1", "0.3", "0.2", "0.1"], marks=pytest.mark.slow),
         pytest.param("paper", ["1", "0.3"], marks=pytest.mark.slow),
     ],
 )
