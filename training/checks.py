@@ -1,10 +1,28 @@
 # Copyright 2026 The LearnPruner developers. Licensed under the Apache License, Version 2.0.
-"""What would train no pruner in silence: precisions that lose its gradient, and steps that bring it none."""
+"""Settings that `PrunerTrainer` refuses, and what would train no pruner in silence: precisions that lose its gradient,
+steps that bring it none, and runs without any."""
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainingArguments
+
+NO_DEEPSPEED = (
+    "PrunerTrainer has not been made for DeepSpeed, which would save the whole base: use data parallelism "
+    "(`accelerate launch`), or FSDP2 where the base does not fit."
+)
+
+
+def check_arguments(args: TrainingArguments, options: dict) -> None:
+    """Raises `ValueError` for arguments of a [`Trainer`], and its further `options`, that a pruner is not trained
+    with."""
+    if args.label_smoothing_factor or options.get("compute_loss_func") is not None:
+        raise ValueError("The shipped forward has the loss: no label_smoothing_factor and no compute_loss_func.")
+    if args.n_gpu > 1:
+        raise ValueError(f"One process with {args.n_gpu} GPUs: start one for each, with `accelerate launch`.")
+    # The first is the user's argument; `accelerate launch` makes the plugin alone.
+    if args.deepspeed or args.deepspeed_plugin is not None:
+        raise ValueError(NO_DEEPSPEED)
 
 
 def check_precision(text_model: nn.Module, args: TrainingArguments) -> None:

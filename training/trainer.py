@@ -29,7 +29,7 @@ from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scores_learnpruner import top_k
 
 from .arguments import PrunerTrainingArguments
-from .checks import GradientCheck, check_learned, check_precision
+from .checks import NO_DEEPSPEED, GradientCheck, check_arguments, check_learned, check_precision
 from .fsdp import ShardedCheckpoints
 from .objectives import ArgmaxGate, HardTopKGate, TopKGate, budget_loss, with_gate
 from .runs import RunRecord, last_checkpoint, leave_base, read_run
@@ -94,15 +94,7 @@ class PrunerTrainer(ShardedCheckpoints):
                 f"PrunerTrainer trains the pruner of a LearnPruner model, got {type(pruned).__name__}: load one with "
                 "LearnPrunerForConditionalGeneration.from_pretrained."
             )
-        if args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
-            raise ValueError("The shipped forward has the loss: no label_smoothing_factor and no compute_loss_func.")
-        if args.n_gpu > 1:
-            raise ValueError(f"One process with {args.n_gpu} GPUs: start one for each, with `accelerate launch`.")
-        if args.deepspeed:
-            raise ValueError(
-                "PrunerTrainer has not been made for DeepSpeed, which would save the whole base: use data parallelism "
-                "(`accelerate launch`), or FSDP2 where the base does not fit."
-            )
+        check_arguments(args, kwargs)
         if args.push_to_hub and model is not pruned:
             raise ValueError(
                 "Adapters are not pushed as a pruner: train with push_to_hub=False, then merge_and_unload() and "
@@ -133,6 +125,8 @@ class PrunerTrainer(ShardedCheckpoints):
             kwargs |= {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
         with _as_adapter(pruned):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        if self.is_deepspeed_enabled:  # by an Accelerator that was made before
+            raise ValueError(NO_DEEPSPEED)
         self.check_sharding()
         self._pruned = pruned
         self._seconds = 0.0
