@@ -384,12 +384,13 @@ class PrunerTrainer(ShardedCheckpoints):
 
         `call` is of [`at_answers`], `logits` are the student's, `encoded` the images that it encoded, if any."""
         model = self.accelerator.unwrap_model(model)
-        # Layers that are shared by processes (FSDP) run in all of them, or the others would wait.
-        taught = rows_to_teach(model, call, every=self.is_fsdp_enabled)
+        # Layers that are shared by processes (FSDP) run in all of them, or the others would wait. What `torch_compile`
+        # has wrapped is no PeftModel, but self.model is.
+        taught = rows_to_teach(self.model, call, every=self.is_fsdp_enabled)
         if not taught.any():
             return logits.new_zeros((), dtype=torch.float32)
         encoded = None if trains_tower(self._pruned.model) else encoded
-        with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        with torch.no_grad(), self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             teacher = model(**teacher_call(call, taught, encoded, self._pruned.model.pixel_arguments)).logits
         rows = call["labels"] != -100
         summed = divergence(logits[taught], teacher, rows[taught])
