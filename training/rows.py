@@ -29,6 +29,8 @@ READ = ("image", *FIELDS)
 PICTURES = re.compile(r"(img|image|picture|photo)s?(_?(path|file|file_?name|name|url)s?)?", re.IGNORECASE)
 CLIPS = ("video", "videos", "audio", "audios")
 NAMES = ("id", "source")
+# Line breaks, and what else would not stay on the one line of a message.
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
 # No side of a box is further away, and no answer that is a number is likely to be larger.
 LARGEST = 10**9
 OTHER_ENCODINGS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
@@ -173,7 +175,7 @@ def check_row(row: dict, answers: bool = True) -> None:
     check_unread(row, messages)
     check_images(messages, len(images))
     for path in images:
-        if isinstance(path, str) and _text(path, "the path of an image").splitlines() not in ([], [path]):
+        if isinstance(path, str) and CONTROL.search(_text(path, "the path of an image")):
             raise ValueError(f"the path of an image holds a line break or the like, got {SHORT.repr(path)}.")
     boxes = row.get("boxes")
     if boxes is not None and not (isinstance(boxes, list | tuple) and all(map(_is_box, boxes))):

@@ -82,6 +82,7 @@ ROWS = {
     "boxes on two lines": ({**GOOD, "image": "0.png", "boxes": "1\n2"}, "a box is left, top, right and bottom"),
     "half a character in a path": ({**GOOD, "image": "\ud83d.png"}, "the path of an image holds half of a character"),
     "a line break in a path": ({**GOOD, "image": "a\nb.png"}, r"the path of an image holds a line break .*'a\\nb.png'"),
+    "a zero in a path": ({**GOOD, "image": "a\0.png"}, "the path of an image holds a line break or the like"),
     "a part on two lines": (chat(("user", ["a\nb"]), ASSISTANT), "a part of a message is"),
     "an image in an answer": (
         chat(USER, ("assistant", [{"type": "image", "image": "0.png"}, {"type": "text", "text": ANSWER}])),
