@@ -22,6 +22,7 @@ from .data import PrunerCollator, load_samples
 from .fsdp import plain_class
 from .loading import load_model
 from .report import accuracy_lines, next_lines, where_lines
+from .rows import image_values
 from .runs import RECORD, count_parameters, is_finished, last_checkpoint
 from .trainer import PrunerTrainer
 
@@ -126,6 +127,11 @@ def train(model: PrunerModelArguments, data: PrunerDataArguments, training: Prun
     _say(training, f"Reading {data.train_data}.")
     options = {"strict": data.strict, "skip_bad_rows": data.skip_bad_rows}
     samples = load_samples(data.train_data, data.image_folder, data.data_share, training.seed, **options)
+    if not any(map(image_values, samples)):
+        raise ValueError(
+            f'No sample of {data.train_data} has an image, so there is nothing to learn: give each its "image" or '
+            '"images".'
+        )
     evaluation = None if data.eval_data is None else load_samples(data.eval_data, data.image_folder, **options)
     processor = load_processor(model.model_name_or_path, model.trust_remote_code)
     share = f" (data_share: {data.data_share:g})" if data.data_share < 1 else ""

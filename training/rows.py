@@ -6,10 +6,14 @@ A row of a JSON list counts from 1; of a JSON Lines file it is the number of its
 
 import codecs
 import json
+import mimetypes
+import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 LLAVA_IMAGE = "<image>"
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -20,7 +24,19 @@ INSIDE = ("image", "path", "url")
 FILE_AND_ROW = "file_and_row"
 # What of a row is read, of the layouts the first that it has.
 FIELDS = ("images", "messages", "conversations", "question", "answer", "boxes")
+READ = ("image", *FIELDS)
+# Names under which other data have pictures; what they may have beside them; and what may look like the name of one.
+PICTURES = re.compile(r"(img|image|picture|photo)s?(_?(path|file|file_?name|name|url)s?)?", re.IGNORECASE)
+CLIPS = ("video", "videos", "audio", "audios")
+NAMES = ("id", "source")
+# Line breaks, and what else would not stay on the one line of a message.
+CONTROL = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029]")
+# No side of a box is further away, and no answer that is a number is likely to be larger.
+LARGEST = 10**9
 OTHER_ENCODINGS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+# Values in messages: on one line, and short, however long or deep they are.
+SHORT = reprlib.Repr()
+SHORT.maxstring = SHORT.maxother = 60
 KINDS = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -70,7 +86,11 @@ def _decode(path: Path) -> str:
 
 def _parse_list(path: Path, text: str) -> list:
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, parse_int=_whole_number)
+    except RecursionError as error:
+        row = _nested_row(text)
+        place = f"{path}, row {row}: this row" if row else f"{path} is not JSON: it"
+        raise ValueError(f"{place} is nested too deeply to be read.") from error
     except json.JSONDecodeError as error:
         lines = error.msg == "Extra data" and text[: error.pos].rstrip().startswith("{")
         hint = f" It looks like JSON Lines: name it {path.stem}.jsonl." if lines else ""
@@ -84,9 +104,33 @@ def _parse_list(path: Path, text: str) -> list:
     return rows
 
 
+def _nested_row(text: str) -> int | None:
+    """Which row of a list is nested too deeply, if it is a list."""
+    decoder, row = json.JSONDecoder(parse_int=_whole_number), 0
+    begins = re.match(r"\s*\[\s*", text)
+    try:
+        while begins:
+            row += 1
+            _, end = decoder.raw_decode(text, begins.end())
+            begins = re.compile(r"\s*,\s*").match(text, end)
+    except RecursionError:
+        return row
+    return None
+
+
+def _whole_number(digits: str) -> int | float:
+    """Python reads no number of thousands of digits as a whole one: that is infinity here, which no field may be."""
+    try:
+        return int(digits)
+    except ValueError:
+        return float(digits)
+
+
 def _parse_line(path: Path, number: int, line: str):
     try:
-        return json.loads(line)
+        return json.loads(line, parse_int=_whole_number)
+    except RecursionError as error:
+        raise ValueError(f"{path}, row {number}: this line is nested too deeply to be read.") from error
     except json.JSONDecodeError as error:
         hint = " If the file is one JSON list, name it .json." if line.lstrip().startswith("[") else ""
         raise ValueError(
@@ -127,12 +171,52 @@ def check_row(row: dict, answers: bool = True) -> None:
     """Raises `ValueError` where a row is no sample: its turns, images or boxes are not what they must be, or, if
     `answers`, there is nothing to learn."""
     messages = read_messages(row)
-    check_images(messages, len(image_values(row)))
+    images = image_values(row)
+    check_unread(row, messages)
+    check_images(messages, len(images))
+    for path in images:
+        if isinstance(path, str) and CONTROL.search(_text(path, "the path of an image")):
+            raise ValueError(f"the path of an image holds a line break or the like, got {SHORT.repr(path)}.")
     boxes = row.get("boxes")
     if boxes is not None and not (isinstance(boxes, list | tuple) and all(map(_is_box, boxes))):
-        raise ValueError(f"a box is left, top, right and bottom in pixels, got {str(boxes)[:60]}.")
+        raise ValueError(f"a box is left, top, right and bottom in pixels, got {SHORT.repr(boxes)}.")
     if answers and not any(message["role"] == "assistant" for message in messages):
         raise ValueError("no turn is an answer of the assistant, so there is nothing to learn.")
+
+
+def check_unread(row: dict, messages: list[dict]) -> None:
+    """Raises `ValueError` where a picture or a clip would be left out in silence: under a name that is not read."""
+    unread = {name: value for name, value in row.items() if name not in (*READ, *NAMES) and _holds(value)}
+    for name in unread:
+        if name.lower() in CLIPS:
+            raise ValueError(f'{name!r} is not read: give pictures, under "image" or "images", or leave the row out.')
+    for name, value in {} if image_values(row) else unread.items():
+        if PICTURES.fullmatch(name) or any(map(_is_picture, as_list(value))):
+            raise ValueError(f'this row\'s picture is under {name!r}, which is not read: name it "image" or "images".')
+    for number, message in enumerate(messages, 1):
+        text = "".join(part.get("text", "") for part in message["content"])
+        for clip in ("video", "audio") if message["role"] == "user" else ():
+            # HTML that somebody asks about closes what it opens.
+            if f"<{clip}>" in text and f"</{clip}>" not in text:
+                raise ValueError(
+                    f"turn {number} has a <{clip}>, which is not read: give pictures, each with {LLAVA_IMAGE} in its "
+                    "place, or leave the row out."
+                )
+
+
+def _holds(value) -> bool:
+    """Whether a column holds anything that a picture or a clip could be."""
+    if isinstance(value, str | list | tuple | dict):
+        return len(value) > 0
+    return value is not None and not isinstance(value, bool | int | float)
+
+
+def _is_picture(value) -> bool:
+    """A picture, as data sets have them, too; or the name of a file of one, or of a clip."""
+    if isinstance(value, str):
+        kind = mimetypes.guess_type(f"name{Path(value).suffix}")[0] if len(value.split()) == 1 else None
+        return kind is not None and kind.startswith(("image/", "video/", "audio/"))
+    return isinstance(value, Image.Image) or (isinstance(value, dict) and "bytes" in value)
 
 
 def check_images(messages: list[dict], count: int) -> None:
@@ -158,7 +242,12 @@ def image_values(row: dict) -> list:
 
 
 def _is_box(box) -> bool:
-    return isinstance(box, list | tuple) and len(box) == 4 and all(type(side) in (int, float) for side in box)
+    return isinstance(box, list | tuple) and len(box) == 4 and all(map(_is_short, box))
+
+
+def _is_short(value) -> bool:
+    """A number, neither NaN nor infinite, of a few digits."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def told(row: dict, error: Exception | str) -> str:
@@ -209,7 +298,7 @@ def _turns(turns, name: str) -> Iterable[dict]:
 
 def _message(message: dict) -> dict:
     if message.get("role") not in ROLES:
-        raise ValueError(f"the role of a message is one of {list(ROLES)}, got {message.get('role')!r}.")
+        raise ValueError(f"the role of a message is one of {list(ROLES)}, got {SHORT.repr(message.get('role'))}.")
     content = message.get("content")
     if isinstance(content, str):
         parts = [{"type": "text", "text": content}]
@@ -224,7 +313,7 @@ def _part(part) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "image"):
         raise ValueError(
-            'a part of a message is {"type": "text", "text": ...} or {"type": "image"}, got ' + f"{str(part)[:60]}."
+            'a part of a message is {"type": "text", "text": ...} or {"type": "image"}, got ' + f"{SHORT.repr(part)}."
         )
     if kind == "text":
         _plain(_text(part.get("text"), "the text of a message"), "the text of a message")
@@ -239,7 +328,7 @@ def _bare(part: dict) -> dict:
 def _llava_turn(turn: dict) -> dict:
     if turn.get("from") not in list(LLAVA_ROLES):
         raise ValueError(
-            f"a turn of a conversation is from one of {sorted(LLAVA_ROLES)}, not from {turn.get('from')!r}."
+            f"a turn of a conversation is from one of {sorted(LLAVA_ROLES)}, not from {SHORT.repr(turn.get('from'))}."
         )
     return {"role": LLAVA_ROLES[turn["from"]], "content": _split(_text(turn.get("value"), "the value of a turn"))}
 
@@ -262,12 +351,16 @@ def _check_order(messages: list[dict]) -> None:
                 raise ValueError(f"turn {number} is an answer of the assistant that follows no question of the user.")
             if not "".join(part.get("text", "") for part in message["content"]).strip():
                 raise ValueError(f"turn {number} is an empty answer.")
+            if any(part["type"] == "image" for part in message["content"]):
+                raise ValueError(
+                    f"turn {number} is an answer of the assistant that holds an image: images are in turns of the user."
+                )
         before = message["role"]
 
 
 def _text(value, what: str) -> str:
     if not isinstance(value, str):
-        hint = f': write it as text, "{value}"' if type(value) in (int, float) else ""
+        hint = f': write it as text, "{value}"' if _is_short(value) else ""
         raise ValueError(f"{what} is {_kind(value)}, not text{hint}.")
     if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(f"{what} holds half of a character (a lone surrogate such as \\ud83d).")

@@ -64,9 +64,10 @@ class RunRecord(TrainerCallback):
         self.trainer = trainer
 
     def on_save(self, args, state, control, **kwargs):
+        learned = self.trainer.learned()
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            record = {**self.trainer.run_settings(), "seconds": round(self.trainer.seconds(), 1)}
+            record = {**self.trainer.run_settings(), "seconds": round(self.trainer.seconds(), 1), "learned": learned}
             (folder / RUN_FILE).write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -29,7 +29,7 @@ from learnpruner.hub_learnpruner import HubMixin
 from learnpruner.scores_learnpruner import top_k
 
 from .arguments import PrunerTrainingArguments
-from .checks import GradientCheck, check_precision
+from .checks import NO_DEEPSPEED, GradientCheck, check_arguments, check_learned, check_precision
 from .fsdp import ShardedCheckpoints
 from .objectives import ArgmaxGate, HardTopKGate, TopKGate, budget_loss, with_gate
 from .runs import RunRecord, last_checkpoint, leave_base, read_run
@@ -75,7 +75,8 @@ class PrunerTrainer(ShardedCheckpoints):
             public repository where `hub_private_repo` is set.
         `OSError`: with `push_to_hub`, without a token that may write.
         `FloatingPointError`: while training, where a loss is not finite. The batch is saved beside the checkpoints.
-        `RuntimeError`: before an optimizer step for which the pruner got no gradient.
+        `RuntimeError`: before an optimizer step for which the pruner got no gradient, and at the end of a run of which
+            no step had anything to cut.
     """
 
     def __init__(
@@ -93,15 +94,7 @@ class PrunerTrainer(ShardedCheckpoints):
                 f"PrunerTrainer trains the pruner of a LearnPruner model, got {type(pruned).__name__}: load one with "
                 "LearnPrunerForConditionalGeneration.from_pretrained."
             )
-        if args.label_smoothing_factor or kwargs.get("compute_loss_func") is not None:
-            raise ValueError("The shipped forward has the loss: no label_smoothing_factor and no compute_loss_func.")
-        if args.n_gpu > 1:
-            raise ValueError(f"One process with {args.n_gpu} GPUs: start one for each, with `accelerate launch`.")
-        if args.deepspeed:
-            raise ValueError(
-                "PrunerTrainer has not been made for DeepSpeed, which would save the whole base: use data parallelism "
-                "(`accelerate launch`), or FSDP2 where the base does not fit."
-            )
+        check_arguments(args, kwargs)
         if args.push_to_hub and model is not pruned:
             raise ValueError(
                 "Adapters are not pushed as a pruner: train with push_to_hub=False, then merge_and_unload() and "
@@ -132,11 +125,15 @@ class PrunerTrainer(ShardedCheckpoints):
             kwargs |= {"compute_metrics": answer_accuracy, "preprocess_logits_for_metrics": predicted_tokens}
         with _as_adapter(pruned):
             super().__init__(model, args, data_collator, train_dataset, eval_dataset, **kwargs)
+        if self.is_deepspeed_enabled:  # by an Accelerator that was made before
+            raise ValueError(NO_DEEPSPEED)
         self.check_sharding()
         self._pruned = pruned
         self._seconds = 0.0
         self.add_callback(RunRecord(self))
-        self.add_callback(GradientCheck(pruned.model.pruner))
+        self._gradients = GradientCheck(pruned.model.pruner)
+        self._learned = False  # in an earlier start of the run
+        self.add_callback(self._gradients)
         self._recorded: list[torch.Tensor] = []
         self._images_in_step: torch.Tensor | None = None
         # Foreground tokens kept by the first cut, and all of them, of each batch.
@@ -169,18 +166,22 @@ class PrunerTrainer(ShardedCheckpoints):
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
                 raise ValueError(f"There is no checkpoint in {self.args.output_dir} to go on from.")
-        self._seconds = 0.0
+        self._seconds, self._learned = 0.0, False
         self._start = time.perf_counter()
         state = None
         if resume_from_checkpoint:
-            self._seconds = read_run(Path(resume_from_checkpoint), self.run_settings())["seconds"]
+            before = read_run(Path(resume_from_checkpoint), self.run_settings())
+            # Checkpoints of earlier versions do not say whether it learned.
+            self._seconds, self._learned = before["seconds"], before.get("learned", True)
             state = TrainerState.load_from_json(Path(resume_from_checkpoint) / TRAINER_STATE_NAME)
         if self.args.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.args.device)
         if state is not None and state.global_step >= state.max_steps:
+            check_learned(self._learned)
             output = self._load_finished(resume_from_checkpoint, state)
         else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            check_learned(self.learned())
         output.metrics["seconds"] = round(self.seconds(), 1)
         output.metrics["trained_parameters"] = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         output.metrics["peak_memory_bytes"] = peak_memory(self.args.device)
@@ -214,7 +215,7 @@ class PrunerTrainer(ShardedCheckpoints):
         """`accuracy` on the evaluation data, unpruned ("1"), at each of the budgets, and at the configuration's ratio;
         by the ratio as text. Empty where the data have no answers."""
         config, found = self._pruned.config, {}
-        own, budgets = config.pruner_ratio, self.args.budgets if self.args.objective == "default" else []
+        own, budgets = config.pruner_ratio, [] if self.args.objective == "paper" else self.args.budgets
         # A ratio written 0.1111 is the budget 1/9.
         ratios = {f"{ratio:.4g}": ratio for ratio in sorted({1.0, own, *budgets}, reverse=True)}
         try:
@@ -306,6 +307,13 @@ class PrunerTrainer(ShardedCheckpoints):
         """Of training, in all starts of the run."""
         return self._seconds + time.perf_counter() - self._start
 
+    def learned(self) -> bool:
+        """Whether the pruner got a gradient in the run so far; all processes must call it."""
+        came = torch.zeros((), device=self.args.device)
+        if self._gradients.came is not None:
+            came += self._gradients.came
+        return self._learned or bool(self.accelerator.reduce(came, reduction="sum"))
+
     def get_batch_samples(self, *args, **kwargs):
         samples, items = super().get_batch_samples(*args, **kwargs)
         own = torch.tensor(sum(map(self._pruned.model.count_parts, samples)), device=self.args.device)
@@ -376,12 +384,13 @@ class PrunerTrainer(ShardedCheckpoints):
 
         `call` is of [`at_answers`], `logits` are the student's, `encoded` the images that it encoded, if any."""
         model = self.accelerator.unwrap_model(model)
-        # Layers that are shared by processes (FSDP) run in all of them, or the others would wait.
-        taught = rows_to_teach(model, call, every=self.is_fsdp_enabled)
+        # Layers that are shared by processes (FSDP) run in all of them, or the others would wait. What `torch_compile`
+        # has wrapped is no PeftModel, but self.model is.
+        taught = rows_to_teach(self.model, call, every=self.is_fsdp_enabled)
         if not taught.any():
             return logits.new_zeros((), dtype=torch.float32)
         encoded = None if trains_tower(self._pruned.model) else encoded
-        with torch.no_grad(), model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        with torch.no_grad(), self.model.disable_adapter() if isinstance(self.model, PeftModel) else nullcontext():
             teacher = model(**teacher_call(call, taught, encoded, self._pruned.model.pixel_arguments)).logits
         rows = call["labels"] != -100
         summed = divergence(logits[taught], teacher, rows[taught])

@@ -5,6 +5,7 @@ import json
 
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets import Image as ImageFeature
 from PIL import Image
 
 from learnpruner.training.data import PrunerCollator, load_samples, read_images, read_messages
@@ -75,7 +76,39 @@ ROWS = {
     "a list in a list": ({**GOOD, "image": [["0.png"]]}, "an image is a path, and here it is a list"),
     "an address": ({**GOOD, "image": "https://example.org/0.png"}, "download it first"),
     "three numbers": ({**GOOD, "image": "0.png", "boxes": [[1, 2, 3]]}, "a box is left, top, right and bottom"),
+    "a huge number in a box": ({**GOOD, "image": "0.png", "boxes": [[1, 2, 3, 10**30]]}, "a box is left, top, right"),
+    "no number in a box": ({**GOOD, "image": "0.png", "boxes": [[float("nan"), 2, 3, 4]]}, "a box is left, top, right"),
+    "no end of a box": ({**GOOD, "image": "0.png", "boxes": [[1, 2, float("inf"), 4]]}, "a box is left, top, right"),
+    "boxes on two lines": ({**GOOD, "image": "0.png", "boxes": "1\n2"}, "a box is left, top, right and bottom"),
+    "half a character in a path": ({**GOOD, "image": "\ud83d.png"}, "the path of an image holds half of a character"),
+    "a line break in a path": ({**GOOD, "image": "a\nb.png"}, r"the path of an image holds a line break .*'a\\nb.png'"),
+    "a zero in a path": ({**GOOD, "image": "a\0.png"}, "the path of an image holds a line break or the like"),
+    "a part on two lines": (chat(("user", ["a\nb"]), ASSISTANT), "a part of a message is"),
+    "an image in an answer": (
+        chat(USER, ("assistant", [{"type": "image", "image": "0.png"}, {"type": "text", "text": ANSWER}])),
+        "turn 2 is an answer of the assistant that holds an image",
+    ),
+    "a place in an answer": (
+        {**turns(HUMAN, says("gpt", f"<image> {ANSWER}")), "image": "0.png"},
+        "turn 2 is an answer of the assistant that holds an image",
+    ),
+    "img": ({**GOOD, "img": "0.png"}, "this row's picture is under 'img', which is not read: name it \"image\" or"),
+    "image_path": ({**turns(HUMAN, GPT), "image_path": "0001"}, "this row's picture is under 'image_path'"),
+    "pictures": ({**chat(USER, ASSISTANT), "Pictures": ["0.png"]}, "this row's picture is under 'Pictures'"),
+    "a name that nobody knows": ({**GOOD, "file_name": "0.png"}, "this row's picture is under 'file_name'"),
+    "video": ({**turns(HUMAN, GPT), "video": "x.mp4"}, "'video' is not read: .*pictures, under \"image\" or"),
+    "videos and an image": ({**GOOD, "image": "0.png", "videos": ["x.mp4"]}, "'videos' is not read"),
+    "audio": ({**GOOD, "audio": {"path": "x.wav"}}, "'audio' is not read"),
+    "a place for a video": (turns(says("human", "<video>\nwhat?"), GPT), "turn 1 has a <video>, which is not read"),
+    "a video in a question": ({**GOOD, "question": "<video> what?"}, "turn 1 has a <video>, which is not read"),
 }
+# Columns that nobody reads, and that hide no picture.
+UNREAD = [
+    {"id": "0.png", "source": "coco.jpg", "image": None, "img": "", "video": None, "videos": []},
+    {"image_id": 3, "has_image": False, "image_size": [8, 8], "note": "as in 0.png"},
+    {"image": "0.png", "image_path": "elsewhere/0.png", "mask": "1.png", "boxes": [[1, 2.5, 3, 4]]},
+    {"answer": "<video> embeds a clip", "question": "what does <video></video> do?", "digits": 10**30},
+]
 
 
 @pytest.fixture
@@ -108,9 +141,17 @@ def test_rows_of_files(kind, name, folder):
     assert len(load_samples(path, skip_bad_rows=True)) == 2
 
 
+@pytest.mark.parametrize("columns", UNREAD)
+def test_columns_that_hide_no_picture(columns, folder):
+    row = {**GOOD, **columns}
+    assert len(load_samples(write(folder, [row]))) == 1
+    assert len(load_samples(Dataset.from_list([{**row, "digits": 3}]), folder)) == 1
+
+
 # What Arrow itself would refuse, or make something else of, cannot be in a data set.
 IN_DATA_SETS = ["no layout", "a number as answer", "an unknown speaker", "a leading answer", "no answer"]
-IN_DATA_SETS += ["an image too many", "no image for a place", "a place in a message"]
+IN_DATA_SETS += ["an image too many", "no image for a place", "a place in a message", "a line break in a path"]
+IN_DATA_SETS += ["img", "video", "a place for a video"]
 
 
 @pytest.mark.parametrize("kind", IN_DATA_SETS)
@@ -137,6 +178,15 @@ def test_rows_of_data_sets(kind, folder):
         ("data.jsonl", b'[\n{"question": "q", "answer": "a"}]', r"row 1: this line is not JSON.*name it \.json"),
         ("data.jsonl", b'question,answer\n"a","b"', "row 1: this line is not JSON"),
         ("data.json", b'[\n{"question": "caf\xe9"}]', "line 2: the byte 0xe9 is not UTF-8"),
+        ("data.jsonl", b'{"question": "q", "answer": ' + b"1" * 5000 + b"}", "row 1: the answer is a number"),
+        (
+            "data.json",
+            b'[{"question": "q", "answer": ' + b"1" * 5000 + b"}]",
+            "row 1: the answer is a number, not text",
+        ),
+        ("data.jsonl", b"\n" + b"[" * 100_000, "row 2: this line is nested too deeply"),
+        ("data.json", b'[{"question": "]"}, 1, ' + b'{"a": ' * 100_000, "row 3: this row is nested too deeply"),
+        ("data.json", b'{"a": ' * 100_000, "is not JSON: it is nested too deeply"),
         ("data.json", codecs.BOM_UTF16_LE + "[]".encode("utf-16-le"), "is UTF-16 text: save it as UTF-8"),
         ("data.json", codecs.BOM_UTF32_LE + "[]".encode("utf-32-le"), "is UTF-32 text: save it as UTF-8"),
     ],
@@ -146,6 +196,22 @@ def test_files(name, data, text, folder):
     with pytest.raises(ValueError, match=text) as error:
         load_samples(folder / name)
     one_line(error, folder / name)
+
+
+def test_a_picture_of_a_data_set_under_another_name(folder):
+    data = Dataset.from_list([{**GOOD, "png": "0.png"}]).cast_column("png", ImageFeature())
+    with pytest.raises(ValueError, match="the data set, row 1: this row's picture is under 'png'"):
+        load_samples(data, folder)
+
+
+def test_what_is_nested_deeply_is_told_shortly(folder):
+    """Deep enough to be read, and too deep to be written out."""
+    part = "[" * 960 + "]" * 960
+    text = f'{{"messages": [{{"role": "user", "content": [{part}]}}]}}'
+    (folder / "data.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"row 1: (a part of a message is|this line is nested)") as error:
+        load_samples(folder / "data.jsonl")
+    one_line(error, folder / "data.jsonl")
 
 
 def test_no_file(folder):
@@ -220,6 +286,13 @@ def test_the_image_folder_is_named(folder):
     (folder / "elsewhere").mkdir()
     with pytest.raises(ValueError, match=f"looked for in {folder}/elsewhere; image_folder says"):
         load_samples(path, folder / "elsewhere")
+
+
+def test_a_space_of_another_kind_in_a_path(folder):
+    """As macOS names its screenshots."""
+    name = "at 9.00\u202fAM.png"
+    (folder / "0.png").rename(folder / name)
+    assert len(load_samples(write(folder, [{**GOOD, "image": name}]), strict=True)) == 1
 
 
 def test_text_of_every_kind(folder):

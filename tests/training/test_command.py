@@ -173,7 +173,11 @@ def test_a_trained_run_is_loaded_by_the_trainer(folder, monkeypatch):
 
 @pytest.mark.parametrize(
     ("objective", "ratios"),
-    [("default", ["1", "0.3", "0.2", "0.1"]), pytest.param("paper", ["1", "0.3"], marks=pytest.mark.slow)],
+    [
+        ("default", ["1", "0.3", "0.2", "0.1"]),
+        pytest.param("hard", ["1", "0.3", "0.2", "0.1"], marks=pytest.mark.slow),
+        pytest.param("paper", ["1", "0.3"], marks=pytest.mark.slow),
+    ],
 )
 def test_the_end_says_where_how_good_and_what_next(objective, ratios, folder, capsys):
     """With evaluation data and no strategy it evaluates at the end, at each budget, and unpruned."""
@@ -419,6 +423,16 @@ def test_missing_files(folder, capsys):
     assert "none.yaml" in capsys.readouterr().err
     assert main(["train", str(folder / "config.yaml"), "--train_data", str(folder / "none.json")]) == 2
     assert "none.json" in capsys.readouterr().err
+
+
+def test_data_without_any_image(folder, capsys, monkeypatch):
+    """Before the base is loaded."""
+    monkeypatch.setattr("learnpruner.training.command.load_model", lambda *_: pytest.fail("the base was loaded"))
+    (folder / "data.json").write_text(json.dumps([{"question": "is there a circle?", "answer": "no"}] * 3))
+    assert main(["train", str(folder / "config.yaml")]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"learnpruner: No sample of {folder / 'data.json'} has an image")
+    assert not (folder / "out").exists()
 
 
 def test_the_base_is_not_overwritten(folder, capsys):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,12 +41,31 @@ def test_zero3_is_refused_before_any_work(family, tmp_path):
         unset_hf_deepspeed_config()
 
 
-def test_pruner_trainer_refuses_it(tmp_path):
+class MadeBefore(PrunerTrainer):
+    """Finds DeepSpeed in what accelerate shares between all that are made of it."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = True
+
+
+# The argument, which needs the package; what `accelerate launch --use_deepspeed` makes; an Accelerator made before.
+WAYS = {
+    "argument": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, PrunerTrainer),
+    "launch": ({"deepspeed_plugin": SimpleNamespace(zero_stage=2)}, PrunerTrainer),
+    "accelerator": ({}, MadeBefore),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_pruner_trainer_refuses_it(way, tmp_path):
     _, model = tiny_pair("llava")
     arguments = PrunerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
-    arguments.deepspeed = {"zero_optimization": {"stage": 2}}  # as set by the argument, which needs the package
+    for name, value in WAYS[way][0].items():
+        assert hasattr(arguments, name)
+        setattr(arguments, name, value)
     with pytest.raises(ValueError, match="has not been made for DeepSpeed"):
-        PrunerTrainer(model, arguments, lambda rows: rows[0], [labelled("llava", [[2, (32, 32), 8]])])
+        WAYS[way][1](model, arguments, lambda rows: rows[0], [labelled("llava", [[2, (32, 32), 8]])])
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch._dynamo.eval_frame import OptimizedModule
 
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner.training import PrunerTrainer, PrunerTrainingArguments
@@ -79,6 +80,22 @@ def test_adapters_and_pruner_learn_together(family, objective, base, tmp_path):
         assert (merged(**batch).logits - expected.logits).abs().max() < 1e-4
     generated = opened.generate(**batch, max_new_tokens=3, do_sample=False)
     assert torch.equal(generated, merged.generate(**batch, max_new_tokens=3, do_sample=False))
+
+
+def test_compiled_it_trains_the_same(base, tmp_path, monkeypatch):
+    """By the argument of `Trainer`, which wraps the adapters' model."""
+    still = LoraConfig(target_modules=LORA.target_modules, modules_to_save=["pruner"])  # without dropout
+    # Where the argument would stay.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    found = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = trainer_for(base, tmp_path / f"run{len(found)}", still, max_steps=2, **settings)
+        trainer.train()
+        assert isinstance(trainer.model_wrapped, OptimizedModule) == bool(settings)
+        found.append([parameter.detach() for parameter in trainer.model.parameters() if parameter.requires_grad])
+    start = [p for p in trainer_for(base, tmp_path / "start", still).model.parameters() if p.requires_grad]
+    assert any((one - other).abs().max() > 1e-3 for one, other in zip(start, found[0]))
+    assert all((one - other).abs().max() < 1e-5 for one, other in zip(*found))
 
 
 def test_the_teacher_is_the_base_without_adapters(base, tmp_path):

@@ -259,8 +259,19 @@ def test_text_only_batches(family, base, tmp_path):
     trainer = trainer_for(base, tmp_path / "run", samples=((9,), (7,)), family=family)
     before = [parameter.clone() for parameter in trainer.model.model.pruner.parameters()]
     trainer.args.weight_decay = 0.0
-    trainer.train()
+    with pytest.raises(RuntimeError, match="nothing was trained"):
+        trainer.train()
+    assert trainer.state.global_step == 6
     assert all(torch.equal(*pair) for pair in zip(before, trainer.model.model.pruner.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("objective", "ratios"), [("default", ["1", "0.2", "0.1"]), ("hard", ["1", "0.2", "0.1"]), ("paper", ["1", "0.2"])]
+)
+def test_accuracy_is_asked_at_each_budget(objective, ratios, base, tmp_path):
+    """Of the paper's objective, which learns at the configuration's ratio alone, there."""
+    trainer = trainer_for(base, tmp_path / "run", objective=objective, budgets=[0.1, 0.2])
+    assert list(trainer.accuracy_at_budgets()) == ratios
 
 
 def test_evaluation_cuts(base, tmp_path):

@@ -63,10 +63,38 @@ def test_a_pruner_frozen_after_the_trainer_was_made(tmp_path):
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_text_alone_is_no_missing_gradient(accumulated, tmp_path):
+def test_text_alone_is_no_missing_gradient_of_a_step(accumulated, tmp_path):
     trainer = trainer_of(tiny_pair("llava")[1], tmp_path, gradient_accumulation_steps=accumulated)
-    trainer.train_dataset = [labelled("llava", [[9]], seed) for seed in range(4)]
+    picture = labelled("llava", [[2, (32, 32), 8]])
+    texts = [labelled("llava", [[9]], seed) for seed in range(2 * accumulated - 1)]
+    trainer.train_dataset = [picture, *texts]
     trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_a_run_in_which_nothing_is_to_be_cut(images, tmp_path):
+    """Texts alone, or images so small that the first cut takes them whole: told at the end, and told again."""
+    model = tiny_pair("llava", pruner_trained=False, pruner_min_tokens=1000 if images else 1)[1]
+    trainer = trainer_of(model, tmp_path, save_strategy="steps", save_steps=1)
+    if not images:
+        trainer.train_dataset = [labelled("llava", [[9]], seed) for seed in range(4)]
+    with pytest.raises(RuntimeError, match=r"nothing was trained: .*an image"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    assert not model.config.pruner_trained
+    with pytest.raises(RuntimeError, match=r"nothing was trained: .*an image"):
+        trainer.train(resume_from_checkpoint=True)
+    assert not model.config.pruner_trained
+
+
+def test_a_run_that_goes_on_with_texts_alone(tmp_path):
+    """What its earlier steps learned counts."""
+    trainer = trainer_of(tiny_pair("llava")[1], tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train_dataset = [labelled("llava", [[2, (32, 32), 8]]), labelled("llava", [[9]])]
+    trainer.args.train_sampling_strategy = "sequential"
+    trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert trainer.state.global_step == 2
 
 

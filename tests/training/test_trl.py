@@ -1,9 +1,6 @@
 """The real trainers of TRL on every family: SFT trains the pruner, DPO and GRPO cut as generation does."""
 
 import logging
-import re
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -312,31 +309,3 @@ def test_grpo_scores_what_it_sampled(family, frozen, hooked, least, most, tmp_pa
         trainer.train()
     assert sum(map(len, ratios)) >= 20
     assert least <= torch.cat(ratios).abs().max() <= most
-
-
-def test_the_guides_snippets(tmp_path, monkeypatch):
-    guide = (Path(__file__).parents[2] / "training" / "README.md").read_text()
-    section = guide.partition("## With TRL")[2].partition("\n## ")[0]
-    tiny_pair("llava")[0].save_pretrained(tmp_path / "base")
-    monkeypatch.chdir(tmp_path)
-    for config in ("SFTConfig", "DPOConfig"):
-        # Unless it is told to, TRL does not compute on a CPU in bfloat16, its default.
-        monkeypatch.setattr(trl, config, partial(getattr(trl, config), use_cpu=True))
-    names = {
-        "LearnPrunerForConditionalGeneration": LearnPrunerForConditionalGeneration,
-        "base": "base",
-        "processor": processor_of("llava"),
-        "data": Dataset.from_list(rows_of(completion="w7 w8")),
-        "pairs": Dataset.from_list(rows_of(**PAIRS)),
-    }
-    blocks = re.findall("```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 2
-    for block in blocks:
-        exec(block, names)
-        assert names["trainer"].state.global_step == 3
-        if not (tmp_path / "my-pruner").exists():
-            names["model"].save_pretrained("my-pruner")
-    # LoRA alone: the pruner is as it was.
-    before = LearnPrunerForConditionalGeneration.from_pretrained("my-pruner").model.pruner.state_dict()
-    after = names["model"].model.pruner.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
