@@ -94,7 +94,9 @@ def test_training(family, how, backend):
     expected_loss, expected, _ = train(family)
     assert trained
     assert (loss - expected_loss).abs() <= bound
-    assert gradients.keys() == expected.keys()
+    # A compiled graph gives zeros where its outputs are not used.
+    assert gradients.keys() >= expected.keys()
+    assert not any(gradients[name].any() for name in gradients.keys() - expected.keys())
     assert any("pruner" in name for name in gradients)
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).abs().max() <= bound * max(1, gradient.abs().max()), name
