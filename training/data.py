@@ -7,9 +7,9 @@ A sample is a row with one of
 - `conversations` as LLaVA's data has them (`from`, `value`, an `<image>` where an image stands) and `image`;
 - `question`, `answer` and `image`.
 
-`image` and `images` hold a picture, a path, or a list of them; a sample without any is text alone, and welcome. `boxes`
-(left, top, right, bottom of what its one image shows, in pixels of the upright picture), where known, is for the log
-alone.
+`image` and `images` hold a picture, a path, or a list of them; a sample without any is text alone, and welcome. A
+picture or a clip under another name is an error, since nobody would read it. `boxes` (left, top, right, bottom of what
+its one image shows, in pixels of the upright picture), where known, is for the log alone.
 """
 
 from pathlib import Path
