@@ -309,8 +309,8 @@ def test_trainings_that_cannot_be_are_refused(place, value, tmp_path):
 
 
 def test_every_record_of_the_project_is_read():
-    # Of other commands: trainings, cost and calibrated heads of the methods, lines of code, a proof on a GPU, TRL, and what
-    # of the photo bench is right without looking.
+    # Of other commands: trainings, cost and calibrated heads of the methods, lines of code, a proof on a GPU, TRL, and
+    # what of the photo bench is right without looking.
     others = ("cost.json", "hawk_weights.json", "bundle_lines.json", "baselines.json")
     paths = [path for path in RESULTS.parent.rglob("*.json") if path.parent.name != "trainings"]
     paths = [path for path in paths if not {RESULTS.parent / "gpu", RESULTS.parent / "trl"} & set(path.parents)]
