@@ -111,7 +111,7 @@ class Cut:
     # What ranks the tokens and chooses among them: called with the state of its place, then `select(scores, state,
     # counts)`, as `LearnedScore` before the decoder and `TextAttention` inside. An infinite score must be chosen.
     score: Any
-    # For layer 0: what was chosen, (images, tokens) bool -> embeddings (images, tokens, hidden) for the projector's.
+    # For layer 0: the chosen, (images, tokens) bool -> what replaces the embeddings, (images, tokens, hidden).
     merge: Callable[[EncodedImages, torch.Tensor], torch.Tensor] | None = None
     watched: tuple[int, ...] = ()  # what the score watches run: decoder layers before `layer`, or the encoder, -1
     # What a budget is for: an image or group of frames ("part"), a whole video ("clip"), or a "sample".

@@ -141,9 +141,9 @@ class PrunedCache(DynamicCache):
 
 
 EDITED_CACHE = (
-    "The layers of a pruned prompt's cache, or their keys, were replaced, sliced or copied into another cache: which "
-    "tokens they stand for is lost. Edit a cache by its own methods (crop, reorder_cache, batch_select_indices, "
-    "batch_repeat_interleave) or copy.deepcopy, or run the prompt again with a fresh cache."
+    "The layers of a pruned prompt's cache, or their keys or values, were replaced, sliced or copied into another "
+    "cache: which tokens they stand for is lost. Edit a cache by its own methods (crop, reorder_cache, "
+    "batch_select_indices, batch_repeat_interleave) or copy.deepcopy, or run the prompt again with a fresh cache."
 )
 LOST_CACHE = (
     "The KV cache of a pruned prompt was lost or swapped on its way through transformers: the answer would be wrong. "

@@ -5,23 +5,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import ablations
 import asked
-import tiny_llava
 from asked import SEEDS, Asked, Training, unpruned
 from claims import claimed
+from new_base import save_base
 
 MARKS = "\n".join(f"<!-- {name} -->\n<!-- /{name} -->" for name in (*ablations.TABLES, "log", "cost"))
 
 
 @pytest.fixture
 def base(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    tiny_llava.build_model(processor).save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base")
     monkeypatch.setattr(asked, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(ablations, "SEEDS", (0, 1))
     quick = "--max_steps 1 --per_device_train_batch_size 1"

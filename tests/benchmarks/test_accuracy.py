@@ -15,8 +15,8 @@ from learnpruner.methods import METHODS
 import accuracy
 import benches
 import render_accuracy
-import tiny_llava
 import tiny_qwen2_vl
+from new_base import save_base
 from scenes import KINDS, scene_dataset
 
 
@@ -24,20 +24,14 @@ from scenes import KINDS, scene_dataset
 def folder(tmp_path_factory):
     """The anatomy of the small model, untrained."""
     folder = tmp_path_factory.mktemp("untrained")
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    tiny_llava.build_model(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_base(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("untrained-qwen")
-    torch.manual_seed(0)
-    processor = tiny_qwen2_vl.build_processor()
-    tiny_qwen2_vl.build_model(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_base(folder, tiny_qwen2_vl)
     return folder
 
 

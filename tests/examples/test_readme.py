@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-import tiny_llava
+from new_base import save_base
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 # Those that name what cannot be had here: a repository that is yet to be published.
@@ -20,10 +19,7 @@ BASE = "llava-hf/llava-1.5-7b-hf"
 def there(tmp_path, monkeypatch):
     """A folder to stand in: the base that README names, an image, and data."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    tiny_llava.build_model(processor).save_pretrained(BASE)
-    processor.save_pretrained(BASE)
+    save_base(BASE)
     Image.new("RGB", (192, 192), "red").save("0.png")
     rows = [{"image": "0.png", "question": "is there a circle?", "answer": "no"} for _ in range(2)]
     Path("my_questions.json").write_text(json.dumps(rows))

@@ -94,9 +94,11 @@ def test_training(family, how, backend):
     expected_loss, expected, _ = train(family)
     assert trained
     assert (loss - expected_loss).abs() <= bound
-    # A compiled graph gives zeros where its outputs are not used.
-    assert gradients.keys() >= expected.keys()
-    assert not any(gradients[name].any() for name in gradients.keys() - expected.keys())
+    more = gradients.keys() - expected.keys()
+    if backend is INDUCTOR:  # gives zeros to what its unused outputs came from
+        more = [name for name in more if gradients[name].any()]
+    assert not more
+    assert expected.keys() <= gradients.keys()
     assert any("pruner" in name for name in gradients)
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).abs().max() <= bound * max(1, gradient.abs().max()), name

@@ -34,7 +34,7 @@ from learnpruner_commands.train_settings import (
     PrunerObjectiveArguments,
 )
 
-import tiny_llava
+from new_base import save_base
 
 OWN = (PrunerModelArguments, PrunerDataArguments, PrunerObjectiveArguments)
 CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
@@ -43,10 +43,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.ya
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    tiny_llava.build_model(processor).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_base(folder)
     return folder
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from learnpruner import LearnPrunerForConditionalGeneration
 from learnpruner_commands import main
 
-import tiny_llava
+from new_base import save_base
 
 WORKER = Path(__file__).with_name("fsdp_on_cpu.py")
 # What `accelerate launch` makes of its configuration file.
@@ -30,10 +30,7 @@ FSDP = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    tiny_llava.build_model(processor).save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
+    save_base(folder / "base")
     Image.new("RGB", (192, 192), "red").save(folder / "0.png")
     seen = [{"from": "human", "value": "<image>\nis there a circle?"}, {"from": "gpt", "value": "no"}]
     text = [{"from": "human", "value": "is there a circle?"}, {"from": "gpt", "value": "no no 3 no"}]

@@ -14,7 +14,7 @@ from transformers import AutoProcessor
 
 from learnpruner import LearnPrunerForConditionalGeneration
 
-import tiny_llava
+from new_base import save_base
 
 GUIDE = (Path(__file__).parents[2] / "training" / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
@@ -44,10 +44,7 @@ def block(name):
 def names(tmp_path, monkeypatch):
     """A folder to stand in: the base that the guide names, the pruner and the samples of its command; and its data."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    tiny_llava.build_model(processor).save_pretrained(BASE)
-    processor.save_pretrained(BASE)
+    save_base(BASE)
     fresh = LearnPrunerForConditionalGeneration.from_pretrained(BASE, pruner_ratio=0.2, pruner_trained=True)
     fresh.train_pruner_only().save_pretrained("my-pruner")
     picture = Image.effect_noise((192, 192), 50).convert("RGB")

@@ -15,7 +15,7 @@ from learnpruner.training.loading import load_model
 from learnpruner_commands import main
 from learnpruner_commands.train_settings import PrunerModelArguments
 
-import tiny_llava
+from new_base import save_base
 from tiny_models import FAMILIES, QWEN, tiny_pair
 
 
@@ -111,10 +111,7 @@ def test_bits_without_bitsandbytes(base, monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(0)
-    processor = tiny_llava.build_processor()
-    for part in (tiny_llava.build_model(processor), processor):
-        part.save_pretrained(tmp_path / "base")
+    save_base(tmp_path / "base")
     Image.new("RGB", (192, 192), "red").save(tmp_path / "0.png")
     row = {"image": "0.png", "question": "is there a circle?", "answer": "no"}
     (tmp_path / "data.json").write_text(json.dumps([row] * 4))

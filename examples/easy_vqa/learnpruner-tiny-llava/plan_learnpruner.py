@@ -98,7 +98,7 @@ def count_rows(schedule: tuple[Cut, ...], images: EncodedImages) -> tuple[list[l
     return kept, rows
 
 
-@torch.compiler.disable  # its sizes are the host's: as symbols they would keep inductor busy for hours
+@torch.compiler.disable  # its sizes are the host's: inductor did not come to an end with symbols for them
 def make_plan(call: PruningCall, model: nn.Module, arguments: dict, prompt: Prompt) -> dict:
     """Plans `call`: fixes every count on the host, and makes the cut before the decoder, if there is one.
 
